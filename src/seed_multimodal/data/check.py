@@ -104,9 +104,7 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
     return settings, str(locate_or_same(source))
 
 
-def check_sources(
-    settings: LlmDataSettings, tokenizer_dir: str, records: int = 1000
-) -> list[JsonObject]:
+def check_sources(settings: LlmDataSettings, tokenizer_dir: str, records: int) -> list[JsonObject]:
     """A report of each source, of which `records` records are decoded as training does.
 
     Raises as `OpenedSource`.

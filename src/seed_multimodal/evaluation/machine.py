@@ -36,7 +36,7 @@ def circumstances(device: torch.device | str, command: str = "") -> JsonObject:
     }
 
 
-def hardware(device: torch.device | str = "cpu") -> JsonObject:
+def hardware(device: torch.device | str) -> JsonObject:
     """The hardware that computes on `device`: cpu, cores that this process may use, threads of
     torch, memory_gib, gpu if the device is one; None: the operating system does not tell."""
     # 1. Processor and cores; a container may use fewer than there are.

@@ -159,7 +159,7 @@ def open_tokenizer(settings: TokenizerSettings, runtime: Runtime) -> OpenedToken
     return opened_class(config, codec, runtime, settings)
 
 
-def evaluate_tokenizer(settings: TokenizerSettings, log: Log = print) -> JsonObject:
+def evaluate_tokenizer(settings: TokenizerSettings, log: Log) -> JsonObject:
     """Evaluate, write to `settings.out`, and return the report as JSON values.
 
     Raises:
@@ -256,7 +256,7 @@ def run_pass(
     rows: Sequence[int],
     opened: OpenedTokenizer,
     *,
-    batch: int = 64,
+    batch: int,
     log: Log = print,
     kept: int = SHEET_IMAGES,
 ) -> Pass:

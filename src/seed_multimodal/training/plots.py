@@ -40,7 +40,7 @@ UNPLOTTED = (
 Series = dict[str, dict[str, dict[int, float]]]
 
 
-def save_curves(folder: str | Path, log: Callable[[str], None] = print) -> None:
+def save_curves(folder: str | Path, log: Callable[[str], None]) -> None:
     """Plot all logs of a run's folder to its `curves.png`; errors are logged, not raised."""
     out = Path(folder) / "curves.png"
     try:

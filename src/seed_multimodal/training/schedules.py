@@ -47,8 +47,8 @@ def scheduled_rate(
     peak: float,
     max_steps: int,
     *,
-    warmup: int = 0,
-    floor: float = 0.0,
+    warmup: int,
+    floor: float,
     clamp: bool = True,
 ) -> float:
     """Rate of a schedule at `position`: linear warm-up from 0 at position 0, then `DECAYS[kind]`.
@@ -121,7 +121,7 @@ def optim_learning_rate(
     )
 
 
-def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:
+def warmup_count(max_steps: int, ratio: float, steps: int) -> int:
     """Warm-up steps as transformers computes them, in floats: 7 % of 50,000 steps are 3501."""
     return steps if steps > 0 else math.ceil(max_steps * ratio)
 

@@ -119,7 +119,7 @@ class FeatureDecoder(Decoder):
         self._resize = self.options.preprocessing or ImageTransform(side)
         self._tiles = AnyResolution(side, grids)
 
-    def read_fields(self, record: Record, folder: str | None = None) -> JsonObject:
+    def read_fields(self, record: Record, folder: str | None) -> JsonObject:
         """The fields of a record with opened images.
 
         folder: of listed images; None: that of the record's file.

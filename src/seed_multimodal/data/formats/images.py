@@ -71,7 +71,7 @@ def missing_key_text(key: str, fields: RecordFields) -> str:
     return f"nothing under key {key!r}{suggestion}"
 
 
-def record_image(value: FieldValue, record: Record, root: str | Path | None = None) -> RecordImage:
+def record_image(value: FieldValue, record: Record, root: str | Path | None) -> RecordImage:
     """The image that a field names.
 
     value: bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables), or a

@@ -177,7 +177,7 @@ def _indexing_order(n_files: int) -> list[int]:
     return [*share, *others]
 
 
-def write_indexes(patterns: Sequence[str | Path], processes: int = 1) -> int:
+def write_indexes(patterns: Sequence[str | Path], processes: int) -> int:
     """Write the indexes of all tars and JSONL files; returns their number."""
     files = [open_file(path, file_format) for path, file_format in find_files(patterns)]
     indexed = [file for file in files if isinstance(file, IndexedFile)]

@@ -68,7 +68,7 @@ class Encoder:
 
 def fast_encode(
     network: nn.Module,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
     *,
     compile: bool = False,
 ) -> Callable[[Tensor], Tensor]:

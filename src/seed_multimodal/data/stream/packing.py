@@ -62,7 +62,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
 
 
 def make_row(
-    sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool = True
+    sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, labels and positions, int32 [length] each, of sequences of total length at most
     `length`.

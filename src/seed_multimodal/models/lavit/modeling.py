@@ -164,9 +164,7 @@ def choose(
     return Selection(log_probs_BN2, hard_BN)
 
 
-def gumbel_noise(
-    shape: Sequence[int], device: torch.device, generator: Generators = None
-) -> Tensor:
+def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generators) -> Tensor:
     """Standard Gumbel noise, fp32, drawn in the order of `torch.nn.functional.gumbel_softmax`."""
     if generator is None or isinstance(generator, torch.Generator):
         generator_device = device if generator is None else generator.device

@@ -56,7 +56,7 @@ class LavitTokenizerTask(CodebookTask):
 
 
 def stage1_groups(
-    model: LavitStage1, weight_decay: float, selector_lr_scale: float = 1.0
+    model: LavitStage1, weight_decay: float, selector_lr_scale: float
 ) -> list[ParameterGroup]:
     """AdamW's parameter groups; those of the token selector are the last ones.
 

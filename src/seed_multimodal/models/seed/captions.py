@@ -53,7 +53,7 @@ class BlipCaption:
         return caption_text(caption, prompt=self.prompt, max_words=self.max_words)
 
 
-def question_text(question: str, max_words: int = 50) -> str:
+def question_text(question: str, max_words: int) -> str:
     """Lower case, punctuation and trailing blanks removed, as in LAVIS's `blip_question`."""
     text = _PUNCTUATION.sub("", question.lower()).rstrip(" ")
     return _first_words(text, max_words)

@@ -193,7 +193,7 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     return find_file(file or original, VISION_FILES, download_advice("tokenizer"))
 
 
-def load_vision(encoder: VisionEncoder, source: str | Path, log: Log = print) -> LoadReport:
+def load_vision(encoder: VisionEncoder, source: str | Path, log: Log) -> LoadReport:
     """Fill a vision encoder from any source of its `read_weights`.
 
     Raises:
@@ -215,7 +215,7 @@ def load_vision(encoder: VisionEncoder, source: str | Path, log: Log = print) ->
 # ---- BLIP-2
 
 
-def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadReport:
+def load_blip2(model: nn.Module, source: str | Path, log: Log) -> LoadReport:
     """Initialize a `Stage1Model` from `blip2_pretrained.pth`, except for the vision encoder.
 
     The file has the Q-Former with its text path, `ln_vision`, the projections and the temperature.

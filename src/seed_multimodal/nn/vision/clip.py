@@ -104,7 +104,7 @@ def load_clip_vision(
     return model
 
 
-def load_clip_text(source: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_clip_text(source: str | Path, device: str | torch.device) -> PreTrainedModel:
     """The frozen text encoder of a CLIP folder or hub id; see `load_clip_vision`."""
     from transformers import CLIPTextModelWithProjection
 

@@ -107,7 +107,7 @@ class TokenizerSettings:
         return project_path(self.pretrained_model_name_or_path)
 
 
-def read_tokenizer(config: ConfigNode, label: str = "tokenizer") -> TokenizerSettings:
+def read_tokenizer(config: ConfigNode, label: str) -> TokenizerSettings:
     """Settings from a mapping, ours or the original's. Raises ConfigError: no folder is set."""
     fields = TokenizerSettings.__dataclass_fields__
     values = {key: value for key, value in config.items() if key in fields and value}
@@ -154,7 +154,7 @@ def project_path(path: str | Path) -> Path:
     return next((candidate for candidate in candidates if candidate.exists()), path)
 
 
-def template_of(model: LlmModelSettings, tokenizer: Path | None = None) -> str:
+def template_of(model: LlmModelSettings, tokenizer: Path | None) -> str:
     """The prompt template of a model: configured, else as at inference that of a hub tokenizer, or
     by the model's width."""
     if model.template:

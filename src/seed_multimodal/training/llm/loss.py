@@ -197,7 +197,7 @@ def _learned_states(
     labels: Tensor,
     position_ids: Tensor | None,
     attention_mask: Tensor | None,
-    embeds: Tensor | None = None,
+    embeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states with a target `[T, width]`, and targets `[T]`."""
     shape = input_ids.shape

@@ -232,7 +232,7 @@ def _enable_checkpointing(llama: LlamaForCausalLM) -> None:
     enable({"use_reentrant": False})
 
 
-def attention_kind(name: str, device: torch.device, packed: bool = True, half: bool = True) -> str:
+def attention_kind(name: str, device: torch.device, packed: bool, half: bool = True) -> str:
     """transformers' name of an attention implementation, for packed or padded rows.
 
     Padded rows need only a causal mask (fast in SDPA) and have many lengths, for each of which flex
