@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import yaml
+
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
@@ -144,6 +146,17 @@ class FamilySpec:
     exports: Mapping[str, TokenizerExport] = field(default_factory=dict)
     starts: Path | None = None
     cards: PageCards | None = None
+
+    @classmethod
+    def read(cls, config: Any, folder: Path) -> FamilySpec:
+        """The family of a folder with `family.yaml` (the other fields), `starts.yaml` and
+        `cards.yaml`."""
+        file = folder / "family.yaml"
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values["config"] = config
+        values["starts"] = folder / "starts.yaml"
+        values["cards"] = PageCards.read(folder / "cards.yaml")
+        return read_settings(cls, values, str(file))
 
     @property
     def name(self) -> str:

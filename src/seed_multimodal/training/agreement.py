@@ -121,9 +121,9 @@ def _paths(text: str) -> list[Path]:
 
 
 def _code_checksum() -> str:
-    """Of this package's source files."""
+    """Of this package's source files and tables."""
     root = Path(seed_multimodal.__file__).parent
     checksum = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
         checksum.update(file.read_bytes())
     return checksum.hexdigest()[:12]

@@ -11,12 +11,7 @@ from typing import Any, Literal, Self
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TaskPrompts
-from seed_multimodal.models.registry import (
-    FamilySpec,
-    PageCards,
-    TokenizerExport,
-    Training,
-)
+from seed_multimodal.models.registry import FamilySpec
 from seed_multimodal.pipelines.config import SystemConfig, part, read_sizes
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS, catalogue
 
@@ -124,41 +119,4 @@ class LavitConfig(SystemConfig):
         return super().parts_to_save()
 
 
-SPEC = FamilySpec(
-    title="LaVIT",
-    config=LavitConfig,
-    system="seed_multimodal.models.lavit.pipeline:Lavit",
-    images="seed_multimodal.models.lavit.pipeline:load_images",
-    decoders={
-        "lavit.caption": "seed_multimodal.models.lavit.data:Caption",
-        "lavit.question": "seed_multimodal.models.lavit.data:Question",
-        "lavit.compose": "seed_multimodal.models.lavit.data:Compose",
-    },
-    trainings={
-        "train_lavit": Training(
-            "train_lavit", "seed_multimodal.models.lavit.train_llm:PretrainTask"
-        ),
-        "train_lavit_detokenizer": Training(
-            "lavit_detokenizer/train", "seed_multimodal.models.lavit.train_pixels:LavitPixelTask"
-        ),
-    },
-    # Of its published evaluation.
-    evaluation={
-        "text2image": {
-            "top_k": 300,
-            "top_p": 1.0,
-            "guidance": 1.5,
-            "guidance_scale": 1.5,
-            "num_inference_steps": 50,
-        }
-    },
-    evaluators={"vqa": "seed_multimodal.models.lavit.evaluate:LavitQuestions"},
-    exports={
-        "lavit": TokenizerExport(
-            "seed_multimodal.models.lavit.export:export_command",
-            "of LaVIT's stage 1, with --vision, --config, --out, --force",
-        )
-    },
-    starts=Path(__file__).with_name("starts.yaml"),
-    cards=PageCards.read(Path(__file__).with_name("cards.yaml")),
-)
+SPEC = FamilySpec.read(LavitConfig, Path(__file__).parent)

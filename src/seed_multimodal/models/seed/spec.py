@@ -10,12 +10,7 @@ from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.prompts import template_for
-from seed_multimodal.models.registry import (
-    FamilySpec,
-    PageCards,
-    TokenizerExport,
-    Training,
-)
+from seed_multimodal.models.registry import FamilySpec
 from seed_multimodal.pipelines.config import CodeSystemConfig, part, read_sizes
 from seed_multimodal.settings import check_keys, setting
 from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, catalogue
@@ -142,42 +137,4 @@ def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
     return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
 
 
-SPEC = FamilySpec(
-    title="SEED-LLaMA",
-    config=SeedLlamaConfig,
-    system="seed_multimodal.models.seed.pipeline:SeedLlama",
-    images="seed_multimodal.models.seed.pipeline:load_images",
-    trainings={
-        "train": Training("train", "seed_multimodal.training.llm.task:LlmTask"),
-        "train_seed_decoder": Training(
-            "seed_decoder/train", "seed_multimodal.models.seed.train_detokenizer:SeedDecoderTask"
-        ),
-        "train_autoencoder": Training(
-            "autoencoder/train",
-            "seed_multimodal.training.pixel_decoder.autoencoder:AutoencoderTask",
-        ),
-        "train_rl": Training("rl/train", "seed_multimodal.rl.task:RlTask"),
-    },
-    # Of the original scripts ("vqa" is ours: the script has one question, see `PROBE`).
-    evaluation={
-        "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},
-        "caption": {"do_sample": False, "num_beams": 5, "max_new_tokens": 120},
-        "text2image": {
-            "do_sample": False,
-            "num_beams": 4,
-            "max_new_tokens": 120,
-            "guidance_scale": 5.0,
-        },
-    },
-    evaluators={
-        "text2image": "seed_multimodal.models.seed.evaluate:SeedDrawings",
-        "tokenizer": "seed_multimodal.models.seed.evaluate_tokenizer:OpenedSeed2",
-    },
-    exports={
-        "stage2": TokenizerExport(
-            "seed_multimodal.models.seed.export:export_command", "checkpoint of stage 2"
-        )
-    },
-    starts=Path(__file__).with_name("starts.yaml"),
-    cards=PageCards.read(Path(__file__).with_name("cards.yaml")),
-)
+SPEC = FamilySpec.read(SeedLlamaConfig, Path(__file__).parent)

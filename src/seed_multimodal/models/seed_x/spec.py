@@ -9,7 +9,7 @@ from typing import Self
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
-from seed_multimodal.models.registry import FamilySpec, PageCards, Training
+from seed_multimodal.models.registry import FamilySpec
 from seed_multimodal.pipelines.config import SystemConfig, part
 
 
@@ -73,26 +73,4 @@ class SeedXConfig(SystemConfig):
             file.unlink()
 
 
-SPEC = FamilySpec(
-    title="SEED-X",
-    config=SeedXConfig,
-    system="seed_multimodal.models.seed_x.pipeline:SeedX",
-    images="seed_multimodal.models.seed_x.pipeline:load_images",
-    decoders={
-        "seed_x.conversation": "seed_multimodal.models.seed_x.data:Conversation",
-        "seed_x.caption": "seed_multimodal.models.seed_x.data:Caption",
-        "seed_x.edit": "seed_multimodal.models.seed_x.data:Edit",
-        "seed_x.chat": "seed_multimodal.models.seed_x.data:Chat",
-    },
-    trainings={
-        "train_seed_x_sft": Training(
-            "train_seed_x_sft", "seed_multimodal.models.seed_x.train_agent:TuningTask"
-        ),
-        "train_seed_x_detokenizer": Training(
-            "seed_x_detokenizer/train",
-            "seed_multimodal.models.seed_x.train_detokenizer:DetokenizerTask",
-        ),
-    },
-    starts=Path(__file__).with_name("starts.yaml"),
-    cards=PageCards.read(Path(__file__).with_name("cards.yaml")),
-)
+SPEC = FamilySpec.read(SeedXConfig, Path(__file__).parent)
