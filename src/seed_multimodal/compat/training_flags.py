@@ -76,7 +76,7 @@ def translate(arguments: Sequence[str]) -> CommandLine:
     if "num_train_epochs" in flags and "max_steps" not in flags:
         raise ConfigError("--num_train_epochs: not supported; use --max_steps.")
     if "eval_steps" in flags:
-        default_interval = CHOICES["eval_strategy"]["steps"]
+        default_interval = str(CHOICES["eval_strategy"]["steps"])
         translated = [text for text in translated if not text.endswith(default_interval)]
     return CommandLine(translated, ignored, any(flag not in _NEW_FLAGS for flag in flags))
 

@@ -158,7 +158,7 @@ def _coco_id(image: Json) -> Json:
 # ---- questions and captions
 
 
-def read_questions(path: str | Path, annotations: str | Path | None) -> list[Sample]:
+def read_questions(path: str | Path, annotations: str | Path | None = None) -> list[Sample]:
     """The questions of a file, with answers from `annotations` or the file itself (or none).
 
     Raises:

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
 )
 
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.evaluation.clip import Clip
@@ -36,19 +37,9 @@ from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
 
 Box = Sequence[float]  # left, top, right, bottom in pixels
+_TABLES = read_table(__file__)
 # COCO's names of objects that GenEval calls otherwise.
-COCO_NAMES = {
-    "mouse": "computer mouse",
-    "remote": "tv remote",
-    "keyboard": "computer keyboard",
-    # Mask2Former's, RT-DETR's and D-FINE's names.
-    "aeroplane": "airplane",
-    "diningtable": "dining table",
-    "motorbike": "motorcycle",
-    "pottedplant": "potted plant",
-    "sofa": "couch",
-    "tvmonitor": "tv",
-}
+COCO_NAMES: dict[str, str] = _TABLES["coco_names"]
 LOWEST_SCORE = 0.05  # of what a detector returns
 # Task of transformers' pipelines → the types of its models, and its outputs without scores.
 TASKS = {
@@ -57,19 +48,8 @@ TASKS = {
     "image-segmentation": MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
 }
 # Of GenEval: what the colour classifier distinguishes, and how it writes them.
-COLOURS = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "black",
-    "white",
-)
-COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+COLOURS: list[str] = _TABLES["colours"]
+COLOUR_TEXTS: list[str] = _TABLES["colour_texts"]
 BACKGROUND = "#999"  # around an object whose mask is known
 
 

@@ -20,9 +20,9 @@ NEXT_IMAGE_RESPONSE = "Here is an image."
 
 DRAW_REQUESTS, DRAW_RESPONSES = zip(*_TABLES["draw"], strict=True)
 FIRST_DRAW_QUESTION = _TABLES["first_draw_question"]
-EDIT_RESPONSES = _TABLES["edit_responses"]
+EDIT_RESPONSES: list[str] = _TABLES["edit_responses"]
 N_EDIT_RESPONSES = _TABLES["n_edit_responses"]
 STORY_REQUESTS, STORY_RESPONSES = zip(*_TABLES["story"], strict=True)
 SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = zip(*_TABLES["seed_x_draw"], strict=True)
 SEEDX_DRAW_RECORDED = _TABLES["seed_x_draw_recorded"]
-SEEDX_EDIT_RESPONSES = _TABLES["seed_x_edit_responses"]
+SEEDX_EDIT_RESPONSES: list[str] = _TABLES["seed_x_edit_responses"]

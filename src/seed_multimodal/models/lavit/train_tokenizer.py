@@ -27,7 +27,6 @@ class LavitTokenizerTask(CodebookTask):
         batches: micro-step → this process's batch on the model's device, deterministic: normalized
             pixels `[B, 3, S, S]`, or features `[B, N, D]` of the frozen vision encoder.
         health: None: `CodebookHealth()`.
-        selector_lr_scale: see `stage1_groups`.
     """
 
     model: LavitStage1
@@ -39,11 +38,9 @@ class LavitTokenizerTask(CodebookTask):
         settings: StageSettings,
         batches: Callable[[int], Tensor],
         health: CodebookHealth | None = None,
-        *,
-        selector_lr_scale: float = 1.0,
     ) -> None:
         self.batches = batches
-        groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
+        groups = stage1_groups(model, settings.weight_decay, selector_lr_scale=1.0)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
         super().__init__(name, model, settings, health or CodebookHealth(), optimizer=optimizer)
 

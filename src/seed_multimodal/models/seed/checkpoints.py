@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from seed_multimodal.config import read_table
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, saved_config
@@ -38,41 +39,8 @@ BLIP2_ADVICE = (
     f"{BLIP2_FILES[-1]} and give its path, for example pretrained/{BLIP2_FILES[-1]}"
 )
 
-QUERY_LAYERS = "Qformer.bert.encoder.layer"
-# Tensors that a tokenizer's files may hold and that are ignored.
-OPTIONAL_TENSORS = (
-    # Stage 1: projections, heads and target encoders.
-    "text_proj.*",
-    "vision_proj.*",
-    "itm_head.*",
-    "temp",
-    "text_encoder.*",
-    "clip_model.*",
-    "embedding_head.*",
-    # A moving-average codebook.
-    "quantize.ema_*",
-    # The Q-Former's text path.
-    "Qformer.cls.*",
-    "Qformer.bert.embeddings.word_embeddings.*",
-    "Qformer.bert.embeddings.position_embeddings.*",
-    f"{QUERY_LAYERS}.*.intermediate.*",
-    f"{QUERY_LAYERS}.*.output.*",
-    # The decoder of the other tokenizer.
-    "distill_image_proj.*",
-    "image_down.*",
-    "blocks_image.*",
-    "pos_embed_image",
-    "Reverse_Qformer.*",
-    "reverse_tokens",
-    "Reverse_Qformer_text.*",
-    "reverse_tokens_text",
-    "distill_text_proj.*",
-    "blocks_text.*",
-    "pos_embed_text",
-    # Stage 2's reconstruction of the Q-Former's output.
-    "pos_embed",
-    "blocks.*",
-)
+# Patterns of tensors that a tokenizer's files may hold and that are ignored.
+OPTIONAL_TENSORS: list[str] = read_table(__file__)
 
 
 @dataclass(frozen=True)
