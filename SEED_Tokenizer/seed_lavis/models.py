@@ -32,6 +32,7 @@ from seed_lavis.options import (
 from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.export import Stage1Sizes
 from seed_multimodal.models.lavit.losses import LavitLossWeights, LavitStage1
@@ -58,7 +59,7 @@ from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.hub import HubVision
 from seed_multimodal.settings import leaves, read_settings
-from seed_multimodal.state_dicts import assign_strictly, fingerprint, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 from seed_multimodal.training.engine import autocast
 from seed_multimodal.training.task import frozen_names
 from seed_multimodal.weights.catalogue import download_advice
@@ -498,7 +499,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def load_initial(self) -> None:
         """As the base's; the configuration gets the vision encoder's fingerprint for the export."""
         super().load_initial()
-        self.config = replace(self.config, tower=tuple(fingerprint(self.visual_encoder)))
+        self.config = replace(self.config, tower=fingerprint(self.visual_encoder))
 
     @property
     def visual_encoder(self) -> Any:

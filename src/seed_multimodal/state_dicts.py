@@ -7,13 +7,11 @@ unknown tensors raise an error in our own files and are ignored with a warning i
 from __future__ import annotations
 
 import errno
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -267,26 +265,6 @@ def warn_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Pat
             SeedWarning,
             stacklevel=3,
         )
-
-
-def fingerprint(model: nn.Module, *, frozen: bool = False) -> list[float]:
-    """Four values of each parameter, for `same_fingerprint`; `frozen`: of frozen parameters
-    only."""
-    samples = []
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.numel() or (frozen and parameter.requires_grad):
-            continue
-        # The first and last value, and two between them.
-        flat = parameter.detach().flatten()
-        last = len(flat) - 1
-        samples.append(torch.stack([flat[index * last // 3].float() for index in range(4)]))
-    return torch.cat(samples).tolist() if samples else []
-
-
-def same_fingerprint(before: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether two fingerprints are of the same model, up to rounding to 16 bits."""
-    is_close = partial(math.isclose, rel_tol=0.005, abs_tol=1e-7)
-    return len(before) == len(now) and all(map(is_close, before, now))
 
 
 def require_tensor(state: Mapping[str, Tensor], name: str, source: str | Path, what: str) -> None:

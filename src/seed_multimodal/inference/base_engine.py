@@ -391,6 +391,11 @@ class BaseEngine(ABC):
                 request.end("cancelled")
         return requests
 
+    @abstractmethod
+    def forget(self) -> None:
+        """Compute all later prompts anew, after a change of the weights that is not noticed, such
+        as other layers between an image's features and its embeddings."""
+
     def likelihoods(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[Likelihood]]:

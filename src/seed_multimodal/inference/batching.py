@@ -271,16 +271,24 @@ class ResultCache(Generic[Result]):
 
     def __init__(self, max_entries: int) -> None:
         self.max_entries = max_entries
+        self._state: object = None
         self._results: OrderedDict[bytes, Result] = OrderedDict()  # oldest use first
 
     def of(
-        self, pixels: Sequence[Tensor], compute: Callable[[list[Tensor]], Sequence[Result]]
+        self,
+        pixels: Sequence[Tensor],
+        compute: Callable[[list[Tensor]], Sequence[Result]],
+        state: object,
     ) -> list[Result]:
         """The result for each row of pixels.
 
         compute: called once, with the rows that are not cached.
+        state: what `compute` depends on; results of another state are dropped.
         """
         # 1. Compute what is new; equal rows count once.
+        if state != self._state:
+            self._state = state
+            self._results.clear()
         digests: list[bytes] = []
         for row in pixels:
             content = row.contiguous().cpu().numpy()

@@ -84,8 +84,6 @@ class Engine(InboxThread[Request], BaseEngine):
         self.reading: list[Row] = []
 
     def forget(self) -> None:
-        """Compute all later prompts anew, after a change of the weights that `Backend.weights` does
-        not show, such as other layers between an image's features and its embeddings."""
         self._n_forgotten += 1
 
     @property
@@ -256,12 +254,15 @@ class Engine(InboxThread[Request], BaseEngine):
 
     def _admit(self) -> None:
         """Give rows to waiting requests, in the order of their arrival."""
-        if self._waiting:
-            self._weights = (self._n_forgotten, self.backend.weights())
+        weights: object = None
         while self._waiting:
             request = self._waiting[0]
             if request.n_rows > self.n_rows - self.n_decoding - len(self.reading):
                 return
+            if weights is None:
+                weights = (self._n_forgotten, self.backend.weights())
+                if weights != self._weights:  # else rows keep the same object: compared quickly
+                    self._weights = weights
             if request.settings.num_beams > 1:
                 self._answer_with_beams()
                 continue

@@ -212,6 +212,12 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         return save_system(self.config, folder, force=force)
 
+    def forget(self) -> None:
+        """Read all images and prompts anew, after a change of the weights that is not noticed (see
+        `weights_state`). Raises as the engine's `forget`."""
+        self.images.forget()
+        self.engine.forget()
+
     @property
     def dtype_name(self) -> str:
         """The precision of the language model, for reports."""

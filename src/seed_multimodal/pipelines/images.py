@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
 from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
+from seed_multimodal.fingerprints import weights_state
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, code_row, is_image, open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.inference.batching import DynamicBatcher, ThreadState
@@ -155,6 +156,7 @@ class ImageCodec(ThreadState):
         self.drawing_device = placement.drawing.device
         self.min_side = min_side
         self._decoder: Detokenizer | None = None
+        self._n_forgotten = 0
         self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
         self._draw_batcher = DynamicBatcher(self.draw_batch)
         super().__init__()
@@ -181,6 +183,14 @@ class ImageCodec(ThreadState):
                 if self.compiled:
                     compile_blocks(self._decoder.denoiser)
             return self._decoder
+
+    def encoder_state(self) -> object:
+        """A value that changes with what encoded images depend on."""
+        return self._n_forgotten, self.familiarity, weights_state(self.model)
+
+    def forget(self) -> None:
+        """Encode all images anew."""
+        self._n_forgotten += 1
 
     def measured(
         self, values: Sequence[Any], pixels: Tensor, embed: Callable[[], Tensor]

@@ -28,6 +28,7 @@ from seed_multimodal.data.stream.sampler import EpochOrder
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import read_items
+from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.language.answer import ImagePart
@@ -35,7 +36,6 @@ from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.rl.config import RlRunSettings, RlTrainerSettings
 from seed_multimodal.rl.rewards import Records, open_reward
-from seed_multimodal.state_dicts import fingerprint
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.lora import add_lora
@@ -135,7 +135,7 @@ class RlTask(LanguageModelTask):
             f"{self.run.data.group_size} drawings of each; "
         )
 
-    def frozen_models(self) -> Mapping[str, Sequence[float]]:
+    def frozen_models(self) -> Mapping[str, str]:
         decoder = self.system.images.decoder
         return {"start": self.start, "de-tokenizer": fingerprint(decoder.denoiser)}
 

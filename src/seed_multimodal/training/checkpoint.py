@@ -29,12 +29,11 @@ from torch.utils import _pytree as pytree
 
 from seed_multimodal.disk import JsonObject, disk_reason, flush
 from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.fingerprints import fingerprint, same_fingerprint
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.state_dicts import (
     copy_weights,
-    fingerprint,
     load_state_dict,
-    same_fingerprint,
     save_state_dict,
     save_torch,
 )
@@ -353,14 +352,12 @@ def check_all_saved(task: Task) -> None:
                 )
 
 
-def frozen_state(task: Task) -> dict[str, Sequence[float]]:
+def frozen_state(task: Task) -> dict[str, str]:
     """Name → fingerprint of all that the training reads and does not change."""
     return {BASE: fingerprint(task.module, frozen=True), **task.frozen_models()}
 
 
-def load_task(
-    folder: Path, saved: JsonObject, task: Task, frozen: Mapping[str, Sequence[float]]
-) -> None:
+def load_task(folder: Path, saved: JsonObject, task: Task, frozen: Mapping[str, str]) -> None:
     """Load a checkpoint's weights into a task's module before the engine wraps it.
 
     frozen: this run's `frozen_state`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import copy_to
-from seed_multimodal.state_dicts import fingerprint
+from seed_multimodal.fingerprints import fingerprint
 
 
 class FrozenFeatures:

@@ -170,8 +170,8 @@ class Task:
         """Values whose change is logged when a run resumes."""
         return {"processes": world}
 
-    def frozen_models(self) -> Mapping[str, Sequence[float]]:
-        """Name -> `weights.fingerprint` of frozen models outside of `module`."""
+    def frozen_models(self) -> Mapping[str, str]:
+        """Name -> `fingerprint` of frozen models outside of `module`."""
         return {}
 
     def state_dict(self) -> JsonObject:

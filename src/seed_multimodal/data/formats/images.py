@@ -180,9 +180,14 @@ class ImageFolder:
         self.path = Path(file.path)
 
     @cached_property
+    def files(self) -> list[str]:
+        """All files, sorted by name."""
+        return list_files(self.path)
+
+    @cached_property
     def images(self) -> list[str]:
         """All images, sorted by name."""
-        return [path for path in list_files(self.path) if path.lower().endswith(IMAGE_SUFFIXES)]
+        return [path for path in self.files if path.lower().endswith(IMAGE_SUFFIXES)]
 
     @property
     def sizes(self) -> Sequence[int]:

@@ -10,6 +10,7 @@ Other packages register formats by entry points of the group `seed_multimodal.fo
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import multiprocessing
 import random
@@ -37,7 +38,7 @@ from seed_multimodal.data.formats.record import (
     find_part,
     unusable_value,
 )
-from seed_multimodal.data.formats.storage import DataFile, is_remote
+from seed_multimodal.data.formats.storage import BLOCK_BYTES, DataFile, is_remote, stat
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.entry import end_with_parent, log_line, rank_and_world_size
 from seed_multimodal.errors import DataError
@@ -57,6 +58,7 @@ _OPENERS: dict[str, Callable[..., RecordFile]] = {
     FOLDER: ImageFolder,
 }
 REMOTE_THREADS = 16  # that read indexes of remote files
+CHECKED_BLOCKS = 128  # of all files, for a checksum: 8 MiB
 
 
 def open_file(path: str | Path, format: str, **access: Any) -> RecordFile:
@@ -133,6 +135,33 @@ class FileRecords:
         """Number of records of each shard that has any, int64 [shards]."""
         sizes = np.array([*chain.from_iterable(self._sizes)], np.int64)
         return sizes[sizes > 0]
+
+    def checksum(self) -> str:
+        """A checksum of the files' sizes and of blocks that are evenly spread over all of them."""
+        # 1. Of many files a share. What registered formats read is not known.
+        paths: list[str] = []
+        for file in self.record_files:
+            if isinstance(file, ImageFolder):
+                paths += file.files
+            elif hasattr(file, "file"):
+                paths.append(str(file.path))
+        paths = paths[:: 1 + len(paths) // CHECKED_BLOCKS]
+
+        # 2. The blocks, of remote files several at once.
+        def read(path: str) -> bytes:
+            size, _ = stat(path)
+            step = max(size * len(paths) // CHECKED_BLOCKS, BLOCK_BYTES)
+            file = DataFile(path, cache=False)
+            blocks = [
+                file.read(start, min(BLOCK_BYTES, size - start)) for start in range(0, size, step)
+            ]
+            return b"".join([str(size).encode(), *blocks])
+
+        digest = hashlib.blake2b(digest_size=8)
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+            for content in pool.map(read, paths):
+                digest.update(content)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]

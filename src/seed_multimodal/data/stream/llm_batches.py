@@ -141,6 +141,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.sources = open_sources(settings, tokenizer)
         for source in self.sources:
             source.check_usable(settings.max_bad_in_a_row)
+        self.checksums = {source.name: source.records.checksum() for source in self.sources}
         self.pad_id = tokenizer.pad_token_id
         self.order = Order(
             settings.sampling_weights(),
@@ -307,6 +308,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             "rank": self.rank,
             "world": self.world,
             "data": self._fingerprint(),
+            "checksums": self.checksums,
             "waiting": [[piece.source, piece.position, piece.index] for piece in self.waiting],
             "positions": self.positions,
             "sources": [progress.state() for progress in self.progress],
@@ -343,7 +345,11 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             raise ConfigError(
                 f"The data state has {len(states)} ranks, but {states[0]['world']} were saved."
             )
-        changes = changed_settings(states[0]["data"], self._fingerprint())
+        checksums = states[0].get("checksums", self.checksums)  # earlier versions saved none
+        changes = changed_settings(
+            {**states[0]["data"], "checksum of source": checksums},
+            {**self._fingerprint(), "checksum of source": self.checksums},
+        )
         if changes:
             raise ConfigError(
                 f"The data cannot be resumed; changed settings: {'; '.join(changes)}."

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from seed_multimodal.device import on_device
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.fingerprints import weights_state
 from seed_multimodal.inference.backends.base import (
     GIB,
     CacheSize,
@@ -98,7 +99,7 @@ class TorchBackend:
         self.context = _context(llm.config)
         self.device = device or llm.device
         self._offload_device = device
-        self._n_loads = 0  # of an off-loaded model
+        self._n_loads = 0  # of an off-loaded model, whose cache is then empty
         self._embed_features = embed_features
 
         # The cache: `cache_bytes` hold rows of all layers' keys and values.
@@ -179,20 +180,7 @@ class TorchBackend:
                     self.cache.release()
 
     def weights(self) -> object:
-        # 1. Counters of changes in place, which `.data` and fused optimizers do not count, and one
-        #    number of each tensor, which they do change. Quantized weights do not change.
-        parameters = [each for each in self.llm.parameters() if type(each) is nn.Parameter]
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in parameters]
-        numbers = [tensor[(0,) * tensor.ndim] for tensor in parameters]
-
-        # 2. Adapters of PEFT that are switched on, and their scales.
-        adapters: list[object] = []
-        for module in self.llm.modules():
-            if isinstance(getattr(module, "disable_adapters", None), bool):
-                active = tuple(module.active_adapters)
-                scales = dict(getattr(module, "scaling", {}))  # of LoRA
-                adapters.append((module.disable_adapters, active, scales))
-        return self._n_loads, versions, torch.stack(numbers).tolist(), adapters
+        return self._n_loads, weights_state(self.llm)
 
     def prepare(self, prompt: Prompt) -> Tensor:
         return embed_prompt(prompt, self.llm.get_input_embeddings(), self._embed_features)

@@ -11,6 +11,7 @@ import torch
 
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.fingerprints import fingerprint, same_fingerprint
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
@@ -18,9 +19,7 @@ from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import (
     assign_strictly,
-    fingerprint,
     load_state_dict,
-    same_fingerprint,
 )
 
 MODEL_TYPE = "lavit_stage1"
@@ -36,7 +35,7 @@ class Stage1Sizes:
 
     tokenizer: LavitTokenizerConfig
     decoder: LavitDecoderConfig
-    tower: tuple[float, ...] = ()
+    tower: str | tuple[float, ...] = ""  # numbers: of an earlier version
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -25,6 +25,7 @@ from seed_multimodal.data.stream.config import with_option
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
 from seed_multimodal.models.lavit.losses import UnifiedLoss
@@ -36,7 +37,6 @@ from seed_multimodal.pipelines.config import write_checkpoint_system
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import (
     assign_strictly,
-    fingerprint,
     load_state_dict,
     save_state_dict,
 )
@@ -227,7 +227,7 @@ class PretrainTask(LlmTask):
 
     # ---- checkpoints
 
-    def frozen_models(self) -> dict[str, list[float]]:
+    def frozen_models(self) -> dict[str, str]:
         """Stage 1's tokenizer."""
         return {"visual tokenizer": fingerprint(self.visual)}
 

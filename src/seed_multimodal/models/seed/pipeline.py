@@ -87,7 +87,8 @@ class SeedImageCodec(CodeCodec):
 
     def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Encoded]:
         """Pixels [3, S, S] of each image → its codes, with a cache by content."""
-        return self._cache.of(rows, partial(super().encode_batch, key))
+        encode = partial(super().encode_batch, key)
+        return self._cache.of(rows, encode, self.encoder_state())
 
     def embed(self, codes: Sequence[Tensor]) -> Tensor:
         return self.model.decode(torch.stack([*codes]).to(self.device))

@@ -129,6 +129,7 @@ class SeedXImageCodec(ImageCodec):
         self.views = AnyResolution(size, tuple(grids))
         self.edit_views = AnyResolution(size, tuple(edit_grids))
         self._cache: ResultCache[Encoded] = ResultCache(CACHED_IMAGES)
+        self._null_state: object = None  # of the unconditional embeddings, if computed
 
     def read(self, images: Sequence[ImageSource], editing: bool = False) -> list[Encoded]:
         """Each image in its views; `ImageError` names one that cannot be read."""
@@ -144,7 +145,8 @@ class SeedXImageCodec(ImageCodec):
     @torch.inference_mode()
     def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[Encoded]:
         """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
-        return self._cache.of(rows, self._encode_new)
+        state = (self.encoder_state(), self.model.preprocessing)
+        return self._cache.of(rows, self._encode_new, state)
 
     def _encode_new(self, rows: list[Tensor]) -> list[Encoded]:
         dtype = next(self.model.parameters()).dtype
@@ -229,9 +231,12 @@ class SeedXImageCodec(ImageCodec):
     def check_drawing(self, **settings: object) -> None:
         check_value(Ratio, settings.get("ratio", "restore"), "ratio")
         super().check_drawing(**settings)
-        if self.decoder.null_embeds is None:  # unconditional embeddings for guidance
+        # Unconditional embeddings for guidance, unless the decoder came with them.
+        state = self.encoder_state()
+        if self.decoder.null_embeds is None or self._null_state not in (None, state):
             with self.encoding():
                 self.decoder.set_null_embeds(self.model, self.views.image_size)
+            self._null_state = state
 
     def draw(
         self,

@@ -276,7 +276,7 @@ class TuningTask(LlmTask):
 
     # ---- checkpoints
 
-    def frozen_models(self) -> dict[str, list[float]]:
+    def frozen_models(self) -> dict[str, str]:
         """The vision encoder."""
         return {"vision encoder": self.encoder.fingerprint}
 

@@ -33,7 +33,7 @@ from seed_multimodal.diffusion.base import (
 )
 from seed_multimodal.diffusion.objectives import Objective, is_flow
 from seed_multimodal.disk import replace_text
-from seed_multimodal.state_dicts import fingerprint
+from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.training.pixel_decoder.encoders import EncodedImages, condition_images
 from seed_multimodal.training.pixel_decoder.task import (
     PixelTask,

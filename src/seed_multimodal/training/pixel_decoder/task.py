@@ -132,7 +132,7 @@ class Reconstruction:
     def __init__(self, task: PixelTask) -> None:
         self.task = task
         self.fixed_settings = task.fixed_settings
-        self.frozen_models: dict[str, list[float]] = {}  # fingerprints
+        self.frozen_models: dict[str, str] = {}  # fingerprints
 
     def scheduler(self) -> SchedulerMixin:
         """The scheduler that determines the objective."""
@@ -452,7 +452,7 @@ class PixelTask(RunTask):
 
     # ---- checkpoints
 
-    def frozen_models(self) -> dict[str, list[float]]:
+    def frozen_models(self) -> dict[str, str]:
         """Conditioning model and VAE."""
         return {
             self.frozen_name: self.encoders.conditions.fingerprint,
