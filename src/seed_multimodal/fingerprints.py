@@ -99,8 +99,7 @@ def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
             # By position, so that rounding errors do not add up, and exchanged rows differ.
             padded = F.pad(block, (0, -len(block) % PERIOD)).view(-1, PERIOD)
             folded = padded.sum(0, dtype=torch.float32) / math.sqrt(len(block))
-            sums = (folded[:, None] * signs).sum(0)
-            rows.append(torch.cat([folded.norm()[None], sums]).half())
+            rows.append(torch.cat([folded.norm()[None], folded @ signs]).half())
     return b"".join(row.cpu().numpy().tobytes() for row in rows).hex()
 
 

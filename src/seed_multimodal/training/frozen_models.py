@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ class FrozenFeatures:
         self.device = device
         self.compute = compute
         self.batch_size = batch_size
-        self.fingerprint = fingerprint(model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `fingerprints`."""
+        return fingerprint(self.model)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

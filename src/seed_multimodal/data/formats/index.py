@@ -36,6 +36,7 @@ class IndexedFile:
     def __init__(self, file: DataFile) -> None:
         self.file = file
         self.path = file.path
+        self.files = [file.path]
 
     def scan(self) -> Arrays:
         """Build the index from the file's content. Raises DataError, or an error of reading."""

@@ -73,6 +73,7 @@ class JsonList:
 
     def __init__(self, file: DataFile) -> None:
         self.path = file.path
+        self.files = [file.path]
 
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray]:

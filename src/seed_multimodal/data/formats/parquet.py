@@ -35,6 +35,7 @@ class ParquetFile:
     def __init__(self, file: DataFile) -> None:
         self.file = file
         self.path = file.path
+        self.files = [file.path]
 
     @cached_property
     def _ends(self) -> list[int]:

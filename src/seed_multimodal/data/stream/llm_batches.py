@@ -141,7 +141,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.sources = open_sources(settings, tokenizer)
         for source in self.sources:
             source.check_usable(settings.max_bad_in_a_row)
-        self.checksums = {source.name: source.records.checksum() for source in self.sources}
+        self.checksums = {source.name: source.records.checksum for source in self.sources}
         self.pad_id = tokenizer.pad_token_id
         self.order = Order(
             settings.sampling_weights(),
@@ -345,11 +345,9 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             raise ConfigError(
                 f"The data state has {len(states)} ranks, but {states[0]['world']} were saved."
             )
-        checksums = states[0].get("checksums", self.checksums)  # earlier versions saved none
-        changes = changed_settings(
-            {**states[0]["data"], "checksum of source": checksums},
-            {**self._fingerprint(), "checksum of source": self.checksums},
-        )
+        # Earlier versions saved no checksums.
+        saved = {"checksums": states[0].get("checksums", self.checksums), **states[0]["data"]}
+        changes = changed_settings(saved, {"checksums": self.checksums, **self._fingerprint()})
         if changes:
             raise ConfigError(
                 f"The data cannot be resumed; changed settings: {'; '.join(changes)}."

@@ -5,6 +5,7 @@ No sample lost or doubled with another number of processes.
 
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -166,7 +167,7 @@ def test_restore_with_workers(read_settings, tokenizer, packing, workers, stop, 
         assert all(map(same, expected[stop:], second))
 
 
-def test_restore_with_other_data(mixed, tokenizer):
+def test_restore_with_other_data(mixed, tokenizer, tmp_path):
     # Else records would be skipped or read twice without a word.
     config = mixed()
     ranks = [
@@ -186,6 +187,16 @@ def test_restore_with_other_data(mixed, tokenizer):
     # Weights may change during a run.
     config["sources"][0]["weight"] = 9
     LlmBatches(read_data_settings(config), tokenizer).restore(states)
+
+    # The same records elsewhere, and others in their place.
+    texts = config["sources"][2]
+    folder = shutil.copytree(texts["files"], tmp_path / "texts")
+    texts["files"] = str(folder)
+    LlmBatches(read_data_settings(config), tokenizer).restore(states)
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes().replace(b"number", b"letter"))
+    with pytest.raises(ConfigError, match="checksums.texts"):
+        LlmBatches(read_data_settings(config), tokenizer).restore(states)
 
 
 @pytest.mark.parametrize("packing", [True, False])
