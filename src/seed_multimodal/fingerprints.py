@@ -9,7 +9,6 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
@@ -53,17 +52,17 @@ def weights_state(module: nn.Module) -> object:
     # 2. Counters and numbers of the tensors; those of a group are joined quickly.
     groups: dict[object, list[Tensor]] = {}
     for tensor in tensors:
-        if type(tensor) not in (nn.Parameter, Tensor):  # quantized, or None
+        if tensor is None or type(tensor) not in (nn.Parameter, Tensor):  # of quantized weights
             state.append(id(tensor))
             continue
         state.append(tensor.data_ptr())
         state.append(0 if tensor.is_inference() else tensor._version)
         step = _step(tensor.shape)
         if step > 1 and tensor.is_contiguous():
-            sample = tensor.as_strided((math.ceil(tensor.numel() / step),), (step,))
-        else:
-            sample = tensor.flatten()
-        groups.setdefault((tensor.device, tensor.dtype, step > 1), []).append(sample)
+            tensor = tensor.as_strided((math.ceil(tensor.numel() / step),), (step,))
+        elif tensor.ndim != 1:
+            tensor = tensor.flatten()
+        groups.setdefault((tensor.device, tensor.dtype, step > 1), []).append(tensor)
     joined = [torch.cat(samples).view(torch.uint8) for samples in groups.values()]
     return state, [numbers.cpu().numpy().tobytes() for numbers in joined]
 
@@ -97,8 +96,10 @@ def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
         signs = signs.to(tensor.device)
         for block in tensor.detach().flatten().split(BLOCK):
             # By position, so that rounding errors do not add up, and exchanged rows differ.
-            padded = F.pad(block, (0, -len(block) % PERIOD)).view(-1, PERIOD)
-            folded = padded.sum(0, dtype=torch.float32) / math.sqrt(len(block))
+            folded = torch.zeros(PERIOD, device=block.device)
+            for part in block.split(PERIOD):
+                folded[: len(part)].add_(part)
+            folded /= math.sqrt(len(block))
             rows.append(torch.cat([folded.norm()[None], folded @ signs]).half())
     return b"".join(row.cpu().numpy().tobytes() for row in rows).hex()
 

@@ -391,8 +391,7 @@ class BaseEngine(ABC):
                 request.end("cancelled")
         return requests
 
-    @abstractmethod
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027 (an engine without a cache)
         """Compute all later prompts anew, after a change of the weights that is not noticed, such
         as other layers between an image's features and its embeddings."""
 
