@@ -243,27 +243,22 @@ def test_reply_ends_where_it_is_cancelled(session, updates, clear):
     assert len(session.turns) == n_turns + 2
 
 
-def test_on_choose_names_a_file_that_is_no_image(session, file, tmp_path):
-    # At once, not when the message is sent.
-    (tmp_path / "fake.png").write_bytes(b"no picture")
-    message = {"text": "x", "files": [file, str(tmp_path / "fake.png")]}
-    with pytest.warns(UserWarning, match=r"fake\.png"):
-        assert session.on_choose(message) == {"text": "x", "files": [file]}
-
-
-def test_uploads_are_removed_with_the_conversation_and_the_oldest_before(
-    session, tmp_path, monkeypatch
-):
-    # What visitors have shown does not stay on the disk.
+def test_uploads_are_checked_and_removed_with_the_conversation(session, tmp_path, monkeypatch):
+    # What visitors have shown does not stay on the disk; of many uploads the oldest go before.
     monkeypatch.setattr(chat_session, "MAX_UPLOADS", 2)
-    files = [str(tmp_path / f"{seed}.png") for seed in range(4)]
+    files = [tmp_path / f"{seed}.png" for seed in range(4)]
     for seed, path in enumerate(files):
         noise(seed).save(path)
-    send(session, "What is it?", files[0])
-    session.on_choose({"text": "", "files": files[1:]})
-    assert [Path(path).exists() for path in files] == [False, False, True, True]
-    (sent,) = session.turns[0].pictures
-    assert Path(sent.path).exists() and len([*tmp_path.rglob("*.png")]) == 5
+    send(session, "What is it?", str(files[0]))
+    # A file that is no image is named at once, not when the message is sent.
+    chosen = [str(path) for path in files[1:]]
+    fake = tmp_path / "fake.jpg"
+    fake.write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"fake\.jpg"):
+        message = session.on_choose({"text": "x", "files": [*chosen, str(fake)]})
+    assert message == {"text": "x", "files": chosen}
+    assert [path.exists() for path in files] == [False, False, True, True]
+    assert session.turns[0].pictures and len([*tmp_path.rglob("*.png")]) == 5
     session.reset()
     assert [*tmp_path.rglob("*.png")] == session.turns == []
 
