@@ -249,6 +249,37 @@ def test_nothing_unpickles_or_is_tied_to_one_device():
                 assert "weights_only=True" in ast.unparse(node), position
 
 
+# Functions of torch whose result depends on its default device, and those of whole numbers, whose
+# dtype is not a default.
+NEW_TENSORS = set("tensor zeros ones empty full linspace eye rand randn".split())
+NEW_INTEGERS = set("as_tensor arange randint randperm".split())
+
+
+def test_new_tensors_name_dtype_and_device():
+    # Else `torch.set_default_dtype` or `set_default_device` of a user's program breaks the library.
+    # Training has a program of its own; initial values of a network are replaced by loaded ones.
+    wrong = []
+    folders = "inference pipelines diffusion models nn images language serving".split()
+    for source in [file for folder in folders for file in (PACKAGE / folder).rglob("*.py")]:
+        if re.search("train|losses|objectives|augment", source.name):
+            continue
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        initial: set[ast.AST] = set()
+        for call in calls:
+            if ast.unparse(call.func) in ("nn.Parameter", "self.register_buffer"):
+                initial |= set(ast.walk(call))
+        for call in calls:
+            library, _, name = ast.unparse(call.func).rpartition(".")
+            if library != "torch" or name not in NEW_TENSORS | NEW_INTEGERS or call in initial:
+                continue
+            named = {keyword.arg for keyword in call.keywords}  # None: of `**options`
+            needed = {"device"} if name in NEW_INTEGERS else {"device", "dtype"}
+            if None not in named and not needed <= named:
+                wrong.append(f"{source.name}:{call.lineno}: {ast.unparse(call)}")
+    assert not wrong
+
+
 # ---- layout
 
 

@@ -43,8 +43,14 @@ if importlib.util.find_spec("torch") is None:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # If bitsandbytes and torchao are installed, transformers and diffusers import them, with warnings
-# about missing kernels.
-for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+# about missing kernels. The safety checker's own warning says less than ours.
+for _library in (
+    "bitsandbytes",
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao",
+    "diffusers.pipelines.stable_diffusion.safety_checker",
+):
     logging.getLogger(_library).setLevel(logging.ERROR)
 
 registration.install()

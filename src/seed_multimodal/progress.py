@@ -4,17 +4,36 @@ libraries."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
 from seed_multimodal.entry import log_line
 
+# Held while models are loaded and libraries are imported on first use: transformers and diffusers
+# import their modules lazily, which fails in several threads. A process forks between two loads.
+LOADING = threading.RLock()
+os.register_at_fork(
+    before=LOADING.acquire, after_in_parent=LOADING.release, after_in_child=LOADING.release
+)
+
+
+class _Output(threading.local):
+    """Of each thread."""
+
+    quiet = False
+
+
+_output = _Output()
 _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}<{remaining}, {rate_fmt}{postfix}"
 
 
@@ -90,20 +109,38 @@ class Progress(tqdm):
             tqdm.write(text, file=sys.stderr)
 
 
+@functools.cache
+def import_library(name: str) -> Any:
+    """A module of another library, imported on first use; see `LOADING`."""
+    with LOADING:
+        return importlib.import_module(name)
+
+
 @contextlib.contextmanager
 def quiet_loading(*libraries: str) -> Iterator[None]:
-    """Context in which `libraries` (transformers, diffusers) show no progress bars and log
-    nothing."""
-    with contextlib.ExitStack() as restore:
+    """Context that holds `LOADING`, in which `libraries` (transformers, diffusers) show no progress
+    bars of this thread and log nothing of it."""
+    with LOADING:
         for library in libraries:
-            library_logging = importlib.import_module(f"{library}.utils.logging")
-            # At the end both are as they were.
-            restore.callback(library_logging.set_verbosity, library_logging.get_verbosity())
-            if library_logging.is_progress_bar_enabled():
-                restore.callback(library_logging.enable_progress_bar)
-            library_logging.disable_progress_bar()
-            library_logging.set_verbosity(logging.CRITICAL)
-        yield
+            _quieten(library)
+        before = _output.quiet
+        _output.quiet = True
+        try:
+            yield
+        finally:
+            _output.quiet = before
+
+
+@functools.cache
+def _quieten(library: str) -> None:
+    """From now on a library's output passes unless it is of a quiet thread."""
+    library_logging = import_library(f"{library}.utils.logging")
+    for handler in logging.getLogger(library).handlers:
+        handler.addFilter(lambda record: not _output.quiet)
+    if library == "transformers":
+        library_logging.set_tqdm_hook(
+            lambda bar, arguments, options: bar(*arguments, **{"disable": _output.quiet, **options})
+        )
 
 
 def quiet_libraries(debug: bool = False) -> None:

@@ -208,7 +208,7 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
 
         # 3. Offset of each of the g² squares from each anchor; ±1 are the edges of the thing's map.
         g = self.grid
-        steps = (torch.arange(g, device=maps.device) + 0.5) / g
+        steps = (torch.arange(g, dtype=torch.float32, device=maps.device) + 0.5) / g
         squares = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(1, g * g, 1, 2)
         reach = 0.5 * REACH * side[:, None]  # [B, 1, K, 1]
         offset = (squares - centre[:, None]) / reach  # [B, g², K, 2]

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import threading
 import warnings
 from pathlib import Path
 
@@ -24,21 +25,31 @@ def test_is_hub_name(tmp_path, monkeypatch):
     assert [name for name in [*names, *paths] if find.is_hub_name(name)] == names
 
 
-def test_quiet_loading_restores_the_verbosity():
+def test_quiet_loading_is_of_its_thread(capfd):
+    # Messages and progress bars of a user's own loading are shown.
     from transformers.utils import logging
 
+    def load(text):
+        logging.get_logger("transformers.any").error(text)
+        for _ in logging.tqdm(range(2), desc=text):
+            pass
+
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
     try:
-        logging.set_verbosity_info()
-        logging.enable_progress_bar()
         with quiet_loading("transformers"):
-            assert logging.get_verbosity() == logging.CRITICAL
-            assert not logging.is_progress_bar_enabled()
-        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+            load("ours")
+            other = threading.Thread(target=load, args=("theirs",))
+            other.start()
+            other.join()
+            assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
     finally:
         logging.set_verbosity(before[0])
         if not before[1]:
             logging.disable_progress_bar()
+    shown = capfd.readouterr().err
+    assert "ours" not in shown and "theirs: 100%" in shown
 
 
 # Error → what its line names. safetensors has the number of an error only in its text.

@@ -8,7 +8,6 @@ between steps.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -57,12 +56,16 @@ from seed_multimodal.errors import (
     ConfigError,
     GenerationError,
     SeedWarning,
-    first_line,
 )
-from seed_multimodal.nn.pretrained import PretrainedNetwork, load_library_model
-from seed_multimodal.progress import quiet_loading
+from seed_multimodal.nn.pretrained import (
+    PretrainedNetwork,
+    load_diffusers_network,
+    load_library_model,
+    reading_files,
+)
+from seed_multimodal.progress import import_library
 from seed_multimodal.settings import check_value, read_settings, setting
-from seed_multimodal.state_dicts import missing_weights
+from seed_multimodal.state_dicts import load_checkpoint, missing_weights
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
@@ -76,6 +79,7 @@ DEFAULTS = "seed_decode.json"  # default settings of a diffusion folder
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 STABLE_DIFFUSION = "diffusers.pipelines.stable_diffusion"
 SCHEDULER_FILES = ("scheduler_config.json",)
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors",)
 TRANSFORMERS_WEIGHTS = ("model.safetensors",)
 
 
@@ -84,7 +88,7 @@ class Part(NamedTuple):
 
     classes: tuple[str, ...] = ()  # that its `config.json` may name; schedulers: any
     module: str = "diffusers"  # of these classes
-    files: tuple[str, ...] = ("diffusion_pytorch_model.safetensors",)  # one of them must exist
+    files: tuple[str, ...] = DIFFUSERS_WEIGHTS  # one of them must exist
     optional: str = ""  # the sub-folder without which it is left out
 
 
@@ -277,7 +281,8 @@ class Detokenizer(Generic[Settings]):
         length: None: the tokenizer's own.
         """
         if self.text_encoder is None:
-            return torch.zeros(1, length or 1, context_dim(self.denoiser), device=self.device)
+            shape = (1, length or 1, context_dim(self.denoiser))
+            return torch.zeros(shape, dtype=torch.float32, device=self.device)
         return empty_prompt(self.text_encoder, self.tokenizer, self.device, length)
 
     # ---- settings
@@ -338,7 +343,7 @@ class Detokenizer(Generic[Settings]):
         if negative_embeds is not None:
             negative_embeds = negative_embeds.expand(n_images, *negative_embeds.shape[1:])
         if seeds is None:
-            seeds = torch.randint(2**62, (n_images,)).tolist()
+            seeds = torch.randint(2**62, (n_images,), device="cpu").tolist()
 
         # 2. The images.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -440,7 +445,7 @@ class Detokenizer(Generic[Settings]):
 
         # The safety checker reads its own preprocessed pixels, and gives one flag an image.
         assert self.feature_extractor is not None
-        with torch.autocast(self.device.type, enabled=False), quiet_loading("diffusers"):
+        with torch.autocast(self.device.type, enabled=False):
             inputs = self.feature_extractor(images, return_tensors="pt").pixel_values
             inputs = inputs.to(self.device, checker.dtype)
             flags = checker(clip_input=inputs, images=np.zeros((len(images), 1)))[1]
@@ -577,7 +582,7 @@ class Detokenizer(Generic[Settings]):
         if name.endswith("scheduler"):
             file = part_folder / "scheduler_config.json"
             config = read_json_object(file, CheckpointError, cls.download_hint)
-            return scheduler_class(config, file).from_config(config)
+            return new_scheduler(scheduler_class(config, file), config)
 
         # 2. A folder is required: diffusers would treat its name as one of the hub.
         if not part_folder.is_dir():
@@ -589,37 +594,30 @@ class Detokenizer(Generic[Settings]):
         values = read_json_object(config_file, CheckpointError) if config_file.is_file() else {}
         stored_name = values.get("_class_name", part.classes[0])
         class_name = check_class(stored_name, part.classes, config_file)
-        part_class = getattr(importlib.import_module(part.module), class_name)
+        part_class = getattr(import_library(part.module), class_name)
         if issubclass(part_class, PretrainedNetwork):
             return part_class.from_pretrained(part_folder, dtype=dtype)
         label = f"{cls.label} folder"
+        if part.files == DIFFUSERS_WEIGHTS:
+            state = load_checkpoint(part_folder)
+            return load_diffusers_network(part_class, values, state, part_folder, dtype)
         if issubclass(part_class, nn.Module):
-            network, _ = load_library_model(
-                part_class, part_folder, label, cls.download_hint, torch_dtype=dtype
-            )
-            if name == "denoiser":
-                network.register_to_config(_name_or_path="")  # do not save local paths
-            return network
-        try:
+            return load_library_model(
+                part_class, part_folder, label, cls.download_hint, dtype=dtype
+            )[0]
+        with reading_files(part_folder, label, cls.download_hint):
             return part_class.from_pretrained(part_folder, local_files_only=True)
-        except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
-            raise CheckpointError(
-                f"{part_folder}: not a complete {label} ({first_line(error)}); {cls.download_hint}."
-            ) from error
 
 
 def scheduler_class(config: JsonObject, label: str | Path) -> Any:
     """The class in a scheduler's configuration. Raises CheckpointError."""
-    import diffusers
-
+    diffusers = import_library("diffusers")
     names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
     return getattr(diffusers, check_class(config.get("_class_name"), names, label))
 
 
 def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMixin:
     """DPM-Solver++ 2M with the noise schedule of another scheduler, and further settings."""
-    from diffusers import DPMSolverMultistepScheduler
-
     # "leading" time steps would begin too late for few steps.
     changes = {"timestep_spacing": "trailing", **settings}
     if is_flow(scheduler):
@@ -628,7 +626,16 @@ def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMi
             "use_flow_sigmas": True,
             "flow_shift": flow_shift(scheduler),
         }
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, **changes)
+    library = import_library("diffusers.schedulers.scheduling_dpmsolver_multistep")
+    return new_scheduler(library.DPMSolverMultistepScheduler, scheduler.config, **changes)
+
+
+def new_scheduler(
+    scheduler_class: Any, config: Mapping[str, Any], **changes: object
+) -> SchedulerMixin:
+    """A scheduler by its configuration, on the CPU."""
+    with torch.device("cpu"):
+        return scheduler_class.from_config(config, **changes)
 
 
 def empty_prompt(
@@ -647,7 +654,8 @@ def empty_prompt(
     attention_mask = None
     if tokenizer is None:
         n_ends = (length or config.max_position_embeddings) - 1
-        input_ids = torch.tensor([[config.bos_token_id, *[config.eos_token_id] * n_ends]])
+        ids = [config.bos_token_id, *[config.eos_token_id] * n_ends]
+        input_ids = torch.tensor([ids], dtype=torch.long, device=device)
     else:
         encoded = tokenizer(
             "",

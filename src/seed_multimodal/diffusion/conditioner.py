@@ -86,8 +86,8 @@ def seeded_noise(
     generators: Generators, shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> Tensor:
     """Noise `[B, *shape]` on the CPU, each image's by its own generator."""
-    rows = [torch.randn(*shape, generator=generator, dtype=dtype) for generator in generators]
-    return torch.stack(rows)
+    options = {"dtype": dtype or torch.float32, "device": "cpu"}
+    return torch.stack([torch.randn(*shape, generator=row, **options) for row in generators])
 
 
 def pooled_tokens(features: Tensor, count: int) -> Tensor:

@@ -58,15 +58,13 @@ def predict(
 
     step: the scheduler's time step, one for all or one each.
     """
-    from diffusers import UNet2DConditionModel
-
     # SDXL's U-Net converts `added_cond_kwargs` itself: sizes stay exact.
     converted = conditions.copy()
     for name in ("encoder_hidden_states", "class_labels", "pooled_projections"):
         if name in conditions:
             converted[name] = conditions[name].to(denoiser.dtype)
     latents = latents.to(denoiser.dtype)
-    if isinstance(denoiser, UNet2DConditionModel):
+    if denoiser_kind(denoiser).folder == "unet":
         return denoiser(latents, step, **converted).sample
 
     # A transformer. SANA has a scale; a variance, if it has learned one, is left out.
@@ -102,7 +100,7 @@ def size_ids(
 
     2023, 2.2): original size, crop (top, left), target size.
     """
-    ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
+    ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32, device="cpu")
     return ids.expand(count, -1)
 
 

@@ -77,7 +77,7 @@ def _channels(values: Channels, device: torch.device) -> Tensor:
     """[3, 1, 1]; cached, because a copy to a GPU synchronizes."""
     # An ordinary tensor, so that later calls with gradients can use it.
     with torch.inference_mode(False):
-        return torch.tensor(values).view(3, 1, 1).to(device)
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def resize_passes(

@@ -133,7 +133,7 @@ def patch_positions(grid: Grid) -> Tensor:
         for column in range(columns):
             centres.append(((column + 0.5) / columns, (row + 0.5) / rows))
     centres.append((0.5, 0.5))
-    return torch.tensor(centres)
+    return torch.tensor(centres, dtype=torch.float32, device="cpu")
 
 
 def drawing_size(source: tuple[int, int], side: int, unit: int = UNIT) -> tuple[int, int]:

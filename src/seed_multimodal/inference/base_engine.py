@@ -31,7 +31,7 @@ from seed_multimodal.inference.sampling import (
 from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
-NO_SCORES = torch.zeros(0)
+NO_SCORES = torch.zeros(0, dtype=torch.float32, device="cpu")
 # What the engine hands to the caller: a token with its events, an error, or None (the end).
 StreamItem = tuple[int, list[Event]] | BaseException | None
 

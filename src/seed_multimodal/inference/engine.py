@@ -389,7 +389,7 @@ class Engine(InboxThread[Request], BaseEngine):
         # 2. The choice.
         if request.forced_ids is not None:
             next_id = request.forced_ids[len(request.ids)]
-            token = torch.tensor([next_id], device=scores.device)
+            token = ids.new_tensor([next_id])
         elif request.generator is not None:
             probabilities = scores.softmax(dim=-1)
             token = torch.multinomial(probabilities, 1, generator=request.generator)[0]

@@ -148,7 +148,7 @@ def _tensor_names(config: PreTrainedConfig, tied: tuple[str, ...]) -> dict[str, 
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].name]
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     return {
@@ -219,7 +219,7 @@ def _frequency_factors(config: PreTrainedConfig) -> Tensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
-    exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
+    exponents = torch.arange(len(scaled), dtype=torch.float32, device="cpu") / len(scaled)
     plain = config.rope_parameters["rope_theta"] ** -exponents
     return plain / scaled
 

@@ -18,7 +18,9 @@ from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.progress import import_library
 
+LOGITS_PROCESSORS = "transformers.generation.logits_process"
 DAMAGED = (
     "The language model's scores are not numbers: its weights may be damaged, or the dtype too "
     "narrow (try --dtype float32)."
@@ -113,30 +115,30 @@ def build_processors(
     settings: GenerationSettings, end_ids: Sequence[int], device: torch.device
 ) -> list[LogitsProcessor]:
     """The logits processors that come after the image constraints, without sampling."""
-    from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
-
+    library = import_library(LOGITS_PROCESSORS)
     processors: list[LogitsProcessor] = []
     if settings.min_new_tokens:
         ends = list(end_ids)
         processors.append(
-            MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, ends, device=device)
+            library.MinNewTokensLengthLogitsProcessor(
+                0, settings.min_new_tokens, ends, device=device
+            )
         )
     if settings.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        processors.append(library.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     return processors
 
 
 def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
     """Processors that narrow a distribution before sampling, in transformers' order."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
+    library = import_library(LOGITS_PROCESSORS)
     warpers: list[LogitsProcessor] = []
     if settings.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+        warpers.append(library.TemperatureLogitsWarper(float(settings.temperature)))
     if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
+        warpers.append(library.TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(float(settings.top_p)))
+        warpers.append(library.TopPLogitsWarper(float(settings.top_p)))
     return warpers
 
 
@@ -181,7 +183,7 @@ class StopTexts:
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """Whether each row of generated ids `[B, n]` is complete."""
         is_done = [self.ends(ids) for ids in input_ids.tolist()]
-        return torch.tensor(is_done, device=input_ids.device)
+        return input_ids.new_tensor(is_done, dtype=torch.bool)
 
     def ends(self, ids: Sequence[int]) -> bool:
         """Whether an answer of the tokens `ids` is complete."""

@@ -22,6 +22,8 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, TextTokenizer
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
+from seed_multimodal.nn.pretrained import reading_files
+from seed_multimodal.progress import LOADING
 from seed_multimodal.weights.find import find_path
 
 IMAGE_TOKENS = "image_tokens.json"
@@ -52,18 +54,14 @@ class HubTokenizer(TextTokenizer):
         n_locations: int = 0,
     ) -> None:
         """Raises CheckpointError: the files cannot be read, or name no end of an answer."""
-        from transformers import PreTrainedTokenizerFast
-
         # 1. Two tokenizers: of prompts, whose names of special tokens are these tokens, and of
         #    texts, in which they are text.
         self._folder = folder
-        try:
+        with LOADING, reading_files(folder, "tokenizer", "download its files again"):
+            from transformers import PreTrainedTokenizerFast
+
             self._hub = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            self._plain = copy.deepcopy(self._hub.backend_tokenizer)
-        except Exception as error:  # noqa: BLE001 (damaged files raise many error types)
-            raise CheckpointError(
-                f"{folder}: the tokenizer cannot be read ({first_line(error)})."
-            ) from error
+        self._plain = copy.deepcopy(self._hub.backend_tokenizer)
         self._plain.encode_special_tokens = True
         self._sizes = (n_codes, tokens_per_image)
         self._n_locations = n_locations

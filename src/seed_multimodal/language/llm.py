@@ -140,7 +140,6 @@ def load_llm(
         config=config,
         dtype=dtype,
         generation_config=generation_config,
-        ignore_mismatched_sizes=True,
         device_map=device_map,
         **quantized,
     )

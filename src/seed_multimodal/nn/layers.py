@@ -126,8 +126,7 @@ class AttentionPool(nn.Module):
     def __init__(self, length: int, width: int, heads: int, output: int) -> None:
         super().__init__()
         self.heads = heads
-        positions = torch.randn(length + 1, width) / width**0.5
-        self.positional_embedding = nn.Parameter(positions)
+        self.positional_embedding = nn.Parameter(torch.randn(length + 1, width) / width**0.5)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

@@ -5,17 +5,22 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import pickle
 import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
@@ -33,6 +38,17 @@ from seed_multimodal.state_dicts import (
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CODEBOOK_STATE = "quantize.ema_"  # moving averages
+
+# Of missing and damaged files.
+FILE_ERRORS = (
+    OSError,
+    EOFError,
+    UnicodeDecodeError,
+    json.JSONDecodeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+_thread = threading.local()
 
 Config = TypeVar("Config", bound=DataclassInstance)
 
@@ -150,32 +166,51 @@ def saved_config(config_class: type[Config], model_type: str, folder: Path) -> C
     return read_settings(config_class, values, str(file))
 
 
+@contextmanager
+def reading_files(source: str | Path, label: str, advice: str) -> Iterator[None]:
+    """Context in which a library reads a folder or hub id.
+
+    Raises CheckpointError: a file is missing or damaged. Other errors of the library are raised as
+    they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        # The reader of tokenizers raises nothing else than `Exception` itself.
+        if isinstance(error, FILE_ERRORS) or type(error) is Exception:
+            raise CheckpointError(
+                f"{source}: not a complete {label} ({first_line(error)}); {advice}."
+            ) from error
+        # Some damage ends in errors of any type.
+        for file in Path(source).glob("*.json"):
+            read_json_object(file)
+        for file in Path(source).glob("*.bin"):
+            load_state_dict(file, mapped=True)
+        raise
+
+
 def load_library_model(
     model_class: Any, source: str | Path, label: str, advice: str, **options: Any
 ) -> tuple[Any, list[str]]:
-    """A network of transformers or diffusers in eval mode, and names of tensors it does not read.
+    """A network of transformers in eval mode, and names of tensors it does not read.
 
+    model_class: of the network, or an `Auto…` class, with the `config` of `options`.
     source: a folder or hub id.
-    label, advice: for messages. options: of the library's `from_pretrained`.
+    label, advice: for messages. options: of `from_pretrained`.
 
     Raises CheckpointError: damaged, or a tensor is missing or of another size.
     """
-    try:
-        library = model_class.__module__.partition(".")[0]
-        with quiet_loading(library), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            network, info = model_class.from_pretrained(
+    with quiet_loading("transformers"), torch.device("cpu"):
+        isolated = isolated_class(model_class, options.get("config"))
+        with reading_files(source, label, advice):
+            network, info = isolated.from_pretrained(
                 source,
                 local_files_only=Path(source).is_dir(),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **options,
             )
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
-        raise CheckpointError(
-            f"{source}: not a complete {label} ({first_line(error)}); {advice}."
-        ) from error
+    network.__class__ = isolated.__base__
 
     # The libraries fill such tensors with random values.
     misshapen = sorted(
@@ -188,19 +223,104 @@ def load_library_model(
     return network.eval(), sorted(info["unexpected_keys"])
 
 
+def load_diffusers_network(
+    network_class: Any,
+    config: Mapping[str, Any],
+    state: dict[str, Tensor],
+    source: str | Path,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A network of diffusers in eval mode, by its configuration and tensors.
+
+    Its own `from_pretrained` replaces functions of torch meanwhile, for all threads.
+
+    Raises CheckpointError: a tensor is missing or of another size.
+    """
+    with quiet_loading("diffusers"):
+        network = without_memory(lambda: network_class.from_config(config)).to(dtype)
+    network._fix_state_dict_keys_on_load(state)  # old names
+    assign_strictly(network, state, source, allow_unexpected=["*"])
+    return network.eval()
+
+
+def isolated_class(model_class: Any, config: Any) -> Any:
+    """A subclass of a class of transformers that loads its networks without changing the process.
+
+    transformers sets torch's default dtype meanwhile and replaces functions of torch and of its own
+    classes, for all threads.
+
+    model_class: may be an `Auto…` class, which chooses by `config`.
+    """
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class
+
+    if issubclass(model_class, _BaseAutoModelClass):
+        model_class = _get_model_class(config, model_class._model_mapping)
+
+    class Isolated(model_class):  # type: ignore[misc]
+        @classmethod
+        def get_init_context(cls, dtype: torch.dtype, *options: object) -> list[Any]:
+            return [torch.device("meta"), InitialValues(dtype)]
+
+        def tie_weights(self, missing_keys: Any = None, **options: Any) -> None:
+            if missing_keys is not None:  # not before the weights are loaded
+                super().tie_weights(missing_keys, **options)
+
+        def initialize_weights(self) -> None:
+            with torch.no_grad():
+                inspect.unwrap(super().initialize_weights.__func__)(self)
+
+    Isolated.__name__ = model_class.__name__  # of which tables of renamed tensors know
+    Isolated.__module__ = model_class.__module__
+    return Isolated
+
+
+class InitialValues(TorchFunctionMode):
+    """Context in which this thread builds a network whose values are then loaded.
+
+    New floats have `dtype` and are not random: torch's default and generator are those of all
+    threads.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        # 1. No random values.
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return args[0].zero_()
+        if function in (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_):
+            return options["tensor"]
+        if function in (torch.rand, torch.randn):
+            function = torch.zeros
+
+        # 2. The dtype, unless the call or its arguments name one.
+        result = function(*args, **options)
+        is_default = function in _device_constructors() and options.get("dtype") is None
+        if is_default and result.dtype == torch.get_default_dtype() != self.dtype:
+            result = function(*args, **{**options, "dtype": self.dtype})
+        return result
+
+
 def without_memory(build: Callable[[], Network]) -> Network:
     """A network whose parameters have no memory yet; its buffers have their start values."""
-    thread = threading.get_ident()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        # Tied parameters and networks of other threads stay as they are.
-        if parameter.is_meta or threading.get_ident() != thread:
-            return None
-        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-    hook = register_module_parameter_registration_hook(to_meta)
+    _thread.without_memory = True
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), InitialValues():
             return build()
     finally:
-        hook.remove()
+        _thread.without_memory = False
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    # Tied parameters and networks of other threads stay as they are.
+    if parameter.is_meta or not getattr(_thread, "without_memory", False):
+        return None
+    return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+
+# For good: a hook that is removed breaks the loop of a thread that registers a parameter meanwhile.
+register_module_parameter_registration_hook(_to_meta)

@@ -183,7 +183,7 @@ class VectorQuantizer(nn.Module):
         for _ in range(iterations):
             indices = self.nearest(points).flatten()
             count = torch.bincount(indices, minlength=self.size)  # [K]
-            total = torch.zeros(self.size, self.dim, device=points.device)
+            total = points.new_zeros(self.size, self.dim)
             total.index_add_(0, indices, points.flatten(0, 1))
             means = total / count.clamp_min(1)[:, None]
             is_empty = count == 0

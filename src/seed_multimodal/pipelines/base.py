@@ -63,6 +63,7 @@ from seed_multimodal.pipelines.images import (
     seed_per_image,
 )
 from seed_multimodal.pipelines.read_back import NOTE, add_descriptions, edited_image
+from seed_multimodal.progress import LOADING
 from seed_multimodal.settings import check_value
 
 # One result, or a list of them for a list of requests. Types cannot tell which.
@@ -198,7 +199,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled, offload_device)
         load_llm = engine == TORCH
         placement = Placement(llm, images, drawing, quantization, offloaded, load_llm, load_decoder)
-        system: Self = system_class(family_class.load(config, placement), options, log)
+        with LOADING:
+            system: Self = system_class(family_class.load(config, placement), options, log)
         if compiled:
             system.images.compile()
         return system

@@ -26,7 +26,7 @@ from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
-from seed_multimodal.progress import quiet_loading
+from seed_multimodal.progress import LOADING, quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
 
 Log = Callable[[str], None] | None
@@ -80,7 +80,8 @@ def open_images(
     offloaded = OFFLOADABLE if offload else ()
     placement = Placement(runtime, runtime, runtime, offload=offloaded)
     load_images = find_family(config.system).images_loader()
-    return load_images(config, placement)
+    with LOADING:
+        return load_images(config, placement)
 
 
 class Encoded(NamedTuple):
@@ -396,7 +397,7 @@ class CodeCodec(ImageCodec):
             if not 0 <= min(row) <= max(row) < self.codebook_size:
                 last = self.codebook_size - 1
                 raise CodesError(f"Image {index} holds a code outside 0 to {last}.")
-            rows.append(torch.tensor(row, dtype=torch.int64))
+            rows.append(torch.tensor(row, dtype=torch.int64, device="cpu"))
         return rows
 
     def draw(

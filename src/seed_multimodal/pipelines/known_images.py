@@ -65,7 +65,7 @@ class ImageFamiliarity:
         """
         # 1. What the conditioner expects, and the pixels.
         expected = self.conditioner.expected_latents(embeds.cpu().float())
-        weights = torch.tensor(self.settings.preview)  # [3, C + 1]
+        weights = expected.new_tensor(self.settings.preview)  # [3, C + 1]
         preview = torch.einsum("bchw,kc->bkhw", expected, weights[:, :-1])
         preview = preview + weights[:, -1, None, None]
         preview = F.interpolate(preview, (SIDE, SIDE), mode="bilinear")
@@ -86,7 +86,7 @@ class ImageFamiliarity:
         # 4. The background.
         if self.settings.corners:
             framed = pixels if whole is None else whole.cpu().float()
-            usual = torch.tensor(self.settings.corners)  # [K, 3]
+            usual = framed.new_tensor(self.settings.corners)  # [K, 3]
             distances += torch.cdist(framed[CORNERS].mT, usual).amin(2).mean(1)
         return [*map(float, distances)]
 
@@ -94,7 +94,7 @@ class ImageFamiliarity:
 def _details(images: Tensor, blur: float) -> Tensor:
     """Square images [B, 3, S, S] without the blur, in stronger colours."""
     side = images.shape[-1]
-    steps = torch.arange(side) / side
+    steps = torch.arange(side, dtype=images.dtype, device=images.device) / side
     weights = torch.exp(-((steps[:, None] - steps) ** 2) / (2 * blur**2))
     weights = weights / weights.sum(1, keepdim=True)
     details = images - weights @ images @ weights.T

@@ -153,7 +153,8 @@ class LlamaCppBackend:
                 inputs.append((token, start + offset, sequence, index if offset == last else -1))
 
         # 2. They are computed in batches.
-        scores = torch.zeros(len(tokens), self.vocab_size)
+        shape = (len(tokens), self.vocab_size)
+        scores = torch.zeros(shape, dtype=torch.float32, device="cpu")
         for start in range(0, len(inputs), BATCH):
             self._run_batch(inputs[start : start + BATCH], scores)
         return NextTokens(scores, None)

@@ -24,7 +24,7 @@ from seed_multimodal.inference.backends.base import (
     default_budget,
     plan_cache,
 )
-from seed_multimodal.inference.base_engine import Request
+from seed_multimodal.inference.base_engine import NO_SCORES, Request
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.inference.sampling import LogitsProcessor, StopTexts
 from seed_multimodal.language.llm import FULL, SLIDING, check_sizes, head_dim, output_scores
@@ -66,7 +66,7 @@ def embed_prompt(
         for image in prompt.images:
             positions += image.positions
         features = embed_features([image.features for image in prompt.images])
-        embeddings[torch.tensor(positions, device=device)] = features.to(embeddings)
+        embeddings[positions] = features.to(embeddings)
     return embeddings
 
 
@@ -160,7 +160,7 @@ class TorchBackend:
             embeddings = self.prepare(prompt)
             self.prefill([PromptChunk(0, embeddings, 0, length)])
             scores = self.prefill([PromptChunk(0, embeddings, length, len(prompt))]).scores
-            ids = torch.tensor([prompt.ids], device=embeddings.device)
+            ids = torch.tensor([prompt.ids], dtype=torch.long, device=embeddings.device)
             expected = self.llm(ids, use_cache=False).logits
         return scores[0], expected[0, -1].float()
 
@@ -201,8 +201,11 @@ class TorchBackend:
             last.append(len(rows) - 1)
         pieces = [chunk.prompt_input[chunk.start : chunk.stop] for chunk in chunks]
         embeddings = torch.cat(pieces)[None]  # [1, n, D]
-        table = torch.tensor([rows, positions], device=embeddings.device)[:, None]  # [2, 1, n]
-        seen = torch.tensor([seen_rows, seen_positions], device=embeddings.device)[:, None]
+        device = embeddings.device
+        table = torch.tensor([rows, positions], dtype=torch.long, device=device)[
+            :, None
+        ]  # [2, 1, n]
+        seen = torch.tensor([seen_rows, seen_positions], dtype=torch.long, device=device)[:, None]
 
         # 2. The model.
         self.cache.span = (seen[0], seen[1])
@@ -226,11 +229,11 @@ class TorchBackend:
         #    sees.
         embed = self.llm.get_input_embeddings()
         device = embed.weight.device
-        ids = torch.tensor([*tokens, *([0] * n_padding)], device=device)
+        ids = torch.tensor([*tokens, *([0] * n_padding)], dtype=torch.long, device=device)
         padding = [self.cache_size.length - 1] * n_padding
         arguments = (
             embed(ids[:, None]),
-            torch.tensor([*positions, *padding], device=device)[:, None],
+            torch.tensor([*positions, *padding], dtype=torch.long, device=device)[:, None],
             torch.arange(span, device=device),
         )
         if self.compiled:  # one graph for any number of rows and positions
@@ -273,7 +276,7 @@ class TorchBackend:
         settings = first.settings
 
         def is_cancelled(ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-            return torch.full((len(ids),), all_ended(), device=ids.device)
+            return ids.new_full((len(ids),), all_ended(), dtype=torch.bool)
 
         criteria: list[Callable[..., Tensor]] = [is_cancelled]
         if settings.stop:
@@ -284,9 +287,9 @@ class TorchBackend:
 
         # 2. The search, of prompts padded at the left. Sampled beams have a seed of their own.
         prompts = [self.prepare(request.prompts[0]) for request in requests]
-        masks = [torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]
+        masks = [prompt.new_ones(len(prompt), dtype=torch.long) for prompt in prompts]
         embeddings = pad_sequence(prompts, batch_first=True, padding_side="left")  # [B, n, D]
-        mask = pad_sequence(masks, batch_first=True, padding_side="left").to(embeddings.device)
+        mask = pad_sequence(masks, batch_first=True, padding_side="left")
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(first.seed or 0)
             rows = self.llm.generate(
@@ -317,7 +320,8 @@ class TorchBackend:
 
     def _states(self, prompt: Tensor, ids: Sequence[int]) -> Tensor:
         """The states `[len(ids), D]` from which each of these tokens was chosen."""
-        embedded = self.llm.get_input_embeddings()(torch.tensor(ids, device=prompt.device))
+        token_ids = torch.tensor(ids, dtype=torch.long, device=prompt.device)
+        embedded = self.llm.get_input_embeddings()(token_ids)
         inputs = torch.cat([prompt, embedded])[None]
         states = self.llm.get_decoder()(inputs_embeds=inputs, use_cache=False)[0]
         return states[0, len(prompt) - 1 : -1]
@@ -375,8 +379,8 @@ class KVCache:
     def __init__(self, size: CacheSize) -> None:
         self.size = size
         self.layers: list[tuple[Tensor, Tensor]] = []
-        self._spare_row = torch.zeros(0)  # [heads, length, head_dim]
-        self.written: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
+        self._spare_row = NO_SCORES  # [heads, length, head_dim]
+        self.written: tuple[Tensor, Tensor] = (NO_SCORES, NO_SCORES)
         self.span: int | tuple[Tensor, Tensor] = 0
 
     def update(
@@ -442,7 +446,7 @@ class KVCache:
     def release(self) -> None:
         """Give the memory of the tables back."""
         self.layers.clear()
-        self._spare_row = torch.zeros(0)
+        self._spare_row = NO_SCORES
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

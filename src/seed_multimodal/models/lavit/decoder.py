@@ -127,7 +127,8 @@ class CodeDecoder(PretrainedNetwork[LavitDecoderConfig], SdxlHead):
         device = self.pos_embed.device
 
         # 1. The images' rows, padded to the longest image; `valid_BL` masks the padding.
-        lengths_B = torch.tensor([len(image_rows) for image_rows in rows], device=device)
+        lengths = [len(image_rows) for image_rows in rows]
+        lengths_B = torch.tensor(lengths, dtype=torch.long, device=device)
         rows_BLC = pad_sequence([image_rows.to(device) for image_rows in rows], batch_first=True)
         if not torch.is_autocast_enabled(device.type):
             rows_BLC = rows_BLC.to(self.in_proj.weight.dtype)

@@ -168,7 +168,7 @@ def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generato
     """Standard Gumbel noise, fp32, drawn in the order of `torch.nn.functional.gumbel_softmax`."""
     if generator is None or isinstance(generator, torch.Generator):
         generator_device = device if generator is None else generator.device
-        exponential = torch.empty(tuple(shape), device=generator_device)
+        exponential = torch.empty(tuple(shape), dtype=torch.float32, device=generator_device)
         exponential.exponential_(generator=generator)
         tiny = torch.finfo(exponential.dtype).tiny
         return -exponential.clamp_min_(tiny).log().to(device)

@@ -160,7 +160,7 @@ class LavitImageCodec(CodeCodec):
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
         # Without a seed torch's global generator gives one, as it draws in the original.
         per_image = seed if isinstance(seed, Sequence) else [seed] * len(images)
-        global_seeds = (int(torch.randint(2**62, ())) for _ in images)
+        global_seeds = (int(torch.randint(2**62, (), device="cpu")) for _ in images)
         seeds = [next(global_seeds) if row is None else row for row in per_image]
         seeds = seed_per_image(seeds, len(images))
         pixels = [self.transform(self.open(image)) for image in images]

@@ -120,7 +120,8 @@ class MultimodalCaptionTokenizer:
         for caption in captions:
             # `<s>` and the end take two of the positions.
             pieces = self.tokenizer.encode_parts([caption])[: self.max_length - 2]
-            rows.append(torch.tensor([self.tokenizer.bos_token_id, *pieces, self.end]))
+            ids = [self.tokenizer.bos_token_id, *pieces, self.end]
+            rows.append(torch.tensor(ids, dtype=torch.long, device="cpu"))
         # Shorter captions are padded with 0.
         ids = pad_sequence(rows, batch_first=True)
         if self.full:

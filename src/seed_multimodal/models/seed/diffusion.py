@@ -164,7 +164,7 @@ class UnclipDetokenizer(Detokenizer[UnclipSettings]):
         embeds = embeds.to(self.device, self.denoiser.dtype)
         width = embeds.shape[1]
         noise = seeded_noise(generators, (width,), embeds.dtype).to(self.device)
-        levels = torch.full((len(embeds),), level, device=self.device)
+        levels = embeds.new_full((len(embeds),), level, dtype=torch.long)
         normalizer = self.image_normalizer.to(self.device)
         noisy = self.image_noising_scheduler.add_noise(normalizer.scale(embeds), noise, levels)
         noisy = normalizer.unscale(noisy)

@@ -137,7 +137,7 @@ class SeedImageCodec(CodeCodec):
 
         # 2. Codes, and the negative ones; all images of a batch have them, or none.
         rows = self.check_codes(image_codes, lengths)
-        is_left_out = torch.arange(n_codes) >= torch.tensor(lengths)[:, None]
+        is_left_out = rows.new_tensor(range(n_codes)) >= rows.new_tensor(lengths)[:, None]
         rows = rows.masked_fill(is_left_out, -1)
         negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
         if negative_codes is not None:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.progress import quiet_loading
+from seed_multimodal.nn.pretrained import load_diffusers_network
+from seed_multimodal.progress import import_library
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, tensors_below
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin, SchedulerMixin
+    from diffusers import SchedulerMixin
     from transformers import PreTrainedModel
 
 Params = dict[str, Any]  # `model.params` of an original YAML file
@@ -62,8 +63,9 @@ def load_single_file(
         )
 
     # 2. Its parts; the autoencoder only draws.
-    unet = _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype)
-    vae = _convert("AutoencoderKL", "vae", tensors, params, file, dtype)
+    diffusers = import_library("diffusers")
+    unet = _convert(diffusers.UNet2DConditionModel, "unet", tensors, params, file, dtype)
+    vae = _convert(diffusers.AutoencoderKL, "vae", tensors, params, file, dtype)
     vae.encoder = None
     vae.quant_conv = None
     return {
@@ -91,27 +93,25 @@ def _read_config(file: Path) -> Params:
 
 
 def _convert(
-    class_name: str,
+    network_class: Any,
     name: str,
     tensors: dict[str, Tensor],
     params: Params,
     file: Path,
     dtype: torch.dtype,
-) -> ModelMixin:
-    """The U-Net or the autoencoder."""
-    import diffusers
-
+) -> nn.Module:
+    """The U-Net or the autoencoder; name: of diffusers' functions."""
+    library = import_library("diffusers.loaders.single_file_utils")
+    read_sizes = getattr(library, f"create_{name}_diffusers_config_from_ldm")
+    rename = getattr(library, f"convert_ldm_{name}_checkpoint")
+    config = read_sizes({"model": {"params": params}}, tensors)
     try:
-        with quiet_loading("diffusers"):
-            model: ModelMixin = getattr(diffusers, class_name).from_single_file(
-                dict(tensors), original_config={"model": {"params": params}}, torch_dtype=dtype
-            )
-    except Exception as error:  # noqa: BLE001  (another model's file: errors of many types)
-        # diffusers cannot move parameters that the file did not fill.
-        is_incomplete = isinstance(error, NotImplementedError)
-        reason = "tensors are missing" if is_incomplete else first_line(error)
-        raise CheckpointError(f"{file}: not Stable Diffusion 1's {name} ({reason}).") from error
-    return model.eval()
+        state = rename(dict(tensors), config)
+    except KeyError as error:  # another model's file
+        raise CheckpointError(
+            f"{file}: not Stable Diffusion 1's {name} ({first_line(error)})."
+        ) from error
+    return load_diffusers_network(network_class, config, state, f"{file}: {name}", dtype)
 
 
 def _scheduler(params: Params) -> SchedulerMixin:

@@ -170,7 +170,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         height, width = size
         if image is None:
             shape = (self.vae.config.latent_channels, height // self.factor, width // self.factor)
-            return torch.zeros(shape, device=self.device)
+            return torch.zeros(shape, dtype=torch.float32, device=self.device)
         image = resize_passes(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
         pixels = to_bytes(image) / 127.5 - 1.0
         moments = encode_moments(self.vae, pixels[None].to(self.device))

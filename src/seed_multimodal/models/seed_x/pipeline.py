@@ -58,6 +58,7 @@ from seed_multimodal.models.seed_x.processing import (
     without_tags,
 )
 from seed_multimodal.models.seed_x.spec import SeedXConfig
+from seed_multimodal.nn.pretrained import InitialValues
 from seed_multimodal.nn.vision.qwen import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,
@@ -562,9 +563,10 @@ def load_agent_model(
         merge_into(llm, trained)
 
     # 2. The resamplers. They are on the device also where the language model is off-loaded.
-    input_resampler = Resampler(sizes.input_resampler)
-    output_resampler = Resampler(sizes.output_resampler)
-    agent = ContinuousLVLM(llm, input_resampler, output_resampler, sizes.settings)
+    with torch.device("cpu"), InitialValues():
+        input_resampler = Resampler(sizes.input_resampler)
+        output_resampler = Resampler(sizes.output_resampler)
+        agent = ContinuousLVLM(llm, input_resampler, output_resampler, sizes.settings)
     load_agent(agent, weights, language=lora is None)
     input_resampler.to(placement.llm.device, dtype)
     output_resampler.to(placement.llm.device, dtype)

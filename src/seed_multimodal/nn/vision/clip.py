@@ -49,7 +49,7 @@ def eva_from_clip(clip: Mapping[str, Tensor], depth: int, pre_norm: bool = True)
         "cls_token": clip["embeddings.class_embedding"].view(1, 1, -1),
         "pos_embed": clip["embeddings.position_embedding.weight"][None],
         "patch_embed.proj.weight": patches,
-        "patch_embed.proj.bias": torch.zeros(len(patches)),
+        "patch_embed.proj.bias": patches.new_zeros(len(patches)),
     }
     layers = {"norm_pre": "pre_layrnorm"} if pre_norm else {}
 
@@ -129,6 +129,5 @@ def _load_clip(
         CLIP_ADVICE,
         config=config,
         dtype=dtype,
-        ignore_mismatched_sizes=True,
     )
     return model.to(device).requires_grad_(False)

@@ -108,8 +108,11 @@ class HubVisionConfig(VisionConfig):
         side = self.preprocessing.image_size
         try:
             with torch.device("meta"), torch.no_grad():
-                network = AutoModel.from_config(self.transformers_config())
-                return network(**self.network_inputs(torch.zeros(1, 3, side, side)))
+                network = AutoModel.from_config(
+                    self.transformers_config(), dtype=torch.get_default_dtype()
+                )
+                pixels = torch.zeros(1, 3, side, side, dtype=torch.float32, device="meta")
+                return network(**self.network_inputs(pixels))
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{self.network['model_type']} encodes no images of {side} x {side} pixels "
@@ -127,7 +130,7 @@ class HubVisionConfig(VisionConfig):
         rows = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B, g², 3 P²]
         # Their values are read also where those of the pixels are not (`meta_output`).
         device = "cpu" if images.is_meta else images.device
-        grid = torch.tensor([patches.shape[2:4]], device=device)
+        grid = torch.tensor([patches.shape[2:4]], dtype=torch.long, device=device)
         return {
             "pixel_values": rows,
             "pixel_attention_mask": None,  # no padding

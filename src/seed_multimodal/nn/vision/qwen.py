@@ -98,8 +98,9 @@ def sine_table(width: int, grid: int) -> Tensor:
 
     Source: MAE's `get_2d_sincos_pos_embed`; frequencies are 10000^(-i / (width / 4)), in fp64.
     """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    options = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = 10000.0 ** -(torch.arange(width // 4, **options) / (width / 4))
+    angles = torch.arange(grid, **options)[:, None] * frequencies
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
     columns = waves[None].expand(grid, -1, -1)
     rows = waves[:, None].expand(-1, grid, -1)
