@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.config import read_table
 from seed_multimodal.errors import ConfigError
 
 # Names of precisions; the short ones are the originals'.
@@ -47,27 +48,6 @@ _OUT_OF_MEMORY = (
     "ALLOC_FAILED",
     "MPS backend out of memory",
 )
-
-# Peak TFLOP/s of dense 16-bit matrix products by the makers' data sheets. The first match counts:
-# longer names first.
-_PEAKS = {
-    "B200": 2250.0,
-    "H200|GH200|H800": 989.4,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "H20": 148.0,
-    "A100|A800": 312.0,
-    "A40": 149.7,
-    "A30": 165.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
 
 
 def return_freed_memory() -> None:
@@ -233,10 +213,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_tflops_by_name(name: str) -> float | None:
-    """Peak 16-bit TFLOP/s of a GPU by its driver's name; None if unknown or a MIG slice."""
+    """Peak 16-bit TFLOP/s of a GPU by its driver's name (`device.yaml`); None if unknown or a MIG
+    slice."""
     if "MIG" in name:
         return None
-    for pattern, peak in _PEAKS.items():
+    peaks: dict[str, float] = read_table(__file__)
+    for pattern, peak in peaks.items():
         if re.search(rf"\b(?:{pattern})\b", name):
             return peak
     return None

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer, tokenizer_config
 from seed_multimodal.compat.targets import TARGETS, arguments_of, check_target
-from seed_multimodal.config import load_yaml
+from seed_multimodal.config import load_yaml, read_table
 from seed_multimodal.device import FP16_WITH_8BIT, choose_device
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
@@ -47,20 +47,8 @@ LLM_PATH = "pretrained_model_name_or_path"
 PATH = "pretrained_model_path"
 BITS = {"load_in_8bit": "8bit", "load_in_4bit": "4bit"}  # flags → our quantization
 SDXL = catalogue().parts["sdxl"].folder
-# Builders that change a language model → what they set, in our settings.
-SETTINGS_OF_BUILDERS: dict[str, dict[str, Any]] = {
-    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": {
-        "train_embeddings": True,
-        "embedding_init": "mean",
-    },
-    "src.model.peft_model.get_peft_model_with_trainable_embedding": {"train_embeddings": True},
-    "src.model.peft_model.get_frozen_embedding_model": {"freeze_embeddings": True},
-}
-# Those that train a part of the embeddings alone.
-NO_COUNTERPART = (
-    "src.model.peft_model.get_learnable_image_embedding_model",
-    "src.models.mllm.peft_models.get_model_with_resize_embedding",
-)
+# Builders that change a language model: what they set, and those without counterpart.
+_BUILDERS = read_table(__file__)
 # A key of the original vision encoder's file, which has a quotation mark too many.
 STRAY_KEY = "image_start_id"
 
@@ -82,13 +70,13 @@ def read_part(file: str | Path, *parts: str) -> JsonObject:
 def model_keys(node: ConfigNode, label: str) -> JsonObject:
     """Our settings for an original model, or for a builder that changes one. Raises ConfigError."""
     target = str(node["_target_"])
-    if target in NO_COUNTERPART:
+    if target in _BUILDERS["no_counterpart"]:
         raise ConfigError(
             f"{label}: _target_ {target!r} has no counterpart: embeddings are not trained alone; "
             "use get_peft_model_with_resize_embedding with modules_to_save: [embed_tokens, "
             "lm_head] and a small r."
         )
-    settings = {**llm_keys(node, label), **SETTINGS_OF_BUILDERS.get(target, {})}
+    settings = {**llm_keys(node, label), **_BUILDERS["settings"].get(target, {})}
     # A PEFT model is trained (`peft_config`), or loaded (`model_id`).
     is_peft = target.endswith("get_peft_model_with_resize_embedding")
     if is_peft and "lora" not in settings and "model_id" not in node:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Sample, read_questions
 from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
@@ -31,37 +32,15 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 # digit; and it passes re.UNICODE, 32, as the count.
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _MAX_FULL_STOPS = 32
-DIGITS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
+_TABLES = read_table(__file__)
+DIGITS: dict[str, str] = _TABLES["digits"]
 _ARTICLES = ("a", "an", "the")
-_WITH_APOSTROPHES = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
-    hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
-    mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
-    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-    we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
-    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-    y'all'd've you'd you'd've you'll you're you've""".split()
 
 
 def _contractions() -> dict[str, str]:
     """Contractions without one of their apostrophes → with it."""
     contractions = {"somebody'd": "somebodyd"}  # the official table's one reversed entry
-    for word in _WITH_APOSTROPHES:
+    for word in _TABLES["contractions"].split():
         for position, letter in enumerate(word):
             if letter == "'":
                 contractions[word[:position] + word[position + 1 :]] = word
@@ -71,14 +50,7 @@ def _contractions() -> dict[str, str]:
 _CONTRACTIONS = _contractions()
 UNANSWERABLE = "unanswerable"
 # Of the original's program for one question.
-PROBE: JsonObject = {
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_p": 0.5,
-    "num_beams": 5,
-    "max_new_tokens": 512,
-    "seed": 42,
-}
+PROBE: JsonObject = _TABLES["probe"]
 
 
 def without_marks(text: str) -> str:

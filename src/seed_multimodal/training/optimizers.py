@@ -114,9 +114,9 @@ class AdamWHf(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[ParameterGroup],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

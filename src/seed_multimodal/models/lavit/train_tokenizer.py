@@ -26,7 +26,6 @@ class LavitTokenizerTask(CodebookTask):
     Args:
         batches: micro-step → this process's batch on the model's device, deterministic: normalized
             pixels `[B, 3, S, S]`, or features `[B, N, D]` of the frozen vision encoder.
-        health: None: `CodebookHealth()`.
     """
 
     model: LavitStage1
@@ -37,12 +36,12 @@ class LavitTokenizerTask(CodebookTask):
         model: LavitStage1,
         settings: StageSettings,
         batches: Callable[[int], Tensor],
-        health: CodebookHealth | None = None,
+        health: CodebookHealth,
     ) -> None:
         self.batches = batches
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale=1.0)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
-        super().__init__(name, model, settings, health or CodebookHealth(), optimizer=optimizer)
+        super().__init__(name, model, settings, health, optimizer=optimizer)
 
     def batch(self, micro_step: int) -> Tensor:
         return self.batches(micro_step)
