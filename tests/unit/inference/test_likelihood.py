@@ -99,7 +99,8 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled(request, famil
     assert [list(answer.ids) for answer in answers] == [ids[n_initial:] for ids in plain]
     for index, answer in enumerate(answers):
         expected = recomputed(system, prompts[index // n_answers], list(answer.ids), settings)
-        assert answer.log_probs == pytest.approx(expected, abs=1e-5)
+        # Rounding depends on which requests share a pass; guidance triples it.
+        assert answer.log_probs == pytest.approx(expected, abs=3e-5)
 
 
 def test_likelihoods_that_cannot_be_computed(tiny):
