@@ -1,7 +1,6 @@
 """From images to answers by the application's own commands: tokenise, pretrain, merge, tune, merge,
 ask."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -9,12 +8,10 @@ from pathlib import Path
 import pytest
 from llm_runs import environment
 from real_processes import run_process
-from repository import NANO, ROOT
+from repository import APPLICATION, NANO, ROOT
+from tiny import read_json, write_json
 
 from seed_multimodal import SeedLlama
-
-APPLICATION = ROOT / "MultiModalLLM"
-TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 
 
 def run_tool(program: str, *arguments):
@@ -29,11 +26,11 @@ def run_tool(program: str, *arguments):
 def tokenise(tool: str, description: str, folder: Path, *more: str):
     """One of the extraction tools on an input description."""
     settings = folder.with_suffix(".yaml")
-    settings.write_text(description, encoding="utf-8")
+    settings.write_text(description)
     run_tool(
         f"src/tools/extract_image_ids_to_torchdata_parallel{tool}.py",
-        *TOKENIZER,
-        *f"--data {settings} --save_dir {folder} --num_workers 0".split(),
+        *f"--tokenizer configs/tokenizer/nano.yaml --data {settings}".split(),
+        *f"--save_dir {folder} --num_workers 0".split(),
         *more,
     )
 
@@ -41,16 +38,8 @@ def tokenise(tool: str, description: str, folder: Path, *more: str):
 def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: str) -> Path:
     """A run of the trainer on one source; returns its last checkpoint."""
     data = out.with_suffix(".yaml")
-    data.write_text(
-        json.dumps(
-            {
-                "sources": [{"name": "mine", "files": str(files), "decoder": decoder}],
-                "length": 360,
-                "rows": 1,
-            }
-        ),
-        encoding="utf-8",
-    )
+    source = {"name": "mine", "files": str(files), "decoder": decoder}
+    write_json(data, {"sources": [source], "length": 360, "rows": 1})
     groups = f"model={model} tokenizer=nano data={data} optim=nano trainer=nano"
     done = run_process(
         [sys.executable, "src/train/train.py", *groups.split(), f"trainer.max_steps={steps}"]
@@ -116,10 +105,10 @@ def test_from_images_to_answers(tmp_path):
     system = tmp_path / "system"
     merge(tuned, system / "seed_llama", *[tuned.parent / "config.yaml"] * 2)  # the run's own
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")
-    settings = json.loads((NANO / "system.json").read_text())
+    settings = read_json(NANO / "system.json")
     for key in ("notice", "known_words", "known_images"):
         del settings[key]
-    (system / "system.json").write_text(json.dumps(settings))
+    write_json(system / "system.json", settings)
     seed = SeedLlama.from_pretrained(system)
     for name, answer, expected in (
         ("fox.png", "Rusty.", "It lives in the wood."),

@@ -172,15 +172,13 @@ def load_hub_vision(folder: Path):
 
 def load_lora(folder: Path):
     from peft import LoraConfig
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny.language import random_llm
 
     from seed_multimodal.compat.lora import seed_x_lora
 
     (folder / "pytorch_model.bin").rename(folder / "adapter_model.bin")
     LoraConfig(target_modules=["q_proj"]).save_pretrained(folder)
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, intermediate_size=8, **sizes))
-    seed_x_lora(model, model_id=str(folder))
+    seed_x_lora(random_llm("llama", 8), model_id=str(folder))
 
 
 @pytest.mark.parametrize("load", [load_llm, load_clip, load_hub_vision, load_lora])

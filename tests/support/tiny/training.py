@@ -18,7 +18,10 @@ from torch.nn.functional import avg_pool2d
 
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.models.lavit.decoder import Head
+from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
+from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.models.seed.diffusion import CodesDetokenizer
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_nano.world.scene import scene_image
 from seed_nano.world.splits import scene_at
@@ -176,25 +179,6 @@ def seed_decoder_config(
 # ---- the families
 
 
-def load_seed(parts: Path, folder: Path) -> Detokenizer:
-    from seed_multimodal.models.seed.diffusion import CodesDetokenizer
-
-    return CodesDetokenizer.from_pretrained(folder)
-
-
-def load_seed_x(parts: Path, folder: Path) -> Detokenizer:
-    from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-
-    return SdxlDetokenizer.from_pretrained(parts / "sdxl", folder)
-
-
-def load_lavit(parts: Path, folder: Path) -> Detokenizer:
-    from seed_multimodal.models.lavit.decoder import CodeDecoder
-    from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
-
-    return LavitDetokenizer.from_pretrained(folder, CodeDecoder.from_pretrained(folder / "decoder"))
-
-
 @dataclass(frozen=True)
 class Family:
     """How a pixel decoder is trained and used.
@@ -225,7 +209,7 @@ SEED = Family(
     seed_decoder_config,
     "seed.train_detokenizer.SeedDecoderTask",
     "decoder",
-    load_seed,
+    lambda parts, folder: CodesDetokenizer.from_pretrained(folder),
     # Codes' embeddings; codes, or as many numbers of an image's embedding.
     lambda detokenizer: (
         torch.randn(3, 32, 24) if detokenizer.reads == "codes" else torch.randint(-1, 8, (3, 16))
@@ -237,7 +221,7 @@ SEED_X = Family(
     detokenizer_config,
     "seed_x.train_detokenizer.DetokenizerTask",
     "adapter",
-    load_seed_x,
+    lambda parts, folder: SdxlDetokenizer.from_pretrained(parts / "sdxl", folder),
     lambda detokenizer: torch.randn(3, 4, 24),
     ("adapter.resampler.", "adapter.unet.conv_in."),
 )
@@ -246,7 +230,9 @@ LAVIT = Family(
     lavit_config,
     "lavit.train_pixels.LavitPixelTask",
     "pixels",
-    load_lavit,
+    lambda parts, folder: LavitDetokenizer.from_pretrained(
+        folder, CodeDecoder.from_pretrained(folder / "decoder")
+    ),
     # Images of several lengths.
     lambda detokenizer: [torch.randn(length, 8) for length in (3, 9, 5)],
     ("decoder.unet_",),

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from random_images import noise
 from tiny import read_json, write_json
+from tiny.vision import SIZES
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, DataError
@@ -21,12 +22,7 @@ from seed_multimodal.evaluation.detection import (
 )
 
 CPU = torch.device("cpu")
-ENCODER = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+ENCODER = {**SIZES, "intermediate_size": 32}
 SWIN = {
     "model_type": "swin",
     "embed_dim": 8,

@@ -9,6 +9,7 @@ from PIL import Image
 from random_images import noise
 from tiny import read_json
 from tiny.language import write_hub_tokenizer
+from tiny.vision import SIZES
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.judges import HubJudge, Question, answer_forms, load_judge
@@ -47,8 +48,7 @@ def write_llava(folder: Path):
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes["num_attention_heads"] = 2
+    sizes = {**SIZES, "intermediate_size": 32}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**sizes, image_size=28, patch_size=14),
         text_config=LlamaConfig(**sizes, vocab_size=len(tokenizer), num_key_value_heads=2),

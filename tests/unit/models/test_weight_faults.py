@@ -27,7 +27,7 @@ NETWORKS = {
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]]:
     """What writes the folder of each network, and what reads it."""
-    from tiny import lavit, seed, seed_x
+    from tiny import lavit, seed, seed_x, vision
     from tiny.diffusion import random_adapter, write_sdxl
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -50,8 +50,7 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
     config = Seed2Config(**seed.SIZES, decode_heads=12, image_features_dim=10)
     eva = EvaVit(config.vit)
     stage1 = Stage1Model(config, vocab_size=30, options=Stage1TrainingOptions(embed_dim=8))
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    clip = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    clip = CLIPVisionConfig(**vision.SIZES, image_size=16, patch_size=8)
     agent = seed_x.random_agent(SimpleNamespace(config=SimpleNamespace(hidden_size=32)))
     sdxl = write_sdxl(tmp_path_factory.mktemp("sdxl"), complete=False)
     decoder = CodeDecoder(lavit.DECODER)

@@ -1,14 +1,16 @@
 """SEED's training modules (the originals' losses and gradients: golden `stage1_losses`,
 `stage2_losses`)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tensors import normal
-from tiny.seed import loud, seed1_config
+from tiny.seed import SIZES, loud, seed1_config
 from torch import Tensor, nn
 
-from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
+from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.losses import (
     Seed1Stage2Model,
     Seed1Stage2Weights,
@@ -20,12 +22,8 @@ from seed_multimodal.models.seed.losses import (
     project_and_normalize,
     similarities,
 )
-from seed_multimodal.nn.vision.eva import EvaConfig
 
-TINY = Seed2Config(
-    vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=24),
-    qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=32, max_positions=40, dropout=0.0),
-)
+TINY = Seed2Config(**{**SIZES, "qformer": replace(SIZES["qformer"], dropout=0.0)})
 
 
 # ---- stage 1
