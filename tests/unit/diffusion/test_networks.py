@@ -5,6 +5,7 @@ import torch
 from tiny import read_json, spread, write_json
 from tiny.diffusion import DENOISER_SIZES, autoencoder
 from tiny.seed import write_code_decoder
+from torch.testing import assert_close
 
 from seed_multimodal.diffusion.networks import (
     DENOISERS,
@@ -45,7 +46,7 @@ def test_predict_reads_latents_steps_and_conditions(denoiser):
     prediction = predict(denoiser, latents, step, conditions)
     assert prediction.shape == latents.shape
     each = predict(denoiser, latents, step.expand(2), conditions)
-    torch.testing.assert_close(each, prediction)
+    assert_close(each, prediction)
     others = [
         predict(denoiser, latents, torch.tensor(800.0), conditions),
         predict(denoiser, latents + 1, step, conditions),
@@ -82,8 +83,8 @@ def test_latents_of_autoencoders(name, channels, tmp_path):
     latents = (mean - shift) * scale
     if name in ("dc", "tiny"):  # without a variance
         sampled = sample_latents(moments, scale, torch.Generator(), shift)
-        torch.testing.assert_close(sampled, latents, atol=1e-5, rtol=1e-5)
+        assert_close(sampled, latents, atol=1e-5, rtol=1e-5)
     detokenizer = CodesDetokenizer.from_pretrained(write_code_decoder(tmp_path / "decoder"))
     detokenizer.vae = vae
     expected = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(detokenizer.decode(latents), expected, atol=1e-4, rtol=1e-4)
+    assert_close(detokenizer.decode(latents), expected, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensors import normal
+from torch.testing import assert_close
 
 from seed_multimodal.diffusion.base import fast_scheduler
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective, is_flow
@@ -62,19 +63,19 @@ def test_noise_target_and_clean_latents_of_any_step(scheduler, seed):
     signal, level = coefficients(scheduler, steps)
 
     noisy = objective.add_noise(latents, noise, steps)
-    torch.testing.assert_close(noisy, signal * latents + level * noise)
+    assert_close(noisy, signal * latents + level * noise)
     target = objective.target(latents, noise, steps)
     expected = {
         "epsilon": noise,
         "v_prediction": signal * noise - level * latents,
         "flow": noise - latents,
     }
-    torch.testing.assert_close(
+    assert_close(
         target, expected["flow" if is_flow(scheduler) else scheduler.config.prediction_type]
     )
     clean = objective.clean(noisy, target, signal, level)
     # At the last steps hardly any signal is left to divide by.
-    torch.testing.assert_close(clean, latents, atol=2e-4, rtol=1e-3)
+    assert_close(clean, latents, atol=2e-4, rtol=1e-3)
 
 
 def test_noisy_latents_are_those_of_their_generator(scheduler):
@@ -87,7 +88,7 @@ def test_noisy_latents_are_those_of_their_generator(scheduler):
     assert torch.equal(first.latents, again.latents) and torch.equal(first.steps, again.steps)
     signal, level = coefficients(scheduler, first.steps)
     clean = objective.clean(first.latents, first.target, signal, level)
-    torch.testing.assert_close(clean, latents, atol=2e-4, rtol=1e-3)
+    assert_close(clean, latents, atol=2e-4, rtol=1e-3)
 
     # The loss: zero for the target, the mean squared error in float32 for others.
     assert float(first.losses(first.target)["total_loss"]) == 0
@@ -117,7 +118,7 @@ def test_sampling_with_perfect_predictions_ends_at_the_image(scheduler, preset):
         level = objective.add_noise(zero, zero + 1, steps)
         noise = (noisy - objective.add_noise(image, zero, steps)) / level
         latents = sampler.step(objective.target(image, noise, steps), step, latents).prev_sample
-    torch.testing.assert_close(latents, image, rtol=0, atol=2e-3)
+    assert_close(latents, image, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("times", ["logit_normal", "uniform"])

@@ -1,9 +1,9 @@
 """GenEval: its rules on recorded detections, and the command on nano's scenes."""
 
-import json
 from pathlib import Path
 
 import pytest
+from data_files import lines
 from PIL import Image
 from tiny import read_json
 
@@ -15,15 +15,10 @@ from seed_nano.world.scene import Scene, render
 CASES = read_json(Path(__file__).with_name("geneval_detections.json"))
 
 
-def write_lines(path: Path, *items) -> Path:
-    path.write_text("\n".join(map(json.dumps, items)))
-    return path
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case["case"] for case in CASES])
 def test_rules_on_recorded_detections(case, tmp_path):
     # The verdicts of GenEval's own rules.
-    [prompt] = read_object_prompts(write_lines(tmp_path / "p.jsonl", case["line"]))
+    [prompt] = read_object_prompts(lines(tmp_path / "p.jsonl", [case["line"]]))
     limit = GENEVAL_LIMITS.threshold
     if prompt.item.tag == "counting":
         limit = GENEVAL_LIMITS.counting_threshold
@@ -99,8 +94,10 @@ RIGHT = {
 @pytest.fixture
 def nano_set(tmp_path) -> Path:
     """Prompts, each with a right and a wrong drawing."""
-    lines = [{"tag": tag, "prompt": tag, "include": objects} for tag, (objects, _) in RIGHT.items()]
-    write_lines(tmp_path / "evaluation_metadata.jsonl", *lines)
+    prompts = (
+        {"tag": tag, "prompt": tag, "include": objects} for tag, (objects, _) in RIGHT.items()
+    )
+    lines(tmp_path / "evaluation_metadata.jsonl", prompts)
     wrong = Scene("noto", "sea", "large", ("ufo",))
     for index, (_, scene) in enumerate(RIGHT.values()):
         folder = tmp_path / "drawings" / f"{index:05d}" / "samples"
@@ -138,8 +135,8 @@ def test_geneval_judges_replaced_drawings_again(nano_set):
         file.unlink()
     for n_lines in (4, 5):  # at last the missing one alone is tried again
         assert geneval(nano_set, *more) == 1
-        lines = (nano_set / "out" / "samples-0.jsonl").read_text().split()
-        assert len([line for line in lines if line.startswith('{"id"')]) == n_lines
+        words = (nano_set / "out" / "samples-0.jsonl").read_text().split()
+        assert len([word for word in words if word.startswith('{"id"')]) == n_lines
     # Missing images are as many wrong ones as other prompts have.
     assert [result["correct"] for result in read(nano_set, "results.json")] == [False] * 4
     summary = read(nano_set, "summary.json")

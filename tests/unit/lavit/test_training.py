@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tensors import equal
 from tiny.lavit import code_decoder, write_lavit_diffusion
 from torch import Tensor
+from torch.testing import assert_close
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
@@ -65,12 +66,12 @@ def test_forward_as_published(model, features, quantize):
         codes = [torch.cdist(row, table).argmin(1) for row in rows]
         assert torch.equal(torch.cat(codes), out.codes_T)
         commitment = F.mse_loss(torch.cat(rows), table[torch.cat(codes)])
-        torch.testing.assert_close(out.metrics["loss_commitment"], commitment)
+        assert_close(out.metrics["loss_commitment"], commitment)
         expected = expected + commitment
         rows = [table[row] for row in codes]
     cosine = cosine_errors(model, features, rows).mean()
-    torch.testing.assert_close(out.metrics["loss_cosine"], cosine, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(out.loss, out.metrics["loss_cosine"] + expected)
+    assert_close(out.metrics["loss_cosine"], cosine, rtol=1e-3, atol=1e-4)
+    assert_close(out.loss, out.metrics["loss_cosine"] + expected)
 
     # What the log shows.
     counts = keep.sum(1).float()
@@ -149,7 +150,7 @@ def test_the_selector_starts_at_the_share_to_keep(features, keep, start):
     model = toy.stage1(weights=read_settings(LavitLossWeights, {"keep": keep}, "loss"))
     model.tokenizer.token_predictor.out_conv[4].weight.zero_()
     p_keep = model.tokenizer.token_predictor(features).softmax(-1)[..., 0]
-    torch.testing.assert_close(p_keep, torch.full_like(p_keep, start))
+    assert_close(p_keep, torch.full_like(p_keep, start))
     for wrong in (keep - 1.1, keep + 1.1):
         with pytest.raises(ConfigError, match="keep"):
             read_settings(LavitLossWeights, {"keep": wrong}, "loss")
@@ -180,11 +181,11 @@ def test_unified_loss_reads_features_in_the_place_of_tokens():
     embeds = llm.get_input_embeddings()(ids)
     embeds[1, 1:3] = projector(merger(image["features"], image["keep"]))[0, [2, 7]]
     expected = LossModule(llm, weights)(ids, ids, embeds=embeds)
-    torch.testing.assert_close(model(ids, ids, **image).mean, expected.mean)
+    assert_close(model(ids, ids, **image).mean, expected.mean)
 
     # Without images the same parameters have gradients, of zero: processes wait for each other.
     plain = model(ids, ids)
-    torch.testing.assert_close(plain.mean, LossModule(llm, weights)(ids, ids).mean)
+    assert_close(plain.mean, LossModule(llm, weights)(ids, ids).mean)
     plain.mean.backward()
     assert not any(part.grad.any() for part in projector.parameters())
 
@@ -219,7 +220,7 @@ def test_pixels_are_predicted_with_and_without_conditions(head, tmp_path):
     if read.pooled is not None:
         pooled = read.pooled * torch.tensor([[1.0], [0.0]])
         inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
-    torch.testing.assert_close(predicted, pixels.unet(latents, steps, **inputs).sample)
+    assert_close(predicted, pixels.unet(latents, steps, **inputs).sample)
 
 
 def test_decoder_for_a_unet_of_the_other_kind(tmp_path):

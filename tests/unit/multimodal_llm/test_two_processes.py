@@ -10,6 +10,7 @@ from pathlib import Path
 import llm_runs as runs
 import pytest
 import yaml
+from data_files import lines
 from real_processes import (  # noqa: F401
     STARTED,
     free_port,
@@ -65,24 +66,16 @@ def test_script_with_a_killed_process_ends_without_traceback(tmp_path):
     assert "Traceback" not in errors, errors
 
 
-def one_source(files: dict[str, Path], index: int, lines: list[str]) -> Path:
-    """A file of data with one source of these lines, read once."""
-    data = yaml.safe_load(files["data"].read_text())
-    source = {**data["sources"][index], "cycles": 1}
-    records = files["data"].with_name("few.jsonl")
-    records.write_text("".join(lines))
-    source["files"] = str(records)
-    file = files["data"].with_name("few.yaml")
-    file.write_text(yaml.safe_dump({**data, "sources": [source], "rows": 1}))
-    return file
-
-
 @pytest.mark.nightly
 def test_train_processes_with_unequal_numbers_of_evaluation_batches(tmp_path):
     # One record for two processes: every forward pass is a collective, so the run could hang.
     files = runs.write_files(tmp_path)
-    chats = (tmp_path / "data" / "chats.jsonl").read_text().splitlines(keepends=True)
-    held_out = one_source(files, 1, chats[:1])
+    data = yaml.safe_load(files["data"].read_text())
+    chats = Path(data["sources"][1]["files"])
+    few = lines(tmp_path / "few.jsonl", chats.read_text().splitlines()[:1])
+    source = {**data["sources"][1], "cycles": 1, "files": str(few)}
+    held_out = tmp_path / "few.yaml"
+    held_out.write_text(yaml.safe_dump({**data, "sources": [source], "rows": 1}))
     options = ["trainer.max_steps=2", "trainer.eval_steps=1", "trainer.eval_batches=100"]
     out = tmp_path / "out"
     arguments = runs.overrides(files, out, f"eval_data={held_out}", *options, QUICK)

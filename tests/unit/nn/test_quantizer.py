@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from seed_multimodal.nn.quantizer import VectorQuantizer
@@ -63,12 +64,12 @@ def test_forward_loss_and_gradients(kind):
     quantized, loss, codes = quantizer(z)
     assert torch.equal(codes, quantizer.nearest(z))
     rows = quantizer.lookup(codes)
-    torch.testing.assert_close(quantized, rows)
+    assert_close(quantized, rows)
 
     # 1. Commitment, and the codebook's term unless codes follow an average.
     is_averaged = "ema_decay" in KINDS[kind]
     weight = 1.0 if is_averaged else 1.25
-    torch.testing.assert_close(loss, weight * F.mse_loss(quantizer.prepare(z), rows))
+    assert_close(loss, weight * F.mse_loss(quantizer.prepare(z), rows))
     assert quantizer.embedding.weight.requires_grad is not is_averaged
     loss.backward()
     if not is_averaged:
@@ -79,7 +80,7 @@ def test_forward_loss_and_gradients(kind):
     [straight] = torch.autograd.grad(quantizer(z)[0].square().sum(), z)
     features = quantizer.prepare(z)
     [expected] = torch.autograd.grad(features, z, 2 * rows.detach())
-    torch.testing.assert_close(straight, expected)
+    assert_close(straight, expected)
 
 
 @pytest.mark.parametrize("kind", ["average", "unit rows"])
@@ -105,10 +106,10 @@ def test_moving_average_of_a_few_steps(kind):
         codebook[used] = total[used] / count[used, None]
         if kind == "unit rows":
             codebook = F.normalize(codebook, dim=-1)
-        torch.testing.assert_close(quantizer.embedding.weight, codebook)
+        assert_close(quantizer.embedding.weight, codebook)
     quantizer.eval()(torch.randn(1, 5, 3))
     assert not quantizer.update().any()
-    torch.testing.assert_close(quantizer.embedding.weight, codebook)
+    assert_close(quantizer.embedding.weight, codebook)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,5 +154,5 @@ def test_restart_moves_dead_codes_onto_features(kind, dead, n_points):
         # If there are too few features, the others get noise.
         assert int((nearest < 1e-6).sum()) >= min(n_points, len(moved))
     if "ema_decay" in KINDS[kind]:  # the average begins anew, as of one feature
-        torch.testing.assert_close(quantizer.ema_count, is_dead.float())
-        torch.testing.assert_close(quantizer.ema_sum[is_dead], after[is_dead])
+        assert_close(quantizer.ema_count, is_dead.float())
+        assert_close(quantizer.ema_sum[is_dead], after[is_dead])

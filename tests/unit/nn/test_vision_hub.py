@@ -11,6 +11,7 @@ from random_images import noise
 from tensors import normal
 from tiny import read_json, write_json
 from tiny.vision import KINDS, write_vision
+from torch.testing import assert_close
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
 from seed_multimodal.images.transforms import read_preprocessing
@@ -46,7 +47,7 @@ def test_hub_vision_computes_the_models_features(kind, tmp_path):
         inputs = processor(pixels[0] / 2 + 0.5, do_normalize=False, return_tensors="pt")
         inputs["pixel_values"] = inputs["pixel_values"] * 2 - 1
     features = encoder(pixels)
-    torch.testing.assert_close(features, model(**inputs).last_hidden_state)
+    assert_close(features, model(**inputs).last_hidden_state)
     assert features.shape == (1, encoder.n_tokens, encoder.width)
     assert (encoder.image_size, encoder.n_class_tokens) == (16, KINDS[kind][-1])
 
@@ -72,7 +73,7 @@ def test_preprocessing_makes_the_pixels_of_transformers(kind, tmp_path):
     expected = processor(image, return_tensors="pt")["pixel_values"][0]
     # Of tensors torch resizes, of images Pillow: a few grey levels.
     pixels = read_preprocessing(tmp_path)(image)
-    torch.testing.assert_close(pixels, torch.as_tensor(expected), atol=0.06, rtol=0)
+    assert_close(pixels, torch.as_tensor(expected), atol=0.06, rtol=0)
 
 
 def test_patches_of_a_network_that_merges_them():
@@ -101,7 +102,7 @@ def test_hub_config_and_weights_need_no_folder(tmp_path):
     assert read_vision_config(values, "vit") == config
     again = without_memory(read_vision_config(values, "vit").build)
     assign_strictly(again, encoder.state_dict(), "the encoder")
-    torch.testing.assert_close(again.eval()(PIXELS), encoder(PIXELS))
+    assert_close(again.eval()(PIXELS), encoder(PIXELS))
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def test_one_half_of_a_whole_siglip(tmp_path):
     model.save_pretrained(tmp_path)
     write_json(tmp_path / "preprocessor_config.json", KINDS["siglip"][3])
     expected = model.vision_model(pixel_values=PIXELS).last_hidden_state
-    torch.testing.assert_close(load_hub_vision(tmp_path)(PIXELS), expected)
+    assert_close(load_hub_vision(tmp_path)(PIXELS), expected)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tensors import normal
 from tiny.seed import SIZES, loud, seed1_config
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.losses import (
@@ -53,10 +54,10 @@ def test_stage1_embedding_loss_in_training_and_evaluation():
         outputs.append(run(model, target_embedding=target))
     first, again, other = outputs
     assert first.loss_embedding == again.loss_embedding != other.loss_embedding
-    torch.testing.assert_close(first.loss, first.loss_itc + 3.0 * first.loss_embedding)
+    assert_close(first.loss, first.loss_itc + 3.0 * first.loss_embedding)
     output = run(model.eval(), target_embedding=target)
     expected = F.mse_loss(model.embedding_head(output.query_output.flatten(1)), target)
-    torch.testing.assert_close(output.loss_embedding, expected)
+    assert_close(output.loss_embedding, expected)
 
 
 def test_stage1_contrast_is_computed_in_fp32_under_autocast():
@@ -71,7 +72,7 @@ def test_stage1_contrast_is_computed_in_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         logits = contrast()
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, exact, atol=1e-5, rtol=1e-5)
+    assert_close(logits, exact, atol=1e-5, rtol=1e-5)
 
 
 # ---- stage 2
@@ -135,11 +136,11 @@ def test_stage2_seed1_loss_is_the_weighted_sum(images):
     target = torch.randn(5, 7, 16)
     model = loud(stage2("seed1", TINY, weights=Seed1Stage2Weights(1.0, 3.0, 4.0))).eval()
     out = model(images, target)
-    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil)
+    assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil)
     codebook = F.mse_loss(model.quantize.embedding(out.indices), out.pre_quant)
-    torch.testing.assert_close(out.loss_embed, 1.25 * codebook)
-    torch.testing.assert_close(out.loss_distil, 4.0 * F.mse_loss(out.embeds, target))
-    torch.testing.assert_close(out.embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
+    assert_close(out.loss_embed, 1.25 * codebook)
+    assert_close(out.loss_distil, 4.0 * F.mse_loss(out.embeds, target))
+    assert_close(out.embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
 
 
 def test_stage2_warm_up_without_quantizer(kind, tiny, images, target):

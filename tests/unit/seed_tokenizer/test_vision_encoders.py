@@ -6,6 +6,7 @@ import pytest
 import torch
 from lavis_runs import log_of
 from tiny.vision import write_vision
+from torch.testing import assert_close
 
 TARGET = "model.alignment_target=encoder"
 SHORT = ("run.max_epoch=1", "run.iters_per_epoch=2")
@@ -51,8 +52,8 @@ def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
     if kind != "siglip2":  # which reads patches
         with torch.no_grad():
             expected = network(pixel_values=pixels)
-        torch.testing.assert_close(features, expected.last_hidden_state, rtol=0.1, atol=0.1)
-        torch.testing.assert_close(pooled, expected.pooler_output, rtol=0.1, atol=0.1)
+        assert_close(features, expected.last_hidden_state, rtol=0.1, atol=0.1)
+        assert_close(pooled, expected.pooler_output, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.slow
@@ -69,4 +70,4 @@ def test_train_the_encoder_and_its_own_feature(yaml, run, tmp_path):
     expected = model.visual_encoder.state_dict()
     assert any("head" in name for name in expected)
     for name, tensor in second.visual_encoder.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name])
+        assert_close(tensor, expected[name])

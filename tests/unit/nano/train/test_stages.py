@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from seed_nano.train.task import scene_pixels, to_signed
 from seed_nano.train.vae import VaeTask, normalise_latents
@@ -27,9 +28,9 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path):
     before = vae.decode(vae.encode(images).latent_dist.mean).sample
     normalise_latents(vae, images)
     means = vae.encode(images).latent_dist.mean
-    torch.testing.assert_close(vae.decode(means).sample, before, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(means.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+    assert_close(vae.decode(means).sample, before, atol=1e-4, rtol=1e-4)
+    assert_close(means.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
 
 
 def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):

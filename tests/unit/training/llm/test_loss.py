@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from llm_losses import packed_loss, rows
 from tiny.language import random_llm
+from torch.testing import assert_close
 
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
@@ -97,9 +98,9 @@ def test_packed_equals_separate_sequences(architecture, attention, count):
     for chunked in (False, True):
         parts = packed_loss(model, packed(count), chunked=chunked)
         assert int(parts.count) == n_tokens
-        torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
+        assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
         actual = gradients(model, parts.sum)
-        torch.testing.assert_close(actual, expected_gradients, atol=1e-4, rtol=1e-4)
+        assert_close(actual, expected_gradients, atol=1e-4, rtol=1e-4)
     leaking = packed(count)
     leaking.position_ids = torch.arange(36).expand_as(leaking.input_ids)
     assert abs(packed_loss(model, leaking).mean - expected / n_tokens) > 1e-3
@@ -116,7 +117,7 @@ def test_flex_attention_separates_packed_sequences():
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the same mask, not compiled
         parts = packed_loss(model.eval(), packed())
     assert int(parts.count) == count
-    torch.testing.assert_close(parts.sum, expected.detach(), atol=1e-3, rtol=1e-4)
+    assert_close(parts.sum, expected.detach(), atol=1e-3, rtol=1e-4)
 
 
 def test_attention_of_packed_and_of_padded_rows():
@@ -129,7 +130,7 @@ def test_attention_of_packed_and_of_padded_rows():
     for batch, attention in ((packed(), "eager"), (padded(), "sdpa"), (packed(), "eager")):
         parts = packed_loss(model, batch)
         assert llama.config._attn_implementation == attention and int(parts.count) == count
-        torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
+        assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_chunked_loss_of_tied_embeddings_never_holds_all_logits():
@@ -143,8 +144,8 @@ def test_chunked_loss_of_tied_embeddings_never_holds_all_logits():
         lambda _module, args, _output: chunk_sizes.append(len(args[0]))
     )
     parts = packed_loss(model, batch, chunked=True)
-    torch.testing.assert_close(parts.sum, full_loss.sum, atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(gradients(model, parts.sum), expected, atol=1e-5, rtol=1e-4)
+    assert_close(parts.sum, full_loss.sum, atol=1e-5, rtol=1e-6)
+    assert_close(gradients(model, parts.sum), expected, atol=1e-5, rtol=1e-4)
     assert max(chunk_sizes) <= 64 < int(parts.count)
 
 
@@ -165,9 +166,9 @@ def test_loss_weights_of_text_and_image_tokens():
     text = (targets != -100) & ~image
     parts = packed_loss(model, batch, weights=LossWeights(first_code=50, text=4.0, image=0.5))
     weighted = 4.0 * values[text].sum() + 0.5 * values[image].sum()
-    torch.testing.assert_close(parts.mean, weighted / (4.0 * text.sum() + 0.5 * image.sum()))
-    torch.testing.assert_close(parts.text_sum, values[text].sum())
-    torch.testing.assert_close(parts.image_sum, values[image].sum())
+    assert_close(parts.mean, weighted / (4.0 * text.sum() + 0.5 * image.sum()))
+    assert_close(parts.text_sum, values[text].sum())
+    assert_close(parts.image_sum, values[image].sum())
     assert [int(parts.text_count), int(parts.image_count)] == [int(text.sum()), int(image.sum())]
 
 

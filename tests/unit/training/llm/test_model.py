@@ -14,6 +14,7 @@ from llm_losses import packed_loss, rows
 from llm_runs import SIZES
 from tensors import equal
 from tiny.language import random_llm
+from torch.testing import assert_close
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import LLAMA_IDS
@@ -95,7 +96,7 @@ def test_flash_attention_gets_the_sequence_lengths_of_packed_rows():
     llama = find_llama(model)
     llama.config._attn_implementation = llama.attentions[True] = "flash_by_lengths"
     loss = packed_loss(model, packed_rows).sum
-    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    assert_close(loss, expected, atol=1e-4, rtol=1e-5)
     loss.backward()
 
 
@@ -188,7 +189,7 @@ def test_trained_saved_and_loaded(kind, bases, tmp_path):
     assert equal(expected, trained_state(again))
     with torch.no_grad():
         loss = packed_loss(model, batch()).sum
-        torch.testing.assert_close(packed_loss(again, batch()).sum, loss)
+        assert_close(packed_loss(again, batch()).sum, loss)
 
     # 3. The files are those of transformers and peft.
     if "quantization" not in settings and base != "text":
@@ -197,7 +198,7 @@ def test_trained_saved_and_loaded(kind, bases, tmp_path):
             stock = PeftModel.from_pretrained(stock, folder)
         with torch.no_grad():
             logits = stock.eval()(input_ids=batch().input_ids).logits
-            torch.testing.assert_close(logits, model.eval()(input_ids=batch().input_ids).logits)
+            assert_close(logits, model.eval()(input_ids=batch().input_ids).logits)
 
 
 # Fields of LoRA or of the model → whether they are trained; all others are refused.
@@ -257,7 +258,7 @@ def test_lora_fields_are_merged_as_trained_or_refused(architecture, row, tmp_pat
         ids = batch().input_ids
         with torch.no_grad():
             logits = loaded(input_ids=ids).logits
-            torch.testing.assert_close(logits, model.eval()(input_ids=ids).logits)
+            assert_close(logits, model.eval()(input_ids=ids).logits)
 
 
 def test_lora_on_a_base_in_half_precision(bases):
