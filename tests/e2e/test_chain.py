@@ -23,7 +23,7 @@ def run_tool(program: str, *arguments):
     assert not ended.value.code
 
 
-def tokenise(tool: str, description: str, folder: Path, *more: str):
+def tokenise(tool: str, description: str, folder, *more: str):
     """One of the extraction tools on an input description."""
     settings = folder.with_suffix(".yaml")
     settings.write_text(description)
@@ -35,7 +35,7 @@ def tokenise(tool: str, description: str, folder: Path, *more: str):
     )
 
 
-def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: str) -> Path:
+def train(out, model: str, files: Path, decoder: str, steps, *more: str) -> Path:
     """A run of the trainer on one source; returns its last checkpoint."""
     data = out.with_suffix(".yaml")
     source = {"name": "mine", "files": str(files), "decoder": decoder}
@@ -53,7 +53,7 @@ def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: s
     return out / f"checkpoint-{steps}"
 
 
-def merge(adapter: Path, out: Path, model, tokenizer):
+def merge(adapter: Path, out, model, tokenizer):
     """The merging tool with the original's flags."""
     run_tool(
         "src/tools/merge_lora_weights.py",

@@ -58,7 +58,7 @@ def work_dir(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+def run(command: str, capsys) -> str:
     """What a command of the README prints."""
     assert command in (ROOT / "README.md").read_text(encoding="utf-8"), command
     assert main(shlex.split(command)[1:]) == 0

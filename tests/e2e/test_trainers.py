@@ -63,7 +63,7 @@ def parts_dir(trainer, part_folders, monkeypatch) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
-def forget_the_end(out: Path):
+def forget_the_end(out):
     """Make a finished run of four steps one that was killed after its checkpoint of step 2."""
     for pattern in ("**/checkpoint-4", "*.done.json", "summary.json"):
         for path in list(out.glob(pattern)):
@@ -124,7 +124,7 @@ needs_deepspeed = pytest.mark.skipif(
 UNDER_ZERO = [entry for entry in (*TRAINERS, *HUB_LLMS) if entry.zero]
 
 
-def zero_arguments(trainer: Trainer, parts_dir: Path, out: Path) -> list[str]:
+def zero_arguments(trainer, parts_dir, out) -> list[str]:
     """A run with the published settings of DeepSpeed."""
     more = (f"deepspeed={PUBLISHED[trainer.zero]}", "trainer.timeout_minutes=5")
     return trainer.arguments(parts_dir, out, 4, 2, more)
@@ -164,7 +164,7 @@ def test_trainer_under_zero_equals_the_plain_one(trainer, parts_dir, tmp_path):
         check_conversion(trainer, arguments, zero / "checkpoint-4", result)
 
 
-def check_conversion(trainer: Trainer, arguments: list[str], checkpoint: Path, weights: dict):
+def check_conversion(trainer, arguments: list[str], checkpoint: Path, weights: dict):
     """What DeepSpeed's own script makes of a checkpoint, one file or shards, is an agent again."""
     import torch
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict

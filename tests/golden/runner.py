@@ -51,7 +51,7 @@ def load_kinds() -> dict[str, tuple[Check, tuple[str, ...]]]:
     return kinds
 
 
-def kind_of(folder: Path, kinds: Mapping) -> str:
+def kind_of(folder, kinds: Mapping) -> str:
     """The longest kind that starts the folder's name; AssertionError when there is none."""
     matches = [kind for kind in kinds if folder.name.startswith(kind)]
     assert matches, (
@@ -61,7 +61,7 @@ def kind_of(folder: Path, kinds: Mapping) -> str:
     return max(matches, key=len)
 
 
-def check_fixture(folder: Path):
+def check_fixture(folder):
     """Run the check of a fixture's kind; it must read each recorded output."""
     kinds = load_kinds()
     check, unread = kinds[kind_of(folder, kinds)]
@@ -84,17 +84,17 @@ class Tensors(dict[str, Any]):
         self.prefix = prefix
         self.read: set[str] = set() if read is None else read
 
-    def __getitem__(self, name: str):
+    def __getitem__(self, name):
         self.read.add(self.prefix + name)
         return super().__getitem__(name)
 
-    def get(self, name: str, default=None):
+    def get(self, name, default=None):
         return self[name] if name in self else default
 
     def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
         return ((name, self[name]) for name in self)
 
-    def part(self, name: str) -> Tensors:
+    def part(self, name) -> Tensors:
         """The tensors whose names begin with `name.`, without this prefix."""
         start = f"{name}."
         values = {
@@ -113,7 +113,7 @@ class Tensors(dict[str, Any]):
         for name, value in actual.items():
             self.close(prefix + name, value, tolerance)
 
-    def close(self, name: str, actual, tolerance: tuple[float, float] = CLOSE):
+    def close(self, name, actual, tolerance: tuple[float, float] = CLOSE):
         assert_close(actual, self[name], *tolerance, what=self.prefix + name)
 
 
@@ -123,10 +123,10 @@ class Recording:
 
     folder: Path
 
-    def json(self, name: str):
+    def json(self, name):
         return read_json(self.folder / name)
 
-    def tensors(self, name: str) -> Tensors:
+    def tensors(self, name) -> Tensors:
         from safetensors.torch import load_file
 
         path = self.folder / f"{name}.safetensors"
@@ -182,7 +182,7 @@ class Recording:
 Check = Callable[[Recording], None]
 
 
-def read_text(path: Path) -> str:
+def read_text(path) -> str:
     """A text file of a fixture, compressed or not."""
     packed = path.with_name(path.name + ".gz")
     assert path.is_file() or packed.is_file(), f"{path}: the fixture lacks this file."
@@ -190,11 +190,11 @@ def read_text(path: Path) -> str:
     return data.decode("utf-8")
 
 
-def read_json(path: Path):
+def read_json(path):
     return json.loads(read_text(path))
 
 
-def read_json_lines(path: Path) -> list:
+def read_json_lines(path) -> list:
     """A file with one json value per line; not empty."""
     values = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
     assert values, f"{path}: the fixture holds no cases."
@@ -204,7 +204,7 @@ def read_json_lines(path: Path) -> list:
 # ---- comparisons
 
 
-def assert_close(actual, expected, atol: float, rtol: float = 0.0, what: str = "tensor"):
+def assert_close(actual, expected, atol: float, rtol: float = 0.0, what="tensor"):
     """Same shape and |actual - expected| <= atol + rtol * |expected| everywhere; names `what` and
     the worst element."""
     import torch
@@ -247,7 +247,7 @@ def assert_gradients(
             assert_close(gradients[name].norm(), norm, *norm_tolerance, f"gradient norm of {name}")
 
 
-def assert_same(actual, expected, what: str):
+def assert_same(actual, expected, what):
     """Exact equality of plain Python values."""
     assert actual == expected, (
         f"{what}:\n  got      {str(actual)[:1500]!r}\n  expected {str(expected)[:1500]!r}"

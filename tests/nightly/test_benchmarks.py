@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from real_processes import run_process
@@ -23,7 +22,7 @@ LINES = {
 }
 
 
-def run(*command: str, folder: Path = ROOT) -> str:
+def run(*command: str, folder=ROOT) -> str:
     """What a program prints; without compilation."""
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VIRTUAL_ENV": sys.prefix}
     done = run_process(command, cwd=folder, env=environment)

@@ -35,22 +35,22 @@ SAMPLES = [
 ] * 4
 
 
-def write_json(file: Path):
+def write_json(file):
     lines = "".join(json.dumps(record) + "\n" for record in SAMPLES)
     file.write_text(lines if file.suffix == ".jsonl" else json.dumps(SAMPLES))
 
 
-def write_parquet(file: Path):
+def write_parquet(file):
     table = pyarrow.Table.from_pylist([{"text": "a fox", "image": b"abc", "ids": [1, 2]}] * 20)
     pyarrow.parquet.write_table(table, file, row_group_size=7)
 
 
-def write_tar(file: Path):
+def write_tar(file):
     rows = [{"json": json.dumps(record).encode(), "png": b"abc"} for record in SAMPLES]
     write_shard(file, [(f"{index:05d}", row) for index, row in enumerate(rows)])
 
 
-def write_weights(file: Path):
+def write_weights(file):
     tensors = {"a.weight": torch.randn(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
     if file.suffix == ".safetensors":
         save_state_dict(tensors, file)
@@ -59,11 +59,11 @@ def write_weights(file: Path):
         torch.save({"model": tensors}, file, _use_new_zipfile_serialization=zipped)
 
 
-def write_image(file: Path):
+def write_image(file):
     Image.open(ROOT / "images/cat.jpg").resize((90, 60)).save(file)
 
 
-def read_records(file: Path):
+def read_records(file):
     records = open_records(file, cache=False)
     for index in range(min(len(records), 50)):
         records.read(index)
@@ -86,7 +86,7 @@ for kind in ("png", "jpg", "gif", "webp", "tif"):
     READERS[f"a.{kind}"] = (write_image, open_image)
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
+def damaged(content: bytes, rng) -> bytes:
     """A copy with a few changes: flipped bits, pieces that are removed, repeated or replaced."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):

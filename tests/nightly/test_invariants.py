@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from lavis_runs import require_lavis
-from trainers import LAVIS, TRAINERS, TWO, Trainer
+from trainers import LAVIS, TRAINERS, TWO
 
 pytestmark = [
     pytest.mark.nightly,
@@ -104,7 +104,7 @@ def parts_of(tmp_path_factory):
     """Trainer → the folder of its parts, written when it is first used."""
     folders = {}
 
-    def folder(trainer: Trainer) -> Path:
+    def folder(trainer) -> Path:
         if trainer.name not in folders:
             folders[trainer.name] = tmp_path_factory.mktemp(trainer.name)
             trainer.parts(folders[trainer.name])
@@ -113,7 +113,7 @@ def parts_of(tmp_path_factory):
     return folder
 
 
-def losses(trainer: Trainer, parts: Path, out: Path, run: Run) -> list[float]:
+def losses(trainer, parts: Path, out, run) -> list[float]:
     """The loss of each step, of a run by the program."""
     import torch
 
@@ -181,6 +181,6 @@ def test_padded_rows_equal_packed_rows(parts_of, tmp_path):
     assert_equal_trajectories(first, second, 1e-4)
 
 
-def hydra(fields: dict) -> str:
+def hydra(fields) -> str:
     """A mapping as a value of an override."""
     return "{" + ", ".join(f"{key}: {value}" for key, value in fields.items()) + "}"

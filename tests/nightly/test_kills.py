@@ -4,14 +4,12 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from real_processes import wait_until
 from tensors import equal
-from trainers import TRAINERS, Trainer
+from trainers import TRAINERS
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 16
@@ -19,7 +17,7 @@ SAVE_STEPS = 2
 KILLS = 3
 
 
-def kill(trainer: Trainer, process: subprocess.Popen[str], output: Path, number: int):
+def kill(trainer, process, output, number):
     """Kill a run at a random time after further steps; each second one while it writes a
     checkpoint. Most of a run's seconds are imports: by the clock, kills would only hit these."""
     step = 4 * number + 3

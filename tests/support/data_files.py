@@ -13,12 +13,12 @@ from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 
-def jpeg(index: int, width: int = 64, height: int = 64) -> bytes:
+def jpeg(index, width=64, height=64) -> bytes:
     """The bytes of image `index`."""
     return image_to_bytes(noise(index, (width, height)), "JPEG", quality=90)
 
 
-def write_tar(path: Path, samples: Iterable[Mapping]) -> Path:
+def write_tar(path, samples: Iterable[Mapping]) -> Path:
     """A shard by webdataset's writer; a sample is `{"__key__": .., "jpg": bytes, ..}`."""
     with webdataset.TarWriter(str(path), encoder=True) as writer:
         for sample in samples:
@@ -26,7 +26,7 @@ def write_tar(path: Path, samples: Iterable[Mapping]) -> Path:
     return path
 
 
-def shard(path: Path, records: Iterable[dict | bytes]) -> Path:
+def shard(path, records: Iterable[dict | bytes]) -> Path:
     """A webdataset tar of KEY.json members; bytes are kept as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Broken members are written as they are.
@@ -38,14 +38,14 @@ def shard(path: Path, records: Iterable[dict | bytes]) -> Path:
     return path
 
 
-def write(path: Path, content: str | bytes) -> Path:
+def write(path, content: str | bytes) -> Path:
     """A file of this text or these bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
-def lines(path: Path, records: Iterable[dict | str]) -> Path:
+def lines(path, records: Iterable[dict | str]) -> Path:
     """A jsonl file; texts are written as they are."""
     texts = [record if isinstance(record, str) else json.dumps(record) for record in records]
     return write(path, "".join(f"{text}\n" for text in texts))

@@ -78,7 +78,7 @@ def require_lavis():
     register()
 
 
-def program(name: str):
+def program(name):
     """A program of the application, as a module of this process."""
     require_lavis()
     return importlib.import_module(name)
@@ -89,7 +89,7 @@ def build(arguments: list[str]):
     return program("train").build(arguments[1], arguments[3:])
 
 
-def write_images(folder: Path, count: int = 24) -> Path:
+def write_images(folder, count=24) -> Path:
     """Images of nano's scenes and `pairs.json` next to them."""
     from PIL import Image
 
@@ -111,7 +111,7 @@ def write_images(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def write_config(stage: str, images: Path, output: Path) -> list[str]:
+def write_config(stage: str, images: Path, output) -> list[str]:
     """Arguments of train.py for a tiny run on `images`, with a YAML file next to `output`."""
     from omegaconf import OmegaConf
 
@@ -137,7 +137,7 @@ def write_config(stage: str, images: Path, output: Path) -> list[str]:
     return ["--cfg-path", str(file)]
 
 
-def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
+def log_of(folder, stage: str) -> dict[int, dict[str, float]]:
     """Step → values of a run's log, those of evaluations included."""
     values = {}
     for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl"):
@@ -145,6 +145,6 @@ def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     return values
 
 
-def printed(text: str) -> list[str]:
+def printed(text) -> list[str]:
     """The next command that a run printed."""
     return shlex.split(next(line for line in text.splitlines() if line.startswith("Next: ")))[1:]

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_multimodal.training.llm.loss import (
     ALL_TEXT,
@@ -29,7 +29,7 @@ def rows(
 
 
 def packed_loss(
-    model: nn.Module, batch, *, weights: LossWeights = ALL_TEXT, chunked: bool = False
+    model, batch, *, weights: LossWeights = ALL_TEXT, chunked: bool = False
 ) -> LossParts:
     """Loss of a batch; `chunked`: logits of at most 64 tokens at once."""
     # The same module for both, with another limit.

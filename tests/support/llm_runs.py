@@ -55,14 +55,14 @@ COLOURS = {
 }
 
 
-def write_llama(folder: Path, vocab_size: int):
+def write_llama(folder, vocab_size):
     """A random LLaMA with the special ids of the originals."""
     from tiny.language import random_llm
 
     random_llm("llama", vocab_size, initializer_range=0.02, **SIZES).save_pretrained(folder)
 
 
-def merged(groups: dict, changes: dict) -> dict:
+def merged(groups: dict, changes) -> dict:
     """A configuration with changes; mappings are merged into the groups."""
     return {
         **groups,
@@ -73,7 +73,7 @@ def merged(groups: dict, changes: dict) -> dict:
     }
 
 
-def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict:
+def write_data(folder, n_codes, per_image: int, records: int = 60) -> dict:
     """Captions and conversations as jsonl; returns a data configuration over both."""
     # The same records at every call.
     rng = random.Random(0)
@@ -121,7 +121,7 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
 
 
 def compose(
-    arguments: Sequence[str], configs: Path = APPLICATION / "configs", name: str = "train"
+    arguments: Sequence[str], configs: Path = APPLICATION / "configs", name="train"
 ) -> dict:
     """The configuration of a command line, as the programs compose it."""
     import hydra
@@ -135,7 +135,7 @@ def compose(
         return plain_config(hydra.compose(name, overrides), file)
 
 
-def task_of(task_class, config: dict):
+def task_of(task_class, config):
     """A training's task in this process."""
     import torch
 
@@ -155,13 +155,13 @@ def fixtures_of(parts) -> tuple:
         return folder
 
     @pytest.fixture(scope="session")
-    def config_of(parts_dir: Path) -> Callable[..., dict]:
+    def config_of(parts_dir) -> Callable[..., dict]:
         return partial(parts.config_of, parts_dir)
 
     return parts_dir, config_of
 
 
-def write_files(folder: Path, **changes) -> dict[str, Path]:
+def write_files(folder, **changes) -> dict[str, Path]:
     """YAML files of all groups in `folder`; `changes` (model, data, trainer, optim) are merged into
     them."""
     from seed_multimodal import MultimodalTokenizer
@@ -182,7 +182,7 @@ def write_files(folder: Path, **changes) -> dict[str, Path]:
     return files
 
 
-def overrides(files: dict[str, Path], output: Path, *more: str) -> list[str]:
+def overrides(files: dict[str, Path], output, *more: str) -> list[str]:
     """Arguments of `train.py` that use the files."""
     return [*(f"{group}={file}" for group, file in files.items()), f"output_dir={output}", *more]
 
@@ -198,7 +198,7 @@ def environment(**values: str) -> dict[str, str]:
     }
 
 
-def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, float]]:
+def log_lines(output, name="train.log.jsonl") -> list[dict[str, float]]:
     """The JSON log without an unfinished last line."""
     file = output / name
     # A run that was killed may leave half a line.
@@ -206,6 +206,6 @@ def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, flo
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def losses(output: Path, name: str = "train.log.jsonl", loss: str = "loss") -> dict[int, float]:
+def losses(output, name="train.log.jsonl", loss: str = "loss") -> dict[int, float]:
     """Step → loss, in full precision."""
     return {int(line["step"]): line[loss] for line in log_lines(output, name) if loss in line}

@@ -36,9 +36,7 @@ def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(64, 8)
 
 
-def toy_loss(
-    model: nn.Module, data: torch.Tensor, chosen: torch.Tensor, noise: float
-) -> torch.Tensor:
+def toy_loss(model, data: torch.Tensor, chosen: torch.Tensor, noise: float) -> torch.Tensor:
     """Squared error of the sum of eight numbers, with noise from the global generator."""
     x = data[chosen] + noise * torch.randn(len(chosen), 8)
     return (model(x) - x.sum(1, keepdim=True)).float().square().mean()
@@ -55,8 +53,8 @@ class ToyTask(StageTask):
 
     def __init__(
         self,
-        name: str,
-        module: nn.Module,
+        name,
+        module,
         loss: Callable[[nn.Module, int], Any],
         settings: StageSettings,
         *,
@@ -76,9 +74,9 @@ class ToyTask(StageTask):
 
 
 def train(
-    folder: Path,
+    folder,
     *,
-    name: str = "toy",
+    name="toy",
     pause: float = 0.0,
     noise: float = 0.1,
     stop_at: int = -1,
@@ -113,7 +111,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     losses = folder / f"losses.{rank}.txt"
 
-    def loss(model: nn.Module, micro_step: int) -> tuple[torch.Tensor, dict]:
+    def loss(model, micro_step) -> tuple[torch.Tensor, dict]:
         if pause >= 1:
             (folder / f"begun.{micro_step}").touch()
         time.sleep(pause)
@@ -128,7 +126,7 @@ def train(
         return value, {"half": value.detach() / 2}
 
     # What a stage may do between steps: a random change, and an evaluation.
-    def change(step: int):
+    def change(step):
         if world == 1:
             move_bias(model)
 
@@ -149,11 +147,11 @@ def train(
 
 
 def run_stage(
-    name: str,
-    module: nn.Module,
+    name,
+    module,
     loss: Callable[[int], Any],
     settings: StageSettings,
-    folder: Path,
+    folder,
     **more,
 ) -> dict:
     """Train a stage whose loss is a closure over its module."""
@@ -163,12 +161,12 @@ def run_stage(
     )
 
 
-def newest(folder: Path, name: str = "toy") -> Path:
+def newest(folder, name="toy") -> Path:
     """The newest checkpoint of a stage."""
     return checkpoints(folder / f"{name}.checkpoints")[0][1]
 
 
-def saved(folder: Path, name: str = "toy") -> dict:
+def saved(folder, name="toy") -> dict:
     """The newest checkpoint of a stage: `model` (averaged if the run averages), `trained`, and the
     keys of trainer_state.json and optimizer.pt."""
     path = newest(folder, name)
@@ -181,12 +179,12 @@ def saved(folder: Path, name: str = "toy") -> dict:
     }
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(folder) -> dict[str, bytes]:
     """Every file of the newest checkpoint."""
     return {path.name: path.read_bytes() for path in newest(folder).iterdir()}
 
 
-def read_losses(folder: Path) -> dict[int, float]:
+def read_losses(folder) -> dict[int, float]:
     """The last loss of each micro-step (a killed run repeats its unsaved steps)."""
     file = folder / "losses.0.txt"
     # A line may be half written.
@@ -194,7 +192,7 @@ def read_losses(folder: Path) -> dict[int, float]:
     return {int(pair[0]): float.fromhex(pair[1]) for pair in pairs if len(pair) == 2}
 
 
-def log_lines(folder: Path, name: str = "toy") -> list[dict[str, float]]:
+def log_lines(folder, name="toy") -> list[dict[str, float]]:
     """A stage's log."""
     return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
 

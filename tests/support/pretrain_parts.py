@@ -2,7 +2,6 @@
 pre-training."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from data_files import lines
@@ -32,7 +31,7 @@ def image_of(colour: tuple[int, int, int], variant: int = 0) -> bytes:
     return image_to_bytes(image)
 
 
-def write_parts(folder: Path):
+def write_parts(folder):
     """Tokenizers, language model and data in `folder`."""
     tokenizer = train_text_tokenizer(
         LavitTokenizer,
@@ -67,7 +66,7 @@ def write_parts(folder: Path):
     )
 
 
-def data_of(folder: Path, **changes) -> dict:
+def data_of(folder, **changes) -> dict:
     """A mixture of two parts text and one part images."""
     sources = [
         {
@@ -94,7 +93,7 @@ def data_of(folder: Path, **changes) -> dict:
     return {"sources": sources, "packing": True, "length": 96, "rows": 2, "seed": 3, **changes}
 
 
-def config_of(folder: Path, output: Path, **changes) -> dict:
+def config_of(folder, output, **changes) -> dict:
     """A whole configuration; mappings in `changes` are merged into its groups."""
     return merged(
         {

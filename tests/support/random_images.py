@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 
-def noise(seed: int, size: tuple[int, int] = (48, 30)) -> Image.Image:
+def noise(seed, size: tuple[int, int] = (48, 30)) -> Image.Image:
     """An image of random pixels."""
     width, height = size
     return Image.fromarray(
@@ -12,7 +12,7 @@ def noise(seed: int, size: tuple[int, int] = (48, 30)) -> Image.Image:
     )
 
 
-def same(image: Image.Image, other: Image.Image, levels: int = 1) -> bool:
+def same(image, other: Image.Image, levels: int = 1) -> bool:
     """Equal within one grey level, or `levels`."""
     return (
         image.size == other.size

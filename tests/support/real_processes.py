@@ -30,7 +30,7 @@ def run_process(
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
-def kill(process: subprocess.Popen[str], group: bool = False):
+def kill(process, group: bool = False):
     """Kill a process that still runs; `group`: with its children."""
     if process.poll() is not None:
         return
@@ -50,12 +50,12 @@ def processes_with(argument: str) -> list[int]:
     return pids
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200):
+def wait_until(true: Callable[[], bool], process, seconds: float = 200):
     """Until `true()` or the end of the process; AssertionError after the timeout."""
     waiting.wait_until(lambda: true() or process.poll() is not None, seconds)
 
 
-def kill_when(true: Callable[[], bool], process: subprocess.Popen[str]) -> str:
+def kill_when(true: Callable[[], bool], process) -> str:
     """Kill a process once `true()`; returns its last output (stderr, if that is a separate
     pipe)."""
     wait_until(true, process)

@@ -43,7 +43,7 @@ def stage1(**options) -> LavitStage1:
     return model
 
 
-def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
+def images(count=256, seed=1) -> tuple[Tensor, Tensor]:
     """Features `[count, 16, 32]` and the number of objects in each image (0, 2, 4, 6 or 8)."""
     generator = torch.Generator().manual_seed(seed)
     kinds = normal(7, 24, WIDTH)
@@ -61,11 +61,11 @@ def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    folder: Path,
+    folder,
     *,
     health: dict | None = None,
-    rank: int = 0,
-    world: int = 1,
+    rank=0,
+    world=1,
     **settings,
 ) -> tuple[LavitStage1, dict]:
     """One run; returns the model and its record."""
@@ -85,7 +85,7 @@ def train(
     }
 
     # The images in turn, each process its own.
-    def batch(micro_step: int) -> Tensor:
+    def batch(micro_step) -> Tensor:
         size = choices["batch_size"]
         first = (micro_step * world + rank) * size
         return data[(first + torch.arange(size)) % len(data)]
@@ -96,7 +96,7 @@ def train(
     return model, train_stage(task, folder)
 
 
-def train_in_two(rank: int, folder: str):
+def train_in_two(rank, folder: str):
     """One of two processes that train together; saves its weights as `RANK.pt`."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)

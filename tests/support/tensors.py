@@ -11,6 +11,6 @@ def equal(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(value, others[name]) for name, value in tensors.items())
 
 
-def normal(seed: int, *shape: int) -> Tensor:
+def normal(seed, *shape: int) -> Tensor:
     """Normal numbers, the same at every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

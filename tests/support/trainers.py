@@ -65,9 +65,7 @@ class Trainer:
     close: float = 1e-4
     variables: Callable[[Path], dict[str, str]] = lambda parts_dir: {}
 
-    def arguments(
-        self, parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
-    ) -> list[str]:
+    def arguments(self, parts_dir, output, steps, save: int, more: Sequence[str]) -> list[str]:
         """Arguments of a run of `steps` with a checkpoint every `save`, and further overrides."""
         # LAVIS counts epochs of steps.
         if self.application == LAVIS:
@@ -85,9 +83,7 @@ class Trainer:
             ]
         return [*self.options(parts_dir, output), *counts, *more]
 
-    def start(
-        self, parts_dir: Path, arguments: Sequence[str], *before: str
-    ) -> subprocess.Popen[str]:
+    def start(self, parts_dir, arguments: Sequence[str], *before: str) -> subprocess.Popen[str]:
         """Start the program as a process; `before`: arguments of Python, as `TWO`."""
         return subprocess.Popen(
             [sys.executable, *before, self.program, *arguments],
@@ -99,7 +95,7 @@ class Trainer:
             stderr=subprocess.PIPE,
         )
 
-    def run(self, parts_dir: Path, arguments: Sequence[str], *before: str) -> str:
+    def run(self, parts_dir, arguments: Sequence[str], *before: str) -> str:
         """Run the program to its successful end; returns its output."""
         process = self.start(parts_dir, arguments, *before)
         output, errors = process.communicate(timeout=400)
@@ -115,11 +111,11 @@ class Trainer:
         config = Path(self.program).stem
         return main(config, LLM / "configs", list(arguments))
 
-    def losses(self, output: Path) -> dict[int, float]:
+    def losses(self, output) -> dict[int, float]:
         """Step → loss, in full precision."""
         return llm_runs.losses(output, self.log, self.loss)
 
-    def result(self, output: Path) -> dict:
+    def result(self, output) -> dict:
         """The final weights of a run."""
         from seed_multimodal.state_dicts import load_state_dict
 
@@ -139,7 +135,7 @@ class Trainer:
 # ---- parts and arguments of each program
 
 
-def _in_files(config: dict, folder: Path, *groups: str) -> list[str]:
+def _in_files(config, folder, *groups: str) -> list[str]:
     """Overrides that use one file per group, as a user's configuration does."""
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
@@ -149,13 +145,13 @@ def _in_files(config: dict, folder: Path, *groups: str) -> list[str]:
     return [f"tokenizer={tokenizer}", *files, *STEADY]
 
 
-def _llm(parts_dir: Path, output: Path) -> list[str]:
+def _llm(parts_dir, output) -> list[str]:
     groups = ("model", "data", "trainer", "optim", "tokenizer")
     files = {group: parts_dir / f"{group}.yaml" for group in groups}
     return [*llm_runs.overrides(files, output), *STEADY]
 
 
-def _llm_parts(parts_dir: Path):
+def _llm_parts(parts_dir):
     """A LLaMA in files, so that a checkpoint of LoRA is a system."""
     from seed_multimodal import MultimodalTokenizer
 
@@ -166,7 +162,7 @@ def _llm_parts(parts_dir: Path):
     llm_runs.write_files(parts_dir, model=model)
 
 
-def _hub_llm_parts(parts_dir: Path, lora: dict | None):
+def _hub_llm_parts(parts_dir, lora: dict | None):
     """A Qwen 3 with tied, padded tables, which get rows for image tokens, and its tokenizer."""
     from tiny.language import random_llm, write_hub_tokenizer
 
@@ -192,7 +188,7 @@ def _written_by(module: str, function: str = "write_parts") -> Callable[[Path], 
     return lambda parts_dir: getattr(import_module(module), function)(parts_dir)
 
 
-def _seed_x_parts(parts_dir: Path):
+def _seed_x_parts(parts_dir):
     """The parts of `tuning_parts` and conversations without images (a third of the batches)."""
     import tuning_parts
 
@@ -202,7 +198,7 @@ def _seed_x_parts(parts_dir: Path):
     lines(parts_dir / "words.jsonl", records)
 
 
-def _seed_x(parts_dir: Path, output: Path) -> list[str]:
+def _seed_x(parts_dir, output) -> list[str]:
     import tuning_parts
 
     data = tuning_parts.data_of(parts_dir, seed=4)
@@ -214,7 +210,7 @@ def _seed_x(parts_dir: Path, output: Path) -> list[str]:
     return _in_files(config, parts_dir / "files", *groups)
 
 
-def _lavit(parts_dir: Path, output: Path) -> list[str]:
+def _lavit(parts_dir, output) -> list[str]:
     import pretrain_parts
 
     config = pretrain_parts.config_of(parts_dir, output)
@@ -240,7 +236,7 @@ def _lavis(stage: str, *settings: str) -> Callable[[Path, Path], list[str]]:
     ]
 
 
-def _rl_parts(parts_dir: Path):
+def _rl_parts(parts_dir):
     """Four prompts of nano, which its judge scores."""
     from seed_nano.report.reward import prompt_records
 
@@ -255,7 +251,7 @@ def _rl_parts(parts_dir: Path):
     (parts_dir / "data.yaml").write_text(yaml.safe_dump(data))
 
 
-def _rl(parts_dir: Path, output: Path) -> list[str]:
+def _rl(parts_dir, output) -> list[str]:
     groups = ("model", "optim", "trainer")
     files = [*(f"{group}=nano" for group in groups), f"data={parts_dir / 'data.yaml'}"]
     return [*files, "trainer.logging_steps=1", "trainer.sample_steps=4"]
@@ -264,14 +260,14 @@ def _rl(parts_dir: Path, output: Path) -> list[str]:
 # ---- use of each result
 
 
-def _start_stage2(parts_dir: Path, output: Path):
+def _start_stage2(parts_dir, output):
     checkpoint = f"model.pretrained={output / 'checkpoint_0.pth'}"
     entry = next(entry for entry in TRAINERS if entry.name == "stage2")
     arguments = entry.arguments(parts_dir, output.with_name("used"), 1, 9, [])
     assert entry.main([*arguments, "model.load_pretrained=True", checkpoint]) == 0
 
 
-def _evaluate_stage2(parts_dir: Path, output: Path):
+def _evaluate_stage2(parts_dir, output):
     config = lavis_runs.write_config("stage2", parts_dir, output.with_name("used"))
     saved = [
         "model.load_pretrained=False",
@@ -282,7 +278,7 @@ def _evaluate_stage2(parts_dir: Path, output: Path):
     assert lavis_runs.program("evaluate").main([*config, "--options", *saved]) == 0
 
 
-def _export_lavit(parts_dir: Path, output: Path):
+def _export_lavit(parts_dir, output):
     from seed_multimodal.cli.main import main
 
     vision = NANO / "seed_tokenizer" / "diffusion_model" / "image_encoder"
@@ -296,7 +292,7 @@ def _describes(family: str, **options) -> Callable[[Path, Path], None]:
     """The last checkpoint is a system, which describes an image."""
     module, _, name = family.rpartition(".")
 
-    def use(parts_dir: Path, output: Path):
+    def use(parts_dir, output):
         checkpoint = max(output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         system_class = getattr(import_module(f"seed_multimodal.models.{module}.pipeline"), name)
         system = system_class.from_pretrained(checkpoint, device="cpu", log=None, **options)
@@ -308,7 +304,7 @@ def _describes(family: str, **options) -> Callable[[Path, Path], None]:
 def _draws(family: str) -> Callable[[Path, Path], None]:
     """The result draws an image; `family`: of `tiny.training`."""
 
-    def use(parts_dir: Path, output: Path):
+    def use(parts_dir, output):
         chosen = getattr(import_module("tiny.training"), family)
         detokenizer = chosen.load(parts_dir, output / chosen.result)
         options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16}

@@ -1,7 +1,5 @@
 """A tiny SEED-X with images in all data formats, for tests of its instruction tuning."""
 
-from pathlib import Path
-
 import torch
 from data_files import lines
 from llm_runs import COLOURS, OPTIM, SIZES, TRAINER, merged, write_llama
@@ -27,7 +25,7 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
     return image_to_bytes(Image.new("RGB", size, colour), "JPEG")
 
 
-def write_parts(folder: Path):
+def write_parts(folder):
     """Tokenizer, vision encoder, language model and data in `folder`."""
     tokenizer = write_seed_x_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
@@ -36,7 +34,7 @@ def write_parts(folder: Path):
     write_data(folder)
 
 
-def write_data(folder: Path):
+def write_data(folder):
     """Conversations, edits of one and of several turns as jsonl with a folder of images; captions
     in a tar."""
     images = folder / "pictures"
@@ -93,11 +91,11 @@ def write_data(folder: Path):
     )
 
 
-def data_of(folder: Path, **changes) -> dict:
+def data_of(folder, **changes) -> dict:
     """A mixture of all four."""
     images = str(folder / "pictures")
 
-    def source(name: str, file: str, **options) -> dict:
+    def source(name, file: str, **options) -> dict:
         return {
             "name": name,
             "files": str(folder / file),
@@ -124,8 +122,8 @@ def data_of(folder: Path, **changes) -> dict:
 
 
 def config_of(
-    folder: Path,
-    output: Path,
+    folder,
+    output,
     *,
     data: dict | None = None,
     lora: bool = False,

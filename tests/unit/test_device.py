@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from seed_multimodal.device import (
 from seed_multimodal.errors import ConfigError
 
 
-def report_devices(monkeypatch: pytest.MonkeyPatch, cuda: bool, bf16: bool, mps: bool):
+def report_devices(monkeypatch, cuda: bool, bf16: bool, mps: bool):
     """torch reports these devices, which are not used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
@@ -77,19 +76,19 @@ def test_choose_device_of_an_unknown_name(monkeypatch, device, dtype):
         choose_device(device, dtype)
 
 
-def load_system(folder: Path, **options: str):
+def load_system(folder, **options: str):
     from seed_multimodal import MultimodalSystem
 
     MultimodalSystem.from_pretrained(folder, **options)
 
 
-def load_seed_2(folder: Path, **options: bool):
+def load_seed_2(folder, **options: bool):
     from seed_multimodal import SeedLlamaTokenizer
 
     SeedLlamaTokenizer.from_pretrained(folder / "seed_tokenizer", **options)
 
 
-def load_seed_1(folder: Path):
+def load_seed_1(folder):
     from seed_multimodal.compat.seed_llama import Seed1
 
     Seed1.from_pretrained(folder / "seed_tokenizer")

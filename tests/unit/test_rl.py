@@ -1,7 +1,6 @@
 """Training by rewards: what stops it, and the distribution that it trains."""
 
 import json
-from pathlib import Path
 
 import pytest
 from data_files import lines
@@ -18,7 +17,7 @@ GENEVAL = {"name": "geneval", "model": "nano"}
 
 
 @pytest.fixture
-def run(tmp_path: Path):
+def run(tmp_path):
     """Train for a step with changed settings; returns its log line."""
 
     def train(prompts: list[dict], reward: dict = NANO, trainer=(), **model) -> dict:

@@ -4,7 +4,6 @@ import io
 import os
 import zipfile
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -139,7 +138,7 @@ def test_read_torch_file_replaces_unknown_classes(tmp_path):
 # ---- other libraries
 
 
-def load_llm(folder: Path):
+def load_llm(folder):
     from transformers import LlamaConfig
 
     from seed_multimodal.language.llm import load_llm
@@ -148,7 +147,7 @@ def load_llm(folder: Path):
     load_llm(folder)
 
 
-def load_clip(folder: Path):
+def load_clip(folder):
     from transformers import CLIPVisionConfig
 
     from seed_multimodal.nn.vision.clip import load_clip_vision
@@ -157,7 +156,7 @@ def load_clip(folder: Path):
     load_clip_vision(folder)
 
 
-def load_hub_vision(folder: Path):
+def load_hub_vision(folder):
     from transformers import ViTConfig
 
     from seed_multimodal.images.transforms import ImageTransform
@@ -170,7 +169,7 @@ def load_hub_vision(folder: Path):
     ).read_weights(str(folder))
 
 
-def load_lora(folder: Path):
+def load_lora(folder):
     from peft import LoraConfig
     from tiny.language import random_llm
 

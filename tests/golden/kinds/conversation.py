@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 from PIL import Image
-from runner import Recording, assert_close, assert_same
+from runner import assert_close, assert_same
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import (
@@ -38,7 +38,7 @@ AFTER_AN_ANSWER = {"vicuna": "\nASSISTANT:", "llama2": "\n"}
 ROLES = ("user", "assistant")
 
 
-def check(recording: Recording):
+def check(recording):
     for name, check_cases in (("templates.json", check_templates), ("helpers.json", check_helpers)):
         if (recording.folder / name).is_file():
             check_cases(recording.json(name))
@@ -59,7 +59,7 @@ def check_templates(cases: list[dict]):
         assert_same(prompt, case["prompt"]["text"], f"prompt of {case['template']}")
 
 
-def check_helpers(cases: dict):
+def check_helpers(cases):
     for size, expected in cases["resize_image"]:
         resized = fit_longer_side(Image.new("RGB", tuple(size)))
         assert_same(list(resized.size), expected, f"resize_image {size}")
@@ -68,7 +68,7 @@ def check_helpers(cases: dict):
         assert_same(list(cropped.size), expected, f"center_crop_image {size}")
 
 
-def check_flow(flow: dict, style: str, tokenizer: MultimodalTokenizer, name: str):
+def check_flow(flow, style: str, tokenizer, name):
     """Each conversation that the original page posted, in the messages of this page."""
     images = {}  # recorded file → the data of its image in our requests
     turns = []
@@ -107,7 +107,7 @@ def check_flow(flow: dict, style: str, tokenizer: MultimodalTokenizer, name: str
     assert_same(posted(turns, flow, style), flow["prompt_at_end"], f"{name}: prompt at the end")
 
 
-def page_turn(role: str, recorded: dict, images: Mapping[str, str]) -> Turn:
+def page_turn(role: str, recorded, images: Mapping[str, str]) -> Turn:
     """A recorded message in the page's form: texts, and images with their codes if known."""
     # The text is cut at its placeholders.
     first, *texts = recorded["text"].split(PLACEHOLDER)
@@ -118,14 +118,14 @@ def page_turn(role: str, recorded: dict, images: Mapping[str, str]) -> Turn:
     return Turn(role, parts)
 
 
-def page_body(turns: list[Turn], flow: dict, rounds: int = 10**6) -> dict:
+def page_body(turns: list[Turn], flow, rounds: int = 10**6) -> dict:
     """The body that the page posts; raises RequestError for more rounds."""
     model = ModelClient("", ModelCard(""))
     session = ChatSession([model], model)
     return session.request(turns, flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
 
 
-def posted(turns: list[Turn], flow: dict, style: str) -> dict:
+def posted(turns: list[Turn], flow, style: str) -> dict:
     """The text for the model and the images in that body, as the server reads them."""
     # As the server takes the body apart: content is a text, or a list of parts.
     messages = ChatRequest.model_validate(page_body(turns, flow)).messages
@@ -147,7 +147,7 @@ def posted(turns: list[Turn], flow: dict, style: str) -> dict:
     return {"text": render(style, texts), "images": images}
 
 
-def check_post(body: dict, payload: dict, name: str):
+def check_post(body: dict, payload: dict, name):
     """Images by their pixels, within one level: resizing depends on library versions."""
     assert_same(body["text"], payload["text"], f"{name}: the posted text")
     for image, recorded in zip(body["images"], payload["images"], strict=True):
@@ -158,7 +158,7 @@ def check_post(body: dict, payload: dict, name: str):
             assert_same(image, recorded, f"{name}: codes in the request")
 
 
-def check_prompt(post: dict, call: dict, tokenizer: MultimodalTokenizer, name: str):
+def check_prompt(post: dict, call: dict, tokenizer, name):
     """The ids of the posted text, with the codes that the server returned for its images."""
     payload = post["payload"]
     # A placeholder of the text stands for the codes of its image.

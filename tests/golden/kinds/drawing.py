@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runner import Recording, Tensors, assert_close, assert_same
+from runner import Tensors, assert_close, assert_same
 
 from seed_multimodal.compat.demo_recon import make_grid
 from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
@@ -45,7 +45,7 @@ def network(kind: str, config: Mapping, weights: Mapping, **options):
     return model
 
 
-def scheduler(settings: Mapping, key: str = "class", suffix: str = ""):
+def scheduler(settings: Mapping, key="class", suffix: str = ""):
     """A scheduler of diffusers; `key` holds the name of its class."""
     import diffusers
 
@@ -53,7 +53,7 @@ def scheduler(settings: Mapping, key: str = "class", suffix: str = ""):
     return getattr(diffusers, settings.pop(key) + suffix).from_config(settings)
 
 
-def text_parts(sizes: dict, length: int, weights: Mapping) -> dict:
+def text_parts(sizes, length, weights: Mapping) -> dict:
     """Tokenizer and text encoder of a pipeline."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -98,7 +98,7 @@ def watched(model) -> Iterator[dict[str, list]]:
 # ---- SEED-1
 
 
-def build_seed1(recording: Recording) -> StableDiffusionDetokenizer:
+def build_seed1(recording) -> StableDiffusionDetokenizer:
     """Tensors under the names of diffusers; the VAE's attention is stored as 1x1 convolutions."""
     sizes = recording.config
     parts = sizes["diffusers"]
@@ -130,7 +130,7 @@ def plms(config, steps: list[int]):
     from diffusers import PNDMScheduler
 
     class Plms(PNDMScheduler):
-        def set_timesteps(self, num_inference_steps: int, device=None):
+        def set_timesteps(self, num_inference_steps, device=None):
             super().set_timesteps(num_inference_steps, device)
             self._timesteps = np.array(steps[::-1])
             self.timesteps = torch.tensor([steps[0], steps[1], *steps[1:]])
@@ -138,9 +138,7 @@ def plms(config, steps: list[int]):
     return Plms.from_config(config)
 
 
-def check_seed1_case(
-    model: StableDiffusionDetokenizer, record: dict, inputs: Tensors, want: Tensors
-):
+def check_seed1_case(model: StableDiffusionDetokenizer, record, inputs: Tensors, want: Tensors):
     start = inputs["x_T"]
     folder_sampler = model.scheduler
     times = record["timesteps"]
@@ -181,7 +179,7 @@ def check_seed1_case(
 
 
 @torch.no_grad()
-def check_seed1(recording: Recording):
+def check_seed1(recording):
     inputs = recording.inputs
     want = recording.outputs
     model = build_seed1(recording)
@@ -224,7 +222,7 @@ def replayed(noises: list[torch.Tensor]) -> Iterator[None]:
     assert not rest, f"{len(rest)} recorded noise tensors were not used"
 
 
-def build_seed2(sizes: dict, weights: Tensors) -> UnclipDetokenizer:
+def build_seed2(sizes, weights: Tensors) -> UnclipDetokenizer:
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 
     normalizer = StableUnCLIPImageNormalizer(sizes["embedding_dim"])
@@ -240,7 +238,7 @@ def build_seed2(sizes: dict, weights: Tensors) -> UnclipDetokenizer:
 
 
 def denoised(
-    model: UnclipDetokenizer, case: str, steps: int, inputs: Tensors, want: Tensors
+    model: UnclipDetokenizer, case: str, steps, inputs: Tensors, want: Tensors
 ) -> tuple[torch.Tensor, dict[str, list]]:
     """Latents of a case with its recorded noise, and what the U-Net was given."""
     kind = case.split(".")[1]
@@ -261,7 +259,7 @@ def denoised(
 
 
 @torch.no_grad()
-def check_seed2(recording: Recording):
+def check_seed2(recording):
     sizes = recording.config
     inputs = recording.inputs
     want = recording.outputs

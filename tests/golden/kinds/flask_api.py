@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from recorded_engine import RecordedEngine
-from runner import Recording, assert_close, assert_same
+from runner import assert_close, assert_same
 from torch import nn
 
 from seed_multimodal.device import Runtime
@@ -85,7 +85,7 @@ class RecordedImages(SeedImageCodec):
 class RecordedSystem(SeedLlama):
     """A SEED-LLaMA whose language model generates the recorded ids."""
 
-    def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]):
+    def __init__(self, tokenizer, template: str, new_ids: list[int]):
         engine = RecordedEngine(tokenizer, new_ids)
         config = SeedLlamaConfig(template=template, tasks=SeedLlamaConfig.of_original("8b").tasks)
         images = RecordedImages(tokenizer.vocabulary)
@@ -94,7 +94,7 @@ class RecordedSystem(SeedLlama):
         self.calls = engine.calls
 
 
-def check(recording: Recording):
+def check(recording):
     tokenizer = MultimodalTokenizer.from_pretrained(recording.tokenizer_folder)
     for file in recording.files("cases*.json"):
         for case in recording.json(file.name):
@@ -105,7 +105,7 @@ def check(recording: Recording):
             (check_case if "request" in case else check_page)(case, system, what)
 
 
-def check_case(case: dict, system: RecordedSystem, what: str):
+def check_case(case, system: RecordedSystem, what):
     """A request to `/generate`: the answer, and what the networks were given for it."""
     vocabulary = system.tokenizer.vocabulary
     request = case["request"]
@@ -130,7 +130,7 @@ def check_case(case: dict, system: RecordedSystem, what: str):
     check_answer(case, answer, system.tokenizer.eos_token_id, what)
 
 
-def check_calls(case: dict, system: RecordedSystem, what: str):
+def check_calls(case, system: RecordedSystem, what):
     (call,) = system.calls
     recorded = case["model_call"]
     actual = {
@@ -150,7 +150,7 @@ def check_calls(case: dict, system: RecordedSystem, what: str):
     assert_same(actual, {key: wanted[key] for key in actual}, f"{what}, calls")
 
 
-def check_answer(case: dict, answer: dict, eos: int, what: str):
+def check_answer(case, answer, eos: int, what):
     recorded = case["response"]
     # Images of the request come first.
     n_read = len(case["request"]["images"])
@@ -178,7 +178,7 @@ def check_answer(case: dict, answer: dict, eos: int, what: str):
     assert_same(*texts, f"{what}, text")
 
 
-def check_page(case: dict, system: RecordedSystem, what: str):
+def check_page(case, system: RecordedSystem, what):
     # Broken requests were recorded by name.
     requests = {
         "invalid json": {"data": "{not json", "content_type": "application/json"},
@@ -191,7 +191,7 @@ def check_page(case: dict, system: RecordedSystem, what: str):
     assert_client_error(response, what)
 
 
-def assert_client_error(response, what: str):
+def assert_client_error(response, what):
     body = response.get_json()
     assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected 4xx"
     assert body["error"] and body["error_msg"] == [body["error"]], (

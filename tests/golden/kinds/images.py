@@ -18,7 +18,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from runner import Recording, assert_close, assert_same
+from runner import assert_close, assert_same
 
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.errors import ConfigError
@@ -51,7 +51,7 @@ THRESHOLDS = {
 }  # the original defaults
 
 
-def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch.Tensor):
+def check_transform(kind: str, keep_ratio: bool, image, want: torch.Tensor):
     if kind not in TYPES:  # of encoders that no configuration has
         with pytest.raises(ConfigError, match=kind):
             get_transform(kind)
@@ -62,7 +62,7 @@ def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch
     )
 
 
-def check_preprocessing(recording: Recording):
+def check_preprocessing(recording):
     tensors = recording.tensors("tensors")
     cases = recording.cases
     images = {
@@ -103,7 +103,7 @@ def check_preprocessing(recording: Recording):
             check_transform(kind, False, Image.new("RGB", (8, 8)), torch.zeros(8))
 
 
-def kept_by_filter(item: dict, metadata: dict, kwargs: dict[str, float] | None = None, **_) -> bool:
+def kept_by_filter(item: dict, metadata, kwargs: dict[str, float] | None = None, **_) -> bool:
     """The rule on a decoded item, or on metadata if the item has no size (as in the original)."""
     limits = {**THRESHOLDS, **(kwargs or {})}
     sizes = {key.lower().removeprefix("original_"): value for key, value in metadata.items()} | item
@@ -128,7 +128,7 @@ def check_caption(column: str, case: dict[str, str]):
     assert_same(actual, case[column], f"{column} of {case['text']!r}")
 
 
-def check_grid(case: dict, lists: dict[str, list[str]]):
+def check_grid(case, lists: dict[str, list[str]]):
     grids = read_grids(lists[case["grids"]])
     size = tuple(case["size"])
     base = case["base"]
@@ -142,7 +142,7 @@ def check_grid(case: dict, lists: dict[str, list[str]]):
     assert_same(list(choose_grid(size, grids, base)), case["grid_shape"], what)
 
 
-def check_views(case: dict, grids: list[str], tensors: dict[str, torch.Tensor]):
+def check_views(case, grids: list[str], tensors: dict[str, torch.Tensor]):
     name = case["image"]
     rule = AnyResolution(image_size=case["base"], grids=tuple(grids))
     image = Image.fromarray(tensors[f"{name}.pixels"].numpy())
@@ -163,7 +163,7 @@ def check_views(case: dict, grids: list[str], tensors: dict[str, torch.Tensor]):
         assert_close(squashed, want, LEVELS, what=f"{name}.resize_pad_False")
 
 
-def check_anyres(recording: Recording):
+def check_anyres(recording):
     cases = recording.cases
     tensors = recording.tensors("tensors")
     for case in cases["grid_selection"]:

@@ -8,8 +8,7 @@ buffers, which transformers no longer saves.
 """
 
 import torch
-from runner import Recording, assert_same
-from torch import nn
+from runner import assert_same
 
 import seed_multimodal  # noqa: F401  (before diffusers)
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -78,7 +77,7 @@ OTHERS = ("clip_model.", "llm.", "unet.")
 NOT_TRAINED = ("inference_quantizer.default.json", "inference_quantizer.use_qformer_image.json")
 
 
-def check(recording: Recording):
+def check(recording):
     for file in recording.files("*.json"):
         if file.name == "summary.json":  # sums over the table of SEED-1
             continue
@@ -87,7 +86,7 @@ def check(recording: Recording):
         check_keys(file.name, model, recording.json(file.name))
 
 
-def check_keys(name: str, model: nn.Module, table: dict[str, dict]):
+def check_keys(name, model, table: dict[str, dict]):
     def ours(keys) -> list[str]:
         return [key for key in keys if not key.startswith(OTHERS)]
 

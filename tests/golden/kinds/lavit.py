@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from kinds.drawing import network
-from runner import CLOSE, EXACT, Recording, Tensors, assert_close, assert_same
+from runner import CLOSE, EXACT, Tensors, assert_close, assert_same
 from torch import Tensor
 
 from seed_multimodal.inference.backends.torch import TorchBackend
@@ -89,7 +89,7 @@ def build(sizes: dict[str, int], weights: Tensors) -> DynamicTokenizer:
     return model.eval()
 
 
-def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict):
+def check_codes(model, image: Tensor, want: Tensors, ids: dict):
     features = model.patch_features(image)
     noise = want["gumbel_noise"]  # of the selection, which is random in the original
     selection = model.select(features, noise=noise)
@@ -127,7 +127,7 @@ def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict
     want.close("quantized", model.embed_codes(torch.cat(codes)), (0, 0))
 
 
-def check_continuous(model: DynamicTokenizer, image: Tensor, want: Tensors, counts: list[int]):
+def check_continuous(model, image: Tensor, want: Tensors, counts: list[int]):
     features = model.patch_features(image)
     keep = model.select(features, noise=want["gumbel_noise"]).keep_BN
     want.close("keep", keep, EXACT)
@@ -140,7 +140,7 @@ def check_continuous(model: DynamicTokenizer, image: Tensor, want: Tensors, coun
 
 
 @torch.no_grad()
-def check_tokenizer(recording: Recording):
+def check_tokenizer(recording):
     (sizes, weights, inputs, outputs) = recording.case()
     meta = recording.meta
     model = build(sizes, weights)
@@ -161,7 +161,7 @@ def check_tokenizer(recording: Recording):
 
 
 def code_decoder(
-    sizes: dict, features: int, widths: list[int], head: Head, weights: Tensors
+    sizes, features: int, widths: list[int], head: Head, weights: Tensors
 ) -> CodeDecoder:
     """A decoder of a fixture's sizes."""
     decoder = CodeDecoder(
@@ -183,7 +183,7 @@ def code_decoder(
 
 
 @torch.no_grad()
-def check_decoder(recording: Recording):
+def check_decoder(recording):
     case, weights, case_inputs, want = recording.case()
     heads = ("lowres", "highres")
     for head in heads:
@@ -212,7 +212,7 @@ def check_decoder(recording: Recording):
 # ---- generation
 
 
-def check_generation(recording: Recording):
+def check_generation(recording):
     config = recording.config
     cases = recording.cases
     weights = recording.weights
@@ -227,7 +227,7 @@ def check_generation(recording: Recording):
 
 
 @torch.no_grad()
-def check_images(config: dict, cases: dict, weights: Tensors, want: Tensors):
+def check_images(config, cases, weights: Tensors, want: Tensors):
     """Conditions of the recorded tokens, and the images of every recorded size."""
     import diffusers
 
@@ -252,9 +252,7 @@ def check_images(config: dict, cases: dict, weights: Tensors, want: Tensors):
         check_latents(model, rows, case, f"pixels.{name}", want)
 
 
-def check_latents(
-    model: LavitDetokenizer, rows: list[Tensor], case: dict, name: str, want: Tensors
-):
+def check_latents(model: LavitDetokenizer, rows: list[Tensor], case, name, want: Tensors):
     """The recorded noise has one latent for eight pixels, independent of the tiny VAE."""
     start = want[f"{name}.initial_latents"]
     settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
@@ -264,7 +262,7 @@ def check_latents(
     want.close(f"{name}.image_uint8", pixels, (2, 0))
 
 
-def language_model(config: dict, weights: Tensors):
+def language_model(config, weights: Tensors):
     """The recorded model; rows of unused tokens are zero."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -282,7 +280,7 @@ def language_model(config: dict, weights: Tensors):
     return llm
 
 
-def check_case(case: dict, llm, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors):
+def check_case(case, llm, tokenizer, rows: Tensor, outputs: Tensors):
     """Image tokens, and the scores at each call: of the prompts and of the negative prompts."""
     # 1. The prompts and settings.
     label = case["label"]
@@ -334,7 +332,7 @@ def check_case(case: dict, llm, tokenizer: LavitTokenizer, rows: Tensor, outputs
 # ---- understanding
 
 
-def check_understanding(recording: Recording):
+def check_understanding(recording):
     cases = recording.cases
     inputs = recording.inputs
     outputs = recording.outputs
@@ -374,14 +372,14 @@ def embeddings(prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> Tensor:
     return rows
 
 
-def check_padded(rows: Sequence[Tensor], recorded: Tensor, visible: Tensor, what: str):
+def check_padded(rows: Sequence[Tensor], recorded: Tensor, visible: Tensor, what):
     """Recorded rows are padded on the left."""
     for row, wanted, mask in zip(rows, recorded, visible, strict=True):
         assert_close(row, wanted[-len(row) :], 1e-6, what=what)
         assert_same(mask.tolist(), [0] * (len(mask) - len(row)) + [1] * len(row), f"mask of {what}")
 
 
-def check_texts(cases: dict, tokenizer: MultimodalTokenizer):
+def check_texts(cases, tokenizer):
     """Where captions and answers end, as the engine's reader cuts them."""
     columns = {
         "result": CAPTION_ENDS,
@@ -398,7 +396,7 @@ def check_texts(cases: dict, tokenizer: MultimodalTokenizer):
         assert_same(QuestionProcessor(QUESTION_WORDS)(question), cleaned, question)
 
 
-def check_settings(settings: GenerationSettings, recorded: dict, vocabulary: LavitVocabulary):
+def check_settings(settings: GenerationSettings, recorded, vocabulary):
     """All recorded settings; of embeddings and their mask only shapes are recorded."""
     actual = {
         **dataclasses.asdict(settings),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from llm_losses import packed_loss
-from runner import Recording, Tensors, assert_close, assert_gradients, assert_same
+from runner import Tensors, assert_close, assert_gradients, assert_same
 from torch import Tensor
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -40,7 +40,7 @@ from seed_multimodal.training.optimizers import build_optimizer
 LOGITS = (1e-4, 1e-4)  # atol, rtol
 
 
-def build(case: dict, base: Path, weights: Tensors):
+def build(case, base: Path, weights: Tensors):
     """Base of the recorded size on disk, resized by our code, LoRA by our code, then the recorded
     weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,7 +65,7 @@ def build(case: dict, base: Path, weights: Tensors):
     return model
 
 
-def check_parameters(model, meta: dict):
+def check_parameters(model, meta):
     rows = {
         name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad)
         for name, p in model.named_parameters()
@@ -114,7 +114,7 @@ def check_forward(model, inputs: Tensors, want: Tensors):
         want.close("left.logits_no_mask", model(inputs["left.input_ids"]).logits, LOGITS)
 
 
-def check_groups(model, meta: dict):
+def check_groups(model, meta):
     """One group of all trained parameters with the recorded decay; returns the optimizer."""
     recorded = meta["optimizer"]
     settings = recorded["defaults"]
@@ -142,7 +142,7 @@ def check_groups(model, meta: dict):
     return optimizer
 
 
-def check_steps(model, inputs: Tensors, want: Tensors, meta: dict):
+def check_steps(model, inputs: Tensors, want: Tensors, meta):
     optimizer = check_groups(model, meta)
     parameters = dict(model.named_parameters())
     model.train()
@@ -161,7 +161,7 @@ def check_steps(model, inputs: Tensors, want: Tensors, meta: dict):
     second.compare("", (2e-5, 0), **{name: parameters[name] for name in second})
 
 
-def check_merge(model, base: Path, folder: Path, inputs: Tensors, want: Tensors, meta: dict):
+def check_merge(model, base: Path, folder, inputs: Tensors, want: Tensors, meta):
     """The merge of the base and the adapter's file."""
     from seed_multimodal.language.llm import load_llm
     from seed_multimodal.language.lora import merge_adapter
@@ -213,7 +213,7 @@ def check_near(model, inputs: Tensors, want: Tensors):
     )
 
 
-def check(recording: Recording):
+def check(recording):
     (case, weights, inputs, want) = recording.case()
     meta = recording.meta
     projections = {

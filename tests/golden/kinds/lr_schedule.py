@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from runner import Recording, assert_close, assert_same
+from runner import assert_close, assert_same
 
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.schedules import optim_learning_rate, scheduled_rate, warmup_count
@@ -17,7 +17,7 @@ from seed_multimodal.training.schedules import optim_learning_rate, scheduled_ra
 CLOSE = 1e-18, 1e-9  # absolute, relative
 
 
-def check(recording: Recording):
+def check(recording):
     # Recorded table → the check of each of its rows.
     checks = {
         "llm_trainer.json": check_trainer,
@@ -29,7 +29,7 @@ def check(recording: Recording):
             check_case(case)
 
 
-def check_trainer(case: dict):
+def check_trainer(case):
     lr = case["learning_rate"]
     total = case["max_steps"]
     name = case["name"]
@@ -61,7 +61,7 @@ def check_trainer(case: dict):
         assert_close([*ends], [lr, lr * floor], 1e-12, what=name)
 
 
-def check_accumulation(case: dict):
+def check_accumulation(case):
     micro = case["gradient_accumulation_steps"]
     total = case["max_steps"]
     settings = OptimSettings(
@@ -76,7 +76,7 @@ def check_accumulation(case: dict):
         assert_close(rate, wanted, *CLOSE, f"accumulation {micro}, step {step}")
 
 
-def check_tokenizer(case: dict):
+def check_tokenizer(case):
     # LAVIS's schedules are those of the application, by their registered names.
     sys.path.append(str(Path(__file__).resolve().parents[3] / "SEED_Tokenizer"))
     from seed_lavis.compat import registry

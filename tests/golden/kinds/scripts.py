@@ -11,7 +11,7 @@ its guidance scale (an argument).
 import re
 from pathlib import PurePosixPath
 
-from runner import Recording, assert_same
+from runner import assert_same
 
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader, ImagePart
@@ -23,7 +23,7 @@ TEMPLATES = {"8b": "vicuna", "14b": "llama2"}
 CAPTION_TO_IMAGE = {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False}
 
 
-def check(recording: Recording):
+def check(recording):
     tokenizer = MultimodalTokenizer.from_pretrained(recording.tokenizer_folder)
     cases = recording.cases
     for size in TEMPLATES.keys() & cases.keys():
@@ -34,7 +34,7 @@ def check(recording: Recording):
         check_evaluation(cases["eval_caption_to_images"], tokenizer)
 
 
-def check_script(case: dict, name: str, tokenizer: MultimodalTokenizer):
+def check_script(case, name, tokenizer):
     template = get_template(name)
     # Each prompt by the template, as one string and as its ids.
     for prompt, call in zip(case["prompts"], case["calls"], strict=True):
@@ -67,17 +67,17 @@ def user_content(prompt: str, template) -> list:
     return [part for part in content if part]
 
 
-def check_settings(options: dict, expected: dict):
+def check_settings(options, expected: dict):
     settings = GenerationSettings(**options)
     assert_same({key: getattr(settings, key) for key in expected}, expected, "generation settings")
 
 
-def codes_of(ids: list[int], tokenizer: MultimodalTokenizer) -> list[list[int]]:
+def codes_of(ids: list[int], tokenizer) -> list[list[int]]:
     parts = AnswerReader(tokenizer).read_all(ids).parts
     return [list(part.codes) for part in parts if isinstance(part, ImagePart)]
 
 
-def check_answer(case: dict, tokenizer: MultimodalTokenizer):
+def check_answer(case, tokenizer):
     """The text before an image, and its codes."""
     ids = [int(id) for id in case["generate_ids"]]
     vocabulary = tokenizer.vocabulary
@@ -97,7 +97,7 @@ def check_answer(case: dict, tokenizer: MultimodalTokenizer):
         assert_same(codes_of(ids, tokenizer)[:1], recorded, f"{case['name']}: codes")
 
 
-def check_evaluation(case: dict, tokenizer: MultimodalTokenizer):
+def check_evaluation(case, tokenizer):
     # The first prompt is empty: its image is the negative one of the second, the caption's.
     boi = tokenizer.vocabulary.boi_id
     caption = PurePosixPath(case["saved_first"][0]).stem.removesuffix("_")

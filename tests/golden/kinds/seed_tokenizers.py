@@ -6,7 +6,7 @@ Not compared: `margin_sq_dist` (how far the recorded codes are from a tie).
 
 import torch
 from PIL import Image
-from runner import CLOSE, EXACT, Recording, Tensors
+from runner import CLOSE, EXACT, Tensors
 
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
@@ -19,7 +19,7 @@ SEED1_DECODED = 5e-5, 1e-4
 SEED2_DECODED = 1e-4, 1e-4
 
 
-def vit_config(sizes: dict) -> EvaConfig:
+def vit_config(sizes) -> EvaConfig:
     width = sizes["embed_dim"]
     return EvaConfig(
         image_size=sizes["img_size"],
@@ -44,12 +44,12 @@ def qformer_config(bert: dict, frequency: int = 2, **more) -> QFormerConfig:
     )
 
 
-def causal_queries(sizes: dict) -> int | None:
+def causal_queries(sizes) -> int | None:
     """The original is causal with 32 queries only."""
     return None if sizes.get("causal_queries", True) else 0
 
 
-def seed1_config(sizes: dict) -> Seed1Config:
+def seed1_config(sizes) -> Seed1Config:
     reverse = sizes["reverse_qformer"]
     blocks = sizes["blocks_text"]
     return Seed1Config(
@@ -64,7 +64,7 @@ def seed1_config(sizes: dict) -> Seed1Config:
     )
 
 
-def seed2_config(sizes: dict, heads: int, reverse_depth: int) -> Seed2Config:
+def seed2_config(sizes, heads: int, reverse_depth: int) -> Seed2Config:
     same = (
         "codebook_size",
         "codebook_dim",
@@ -119,7 +119,7 @@ def check_seed1_decode(model: Seed1Tokenizer, quant: torch.Tensor, want: Tensors
 
 
 @torch.no_grad()
-def check_seed1(recording: Recording):
+def check_seed1(recording):
     inputs = recording.inputs
     want = recording.outputs
     image = inputs["image"]
@@ -160,7 +160,7 @@ def check_seed2_decode(model: Seed2Tokenizer, codes: torch.Tensor, want: Tensors
 
 
 @torch.no_grad()
-def check_seed2(recording: Recording):
+def check_seed2(recording):
     sizes = recording.config
     want = recording.outputs
     image = recording.inputs["image"]

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from kinds.seed_tokenizers import qformer_config, seed2_config, vit_config
 from runner import CLOSE, EXACT, Recording, Tensors, assert_close, assert_gradients, assert_same
-from torch import nn
 
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.losses import (
@@ -42,7 +41,7 @@ STAGE2_NAMES = {
 }
 
 
-def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict):
+def check_steps(model, loss_of: Callable[[], torch.Tensor], want: Tensors, meta):
     """Two AdamW steps: losses, and the parameters after both.
 
     Recordings hold references to the parameters: `step1.*` is what `step2.*` is, and both may be
@@ -97,7 +96,7 @@ def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Ten
 # ---- stage 1
 
 
-def build_stage1(sizes: dict, weights: Tensors, gather_gradient: bool | None) -> Stage1Model:
+def build_stage1(sizes, weights: Tensors, gather_gradient: bool | None) -> Stage1Model:
     config = Seed2Config(
         vit=vit_config(sizes["vit"]),
         qformer=qformer_config(sizes["bert"], sizes["cross_attention_freq"]),
@@ -140,7 +139,7 @@ def compare(
     assert_gradients(model, want.part(f"{group}.grad"), norms)
 
 
-def worker(rank: int, world: int, folder: Path, rendezvous: str):
+def worker(rank, world, folder, rendezvous: str):
     """One of `world` processes on its share of the batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
@@ -154,7 +153,7 @@ def worker(rank: int, world: int, folder: Path, rendezvous: str):
         dist.destroy_process_group()
 
 
-def check_stage1(recording: Recording):
+def check_stage1(recording):
     (sizes, weights, inputs, want) = recording.case()
     meta = recording.meta
     model = build_stage1(sizes, weights, None)
@@ -188,7 +187,7 @@ def check_stage1(recording: Recording):
 # ---- stage 2
 
 
-def build_stage2(sizes: dict, weights: Tensors) -> Stage2Model:
+def build_stage2(sizes, weights: Tensors) -> Stage2Model:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     depth = sizes["reverse_qformer_layers"] or 4
@@ -226,7 +225,7 @@ def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors):
         want.close(name, *recorded[name])
 
 
-def check_stage2(recording: Recording):
+def check_stage2(recording):
     (sizes, weights, inputs, want) = recording.case()
     meta = recording.meta
     model = build_stage2(sizes, weights)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from runner import DEFAULT_DIR, Recording, Tensors, assert_close, assert_gradients, assert_same
+from runner import DEFAULT_DIR, Tensors, assert_close, assert_gradients, assert_same
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.images.views import AnyResolution, patch_positions
@@ -50,7 +50,7 @@ TUNED_CAPTION = (
 EDIT = "Make it under the sunset"
 
 
-def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
+def seedx_tokenizer(folder, tokens_per_image: int) -> MultimodalTokenizer:
     """The tokenizer of a fixture, or of tests/golden/data, with this number of tokens of an
     image."""
     # A copy with another number in its settings.
@@ -73,7 +73,7 @@ def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
 # ---- networks
 
 
-def check_lvlm(recording: Recording):
+def check_lvlm(recording):
     (config, weights, inputs, outputs) = recording.case()
     meta = recording.meta
     for variant in config["variants"]:
@@ -85,7 +85,7 @@ def check_lvlm(recording: Recording):
         check_generation(case, model, weights, inputs, outputs, tokenizer)
 
 
-def build(config: dict, weights: Tensors, variant: str) -> ContinuousLVLM:
+def build(config, weights: Tensors, variant: str) -> ContinuousLVLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = config["resampler"]
@@ -105,9 +105,7 @@ def build(config: dict, weights: Tensors, variant: str) -> ContinuousLVLM:
     return model
 
 
-def check_losses(
-    variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta: dict
-):
+def check_losses(variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta):
     """Losses, activations and gradients of each recorded batch, in both modes."""
     batches = {tuple(key.split(".")[1:3]) for key in outputs if key.startswith(f"{variant}.")}
     n_queries = model.output_resampler.query.shape[0]
@@ -140,7 +138,7 @@ def run_watched(model: ContinuousLVLM, batch: dict) -> tuple[dict, dict[str, tor
     """Losses, and activations by their recorded names."""
     activations = {}
 
-    def note_llm(_module, _inputs, options: dict, output):
+    def note_llm(_module, _inputs, options, output):
         activations["inputs_embeds"] = options["inputs_embeds"]
         activations["last_hidden_state"] = output.last_hidden_state
         activations["logits"] = model.llm.lm_head(output.last_hidden_state)
@@ -158,7 +156,7 @@ def run_watched(model: ContinuousLVLM, batch: dict) -> tuple[dict, dict[str, tor
     return losses, activations
 
 
-def check_processor(meta: dict, inputs: Tensors, tokenizer: MultimodalTokenizer):
+def check_processor(meta, inputs: Tensors, tokenizer):
     """Which tokens the original's processor changes: to 0 if forbidden, else it forces them."""
     processor = ImageConstraints(tokenizer.vocabulary, original=True)
     image = tokenizer.vocabulary.run()
@@ -180,12 +178,12 @@ def check_processor(meta: dict, inputs: Tensors, tokenizer: MultimodalTokenizer)
 
 @torch.no_grad()
 def check_generation(
-    case: dict,
+    case,
     model: ContinuousLVLM,
     weights: Tensors,
     inputs: Tensors,
     outputs: Tensors,
-    tokenizer: MultimodalTokenizer,
+    tokenizer,
 ):
     """The answer to a prompt: its text, and the features of its images."""
     name = case["label"]
@@ -221,7 +219,7 @@ def check_generation(
 # ---- scripts
 
 
-def check_inference(recording: Recording):
+def check_inference(recording):
     cases = recording.cases
     tokenizer = seedx_tokenizer(recording.folder, 64)
     for run in cases["runs"]:
@@ -237,10 +235,10 @@ def check_inference(recording: Recording):
 def prompts_of(script: str, prompts: SeedXPrompts, views: list[int]) -> list[list[int]]:
     """The ids of each call of a script; `views`: of its image."""
 
-    def with_images(text: str, views: list[int]) -> list[Part]:
+    def with_images(text, views: list[int]) -> list[Part]:
         return interleave(text, [prompts.image(n_views) for n_views in views])
 
-    def tuned(text: str, views: list[int]) -> list[int]:
+    def tuned(text, views: list[int]) -> list[int]:
         return prompts.dialogue([("user", with_images(text, views))])
 
     match script:
@@ -258,7 +256,7 @@ def prompts_of(script: str, prompts: SeedXPrompts, views: list[int]) -> list[lis
     raise AssertionError(f"unknown script {script}")
 
 
-def check_run(run: dict, tokenizer: MultimodalTokenizer):
+def check_run(run: dict, tokenizer):
     script = run["script"]
     size = tuple(run["image_size"])
     rule = AnyResolution(grids=("1x1",)) if "img2edit" in script else AnyResolution()

@@ -15,7 +15,7 @@ import math
 import torch
 from kinds.drawing import network, scheduler
 from PIL import Image
-from runner import CLOSE, Recording, Tensors, assert_close, assert_same
+from runner import CLOSE, Tensors, assert_close, assert_same
 from tiny.diffusion import PlainTower
 
 from seed_multimodal.diffusion.training import reads_images, train_denoiser
@@ -48,7 +48,7 @@ def recorded(model: QwenVit) -> Tensors:
 
 
 @torch.no_grad()
-def check_visual(recording: Recording):
+def check_visual(recording):
     sizes, weights, case_inputs, want = recording.case()
 
     # 1. The vision encoder, layer by layer.
@@ -87,7 +87,7 @@ def check_visual(recording: Recording):
 
 
 @torch.no_grad()
-def check_resamplers(recording: Recording):
+def check_resamplers(recording):
     config, *tensors = recording.case()
     for label, sizes in config.items():
         weights, case_inputs, want = (group.part(label) for group in tensors)
@@ -109,7 +109,7 @@ def check_resamplers(recording: Recording):
 # ---- SDXL adapters
 
 
-def build(sizes: dict, weights: Tensors, stage: int) -> SdxlDetokenizer:
+def build(sizes, weights: Tensors, stage: int) -> SdxlDetokenizer:
     from diffusers import UNet2DConditionModel
 
     state = weights.part("adapter") | (weights.part("latent") if stage == 2 else {})
@@ -153,9 +153,7 @@ def check_prompts(model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tens
         expected.compare(**outputs)
 
 
-def check_training(
-    model: SdxlDetokenizer, name: str, meta: dict, case_inputs: Tensors, want: Tensors
-):
+def check_training(model: SdxlDetokenizer, name, meta, case_inputs: Tensors, want: Tensors):
     """One step: prediction, loss, which parameters are trained, norms of their gradients."""
     adapter = TrainedDetokenizer(model, model.trained).requires_grad_(True)
     train_denoiser(model.denoiser, "all" if name == "adapter.full_True" else "key_value")
@@ -215,7 +213,7 @@ def check_images(model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tenso
 
 
 @torch.no_grad()
-def check_adapter(recording: Recording):
+def check_adapter(recording):
     (sizes, weights, case_inputs, want) = recording.case()
     meta = recording.meta
     # A convolution replaces the vision encoder.

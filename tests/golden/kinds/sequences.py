@@ -25,7 +25,7 @@ from typing import Any
 
 from kinds.seed_x_agent import seedx_tokenizer
 from PIL import Image
-from runner import Recording, assert_close, assert_same, read_json_lines
+from runner import assert_close, assert_same, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import TrainingSequence
@@ -91,7 +91,7 @@ class Replay:
     same calls.
     """
 
-    def __init__(self, calls: Sequence, name: str, seed: int = 0):
+    def __init__(self, calls: Sequence, name, seed=0):
         self.calls = list(calls)
         self.name = name
         self.random = random.Random(seed)
@@ -155,7 +155,7 @@ def plain(value):
     return {key: plain(item) for key, item in value.items()}
 
 
-def check_llm(recording: Recording):
+def check_llm(recording):
     tokenizer = MultimodalTokenizer.from_pretrained(recording.folder / "tokenizer")
     check_tokenization(recording.json("tokenization.json"), tokenizer)
     for case in read_json_lines(recording.folder / "cases.jsonl"):
@@ -163,7 +163,7 @@ def check_llm(recording: Recording):
     check_pipeline(recording.json("pipeline.json"), tokenizer)
 
 
-def check_tokenization(expected: dict, tokenizer: MultimodalTokenizer):
+def check_tokenization(expected: dict, tokenizer):
     vocabulary = tokenizer.vocabulary
     actual = {
         "length": len(tokenizer),
@@ -179,7 +179,7 @@ def check_tokenization(expected: dict, tokenizer: MultimodalTokenizer):
     assert_same(actual, {key: expected[key] for key in actual}, "tokenization")
 
 
-def tokenized(text: str, tokenizer: MultimodalTokenizer) -> dict:
+def tokenized(text, tokenizer) -> dict:
     ids = tokenizer.encode(text)
     return {
         "text": text,
@@ -191,7 +191,7 @@ def tokenized(text: str, tokenizer: MultimodalTokenizer) -> dict:
     }
 
 
-def pad(sequence: TrainingSequence, max_length: int, pad_id: int) -> dict[str, list[int]]:
+def pad(sequence: TrainingSequence, max_length, pad_id: int) -> dict[str, list[int]]:
     """The original's row: truncated or padded on the right to `max_length`."""
     ids = sequence.ids[:max_length]
     labels = sequence.labels[:max_length]
@@ -203,7 +203,7 @@ def pad(sequence: TrainingSequence, max_length: int, pad_id: int) -> dict[str, l
     }
 
 
-def check_case(case: dict, tokenizer: MultimodalTokenizer):
+def check_case(case, tokenizer):
     function = case["function"].removeprefix("decode_").removesuffix("_for_llm")
     is_record = function in TEXT_FUNCTIONS or case["key"].endswith(".pkl")
     # Members of a tar that are no records, and metadata, which is not read here.
@@ -240,7 +240,7 @@ def check_case(case: dict, tokenizer: MultimodalTokenizer):
     assert_same(actual, {key: wanted[key] for key in actual if key in wanted}, name)
 
 
-def check_pipeline(recorded: dict, tokenizer: MultimodalTokenizer):
+def check_pipeline(recorded, tokenizer):
     """Records on disk → every usable sample, then those samples in batches. The original skips
     the others before it makes batches, the library after."""
     settings = recorded["settings"]
@@ -270,13 +270,7 @@ def check_pipeline(recorded: dict, tokenizer: MultimodalTokenizer):
         check_batches(Path(folder), settings, recorded["batched"], samples, tokenizer)
 
 
-def check_batches(
-    folder: Path,
-    settings: dict,
-    recorded: dict,
-    samples: list[dict],
-    tokenizer: MultimodalTokenizer,
-):
+def check_batches(folder, settings, recorded, samples: list[dict], tokenizer):
     """The original's data configuration: shapes of all batches, and their rows in any order."""
     configuration = {
         **settings,
@@ -300,7 +294,7 @@ def check_batches(
     assert_same(sorted(rows), sorted(repeated), "pipeline: rows of all batches")
 
 
-def write_shard(path: Path, members: Sequence[dict]):
+def write_shard(path, members: Sequence[dict]):
     """A tar with the recorded samples as json."""
     with tarfile.open(path, "w") as tar:
         for member in members:
@@ -322,7 +316,7 @@ class SeedXReplay(Replay):
         return result
 
 
-def check_seedx(recording: Recording):
+def check_seedx(recording):
     constants = recording.json("constants.json")
     sentences = {
         "num_gen_prompts": phrases.SEEDX_DRAW_REQUESTS,
@@ -340,9 +334,7 @@ def check_seedx(recording: Recording):
         SEED_X[case["function"]](case, tokenizer)
 
 
-def make(
-    name: str, tokenizer: MultimodalTokenizer, kwargs: Mapping, grids: list[str]
-) -> SeedXDecoder:
+def make(name, tokenizer, kwargs: Mapping, grids: list[str]) -> SeedXDecoder:
     """A decoder with the options of an original function. `grids`: if it has none of its own."""
     options = {
         "multi_resolution": False,
@@ -354,7 +346,7 @@ def make(
     return decoder
 
 
-def check_record(case: dict, tokenizer: MultimodalTokenizer):
+def check_record(case, tokenizer):
     """The fields of a record, with images opened as in the loader."""
     arguments = case["arguments"]
     sizes = arguments["image_sizes"]
@@ -382,7 +374,7 @@ def check_record(case: dict, tokenizer: MultimodalTokenizer):
         compare(built, fields, case)
 
 
-def compare(decoder: SeedXDecoder, fields: Mapping, case: dict):
+def compare(decoder: SeedXDecoder, fields: Mapping, case):
     """A decoder's sequence and the original's row, without pixels."""
     expected = case["output"]
     max_length = case["kwargs"]["max_length"]
@@ -427,7 +419,7 @@ def compare(decoder: SeedXDecoder, fields: Mapping, case: dict):
         )
 
 
-def check_caption(case: dict, tokenizer: MultimodalTokenizer):
+def check_caption(case, tokenizer):
     """An image with the recorded number of views and its caption."""
     sample = case["arguments"].get("data", {})  # of a grouped sample
     views = sample.get("images_patch_length", case["kwargs"].get("patch_length", 1))
@@ -438,7 +430,7 @@ def check_caption(case: dict, tokenizer: MultimodalTokenizer):
     compare(decoder, fields, case)
 
 
-def check_pair(case: dict, tokenizer: MultimodalTokenizer):
+def check_pair(case, tokenizer):
     """A member of a tar's sample: the sequence of a caption, the filter on an image's size."""
     data = case["arguments"]["data"]
     kwargs = case["kwargs"]
@@ -465,7 +457,7 @@ def check_pair(case: dict, tokenizer: MultimodalTokenizer):
         compare(decoder, fields, case)
 
 
-def check_similarity(case: dict, tokenizer: MultimodalTokenizer):
+def check_similarity(case, tokenizer):
     item = case["arguments"]["item"]
     kwargs = case["kwargs"]
     problem = similarity_problem(metadata_of(item), kwargs["similarity_thr"])

@@ -13,7 +13,6 @@ the smallest sizes, with fixed seeds.
 """
 
 import json
-from pathlib import Path
 
 
 def spread(model, std: float = 0.3, parts: tuple[str, ...] = ("",)):
@@ -29,9 +28,9 @@ def spread(model, std: float = 0.3, parts: tuple[str, ...] = ("",)):
     return model
 
 
-def write_json(file: Path, value):
+def write_json(file, value):
     file.write_text(json.dumps(value))
 
 
-def read_json(file: Path):
+def read_json(file):
     return json.loads(file.read_text())

@@ -118,7 +118,7 @@ def kl(**more):
     )
 
 
-def autoencoder(name: str):
+def autoencoder(name):
     """`kl`: 4 channels; `kl16`: 16 with a shift, as Stable Diffusion 3's; `dc`: 32, as SANA's;
     `tiny`: 4, of a small autoencoder."""
     from diffusers import AutoencoderDC, AutoencoderTiny
@@ -149,7 +149,7 @@ def random_adapter(stage: int = 1) -> SDXLAdapter:
     return spread(model, 0.5, ("resampler", "attn2", "conv_in"))
 
 
-def write_sdxl(folder: Path, *, complete: bool = True) -> Path:
+def write_sdxl(folder, *, complete: bool = True) -> Path:
     """SDXL's diffusers folder. If not `complete`: a system's, which draws in two steps, without
     `model_index.json` and the U-Net's weights."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
@@ -176,7 +176,7 @@ class PlainTower(nn.Module):
     """Pixels `[B, 3, S, S]` → embeddings `[B, (S / side)², width]`; pixels of zero are not
     embeddings of zero."""
 
-    def __init__(self, width: int = FEATURES, side: int = 4):
+    def __init__(self, width=FEATURES, side=4):
         super().__init__()
         torch.manual_seed(4)
         self.conv = nn.Conv2d(3, width, side, side)
@@ -185,7 +185,7 @@ class PlainTower(nn.Module):
         return self.conv(pixels).flatten(2).mT
 
 
-def write_sd1(folder: Path) -> Path:
+def write_sd1(folder) -> Path:
     """Stable Diffusion 1 without a safety checker."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
@@ -220,21 +220,21 @@ def clip_text_encoder():
     return CLIPTextModel(config).eval()
 
 
-def write_text_encoder(folder: Path) -> Path:
+def write_text_encoder(folder) -> Path:
     """The tokenizer and text encoder of a diffusion folder alone."""
     clip_text_encoder().save_pretrained(folder / "text_encoder")
     _clip_tokenizer(folder)
     return folder
 
 
-def write_pieces(folder: Path):
+def write_pieces(folder):
     """The files of a CLIP tokenizer whose tokens are letters."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "vocab.json", {word: id for id, word in enumerate(PIECES)})
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
-def _clip_tokenizer(folder: Path):
+def _clip_tokenizer(folder):
     from transformers import CLIPTokenizer
 
     tokenizer_dir = folder / "tokenizer"
@@ -266,7 +266,7 @@ def safety_checker() -> dict:
     return {"safety_checker": model, "feature_extractor": processor}
 
 
-def write_unclip(folder: Path):
+def write_unclip(folder):
     """A stable-unCLIP with a layout decoder."""
     from diffusers import (
         DDIMScheduler,

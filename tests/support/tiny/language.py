@@ -38,20 +38,20 @@ LLM_SIZES = {
 }
 
 
-def random_llm(architecture: str, vocab_size: int, seed: int = 0, **fields):
+def random_llm(architecture: str, vocab_size, seed=0, **fields):
     """A model of `ARCHITECTURES`; torch's own generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _llm(architecture, vocab_size, {**ARCHITECTURES.get(architecture, {}), **fields})
 
 
-def llama(vocab_size: int, mlp_width: int = 64, context: int = 512):
+def llama(vocab_size, mlp_width=64, context: int = 512):
     """The one layer of the tiny systems, drawn from torch's own generator."""
     sizes = {"intermediate_size": mlp_width, "max_position_embeddings": context}
     return _llm("llama", vocab_size, {**sizes, "num_hidden_layers": 1, "num_attention_heads": 2})
 
 
-def _llm(architecture: str, vocab_size: int, fields: dict):
+def _llm(architecture: str, vocab_size, fields):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -60,11 +60,7 @@ def _llm(architecture: str, vocab_size: int, fields: dict):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def write_hub_tokenizer(
-    folder: Path,
-    texts: Iterable[str],
-    case: TemplateCase = CHATML_CASE,
-) -> Path:
+def write_hub_tokenizer(folder, texts: Iterable[str], case: TemplateCase = CHATML_CASE) -> Path:
     """Train a small BPE tokenizer and write its files, with ChatML as its chat template."""
     write_bpe_tokenizer(
         folder,

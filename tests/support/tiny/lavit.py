@@ -57,7 +57,7 @@ CONDITION_TOKENS = 8
 EMPTY_TOKENS = 5  # embeddings of the empty text
 
 
-def visual_weight(model: DynamicTokenizer) -> dict[str, Tensor]:
+def visual_weight(model) -> dict[str, Tensor]:
     """Tensors of `visual_weight`: token merger and projector."""
     names = ("causal_encoder.", "vit_proj.")
     return {key: value for key, value in model.state_dict().items() if key.startswith(names)}
@@ -101,7 +101,7 @@ def dynamic_tokenizer(merger_seed: int | None = None) -> DynamicTokenizer:
     return model.requires_grad_(False).eval()
 
 
-def small_tokenizer(seed: int = 0) -> DynamicTokenizer:
+def small_tokenizer(seed=0) -> DynamicTokenizer:
     """Built in milliseconds; about half of the tokens are selected, by clear margins, and counts
     differ by image."""
     with torch.random.fork_rng():
@@ -120,7 +120,7 @@ def small_tokenizer(seed: int = 0) -> DynamicTokenizer:
     return model.requires_grad_(False).eval()
 
 
-def write_tokenizer_of(kind: str, folder: Path, config, **sizes: int) -> DynamicTokenizer:
+def write_tokenizer_of(kind: str, folder, config, **sizes: int) -> DynamicTokenizer:
     """`folder/tokenizer` of one of transformers' vision encoders (`folder/vision`)."""
     write_vision(kind, folder / "vision", **sizes)
     vit = HubVisionConfig(path=str(folder / "vision"))
@@ -131,7 +131,7 @@ def write_tokenizer_of(kind: str, folder: Path, config, **sizes: int) -> Dynamic
     return model
 
 
-def write_hub_language(folder: Path) -> HubLavitTokenizer:
+def write_hub_language(folder) -> HubLavitTokenizer:
     """As `write_language`."""
     hub = write_hub_tokenizer(folder, SENTENCES)
     HubLavitTokenizer.create(hub, CODES, PATCHES).save_pretrained(folder)
@@ -141,7 +141,7 @@ def write_hub_language(folder: Path) -> HubLavitTokenizer:
     return tokenizer
 
 
-def write_language(folder: Path) -> LavitTokenizer:
+def write_language(folder) -> LavitTokenizer:
     """A language model with its tokenizer in the same folder."""
     tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def write_language(folder: Path) -> LavitTokenizer:
     return tokenizer
 
 
-def write_pixels(folder: Path):
+def write_pixels(folder):
     """The pixel decoder of the system."""
     from diffusers import DDIMScheduler
 
@@ -164,7 +164,7 @@ def empty_text() -> Tensor:
     return normal(2, 1, EMPTY_TOKENS, CROSS)
 
 
-def write_lavit_diffusion(folder: Path, head: Head) -> Path:
+def write_lavit_diffusion(folder, head: Head) -> Path:
     """`{vae,scheduler,unet}`; for the low-resolution head also the empty text's embeddings and a
     safety checker that flags nothing."""
     from diffusers import DDIMScheduler

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from random_images import noise
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.images.transforms import seed_image_processor
@@ -98,7 +98,7 @@ def build_seed_llama(folder: str | Path, *, hub: bool = False) -> Path:
     return root
 
 
-def assemble_hub_seed_llama(root: Path) -> Path:
+def assemble_hub_seed_llama(root) -> Path:
     """A system with a Qwen 3 and a hub tokenizer, assembled of its parts."""
     seed = build_seed_llama(root / "seed", hub=True)
     parts = {"llm": seed / "seed_llama", "tokenizer": seed / "seed_tokenizer"}
@@ -107,7 +107,7 @@ def assemble_hub_seed_llama(root: Path) -> Path:
     return assemble_system("seed_llama", root / "assembled", parts, settings)
 
 
-def write_seed2(folder: Path):
+def write_seed2(folder):
     """The image tokenizer of the system."""
     config = Seed2Config(
         vit=EvaConfig(
@@ -127,7 +127,7 @@ def write_seed2(folder: Path):
     model.save_pretrained(folder)
 
 
-def write_code_decoder(folder: Path) -> Path:
+def write_code_decoder(folder) -> Path:
     """A decoder of codes: SANA's transformer and autoencoder as a flow."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 
@@ -159,7 +159,7 @@ def seed1_tokenizer() -> Seed1Tokenizer:
     return loud(Seed1Tokenizer(seed1_config())).eval()
 
 
-def loud(model: nn.Module):
+def loud(model):
     """Weights of a Q-Former and its tokenizer so large that images give different codes."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -170,7 +170,7 @@ def loud(model: nn.Module):
     return model
 
 
-def save_as_lavis(model: nn.Module, file: Path) -> Path:
+def save_as_lavis(model, file) -> Path:
     """A checkpoint as LAVIS saves it: without frozen parameters, with buffers and tied copies."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: value for name, value in model.state_dict().items() if name not in frozen}
@@ -178,7 +178,7 @@ def save_as_lavis(model: nn.Module, file: Path) -> Path:
     return file
 
 
-def write_stages(config, folder: Path, *, vocab_size: int = 40, freeze_vit: bool = True, **options):
+def write_stages(config, folder, *, vocab_size=40, freeze_vit: bool = True, **options):
     """`stage1.pth`, `stage2.pth` and `eva_vit_g.pth` of random weights; returns the second stage.
 
     options: of the second stage.
@@ -203,14 +203,14 @@ def write_stages(config, folder: Path, *, vocab_size: int = 40, freeze_vit: bool
     return second
 
 
-def training_name(name: str) -> str:
+def training_name(name) -> str:
     """Name of a weight in the original checkpoint → its name in the original training code."""
     return name.replace("Reverse_Qformer.", "Reverse_Qformer_text.").replace(
         "reverse_tokens", "reverse_tokens_text"
     )
 
 
-def write_released_seed1(model: Seed1Tokenizer, folder: Path) -> Path:
+def write_released_seed1(model: Seed1Tokenizer, folder) -> Path:
     """causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth as the original training writes
     them: weights under the key "model", next to other keys, with tensors of training only."""
     folder.mkdir(parents=True, exist_ok=True)

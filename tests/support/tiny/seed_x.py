@@ -100,12 +100,12 @@ def build_released_seed_x(base: str | Path) -> Path:
     return root
 
 
-def _as_torch(file: Path, name: str):
+def _as_torch(file, name):
     torch.save(load_state_dict(file), file.with_name(name))
     file.unlink()
 
 
-def forget_sizes(root: Path):
+def forget_sizes(root):
     """Delete the files that the original weights do not have; sizes are then those of
     `write_seed_x_configs`."""
     for file in (
@@ -116,7 +116,7 @@ def forget_sizes(root: Path):
         file.unlink()
 
 
-def write_seed_x_configs(root: Path) -> Path:
+def write_seed_x_configs(root) -> Path:
     """The repository's YAML files for SEED-X with the sizes of these parts, in `home/configs`."""
     from omegaconf import OmegaConf
 
@@ -143,7 +143,7 @@ def write_seed_x_configs(root: Path) -> Path:
     return root / "configs"
 
 
-def write_qwen_vl(folder: Path, *, torch_files: bool) -> QwenVit:
+def write_qwen_vl(folder, *, torch_files: bool) -> QwenVit:
     """A Qwen-VL-Chat, with the vision encoder that is returned behind the first shard."""
     torch.manual_seed(7)
     model = spread(QwenVit(TOWER), 0.4).to(torch.bfloat16)
@@ -158,7 +158,7 @@ def write_qwen_vl(folder: Path, *, torch_files: bool) -> QwenVit:
     return model
 
 
-def write_seed_x_tokenizer(folder: Path) -> MultimodalTokenizer:
+def write_seed_x_tokenizer(folder) -> MultimodalTokenizer:
     return train_text_tokenizer(
         MultimodalTokenizer,
         SENTENCES,
@@ -170,7 +170,7 @@ def write_seed_x_tokenizer(folder: Path) -> MultimodalTokenizer:
     )
 
 
-def write_hub_parts(root: Path):
+def write_hub_parts(root):
     """A hub tokenizer with SEED-X's tokens, and a language model with its rows."""
     hub = write_hub_tokenizer(root / "hub", SENTENCES)
     tokenizer = HubTokenizer.create(hub, 6, WORDS, n_locations=GRID)
@@ -179,19 +179,19 @@ def write_hub_parts(root: Path):
     random_llm("qwen3", len(tokenizer), **ids).save_pretrained(root / "llm")
 
 
-def write_llm(folder: Path, n_words: int, seed: int = 0, **options):
+def write_llm(folder, n_words, seed=0, **options):
     torch.manual_seed(seed)
     llama(n_words).save_pretrained(folder, **options)
 
 
-def random_agent(llm, seed: int = 0) -> ContinuousLVLM:
+def random_agent(llm, seed=0) -> ContinuousLVLM:
     """A language model with random resamplers."""
     torch.manual_seed(10 + seed)
     model = ContinuousLVLM(llm, Resampler(READS), Resampler(WRITES), AgentSettings())
     return spread(model, 0.4)
 
 
-def write_agent(folder: Path, seed: int = 0):
+def write_agent(folder, seed=0):
     from types import SimpleNamespace
 
     model = random_agent(SimpleNamespace(config=SimpleNamespace(hidden_size=LLM_WIDTH)), seed)
@@ -202,6 +202,6 @@ def write_agent(folder: Path, seed: int = 0):
     )
 
 
-def write_tower(folder: Path):
+def write_tower(folder):
     torch.manual_seed(20)
     spread(QwenVit(TOWER), 0.4).save_pretrained(folder)

@@ -38,12 +38,12 @@ RUN = {
 }
 
 
-def read_losses(output: Path) -> list[float]:
+def read_losses(output) -> list[float]:
     """The losses of the run's log, by step."""
     return [line["loss"] for line in log_lines(output)]
 
 
-def write_images(folder: Path, sizes: Iterable[tuple[int, int]]):
+def write_images(folder, sizes: Iterable[tuple[int, int]]):
     """Noise images of these heights and widths."""
     rng = np.random.default_rng(len(folder.name))
     folder.mkdir()
@@ -53,13 +53,13 @@ def write_images(folder: Path, sizes: Iterable[tuple[int, int]]):
         )
 
 
-def _resolved(output: Path, model: dict, data: dict, changes: dict) -> dict:
+def _resolved(output, model: dict, data: dict, changes) -> dict:
     """A resolved configuration; `changes` are merged into its groups."""
     data = {"batch_size": 4, "encoder_size": 16, **data}
     return merged({"output_dir": str(output), **RUN, "model": model, "data": data}, changes)
 
 
-def write_detokenizer_parts(root: Path) -> Path:
+def write_detokenizer_parts(root) -> Path:
     """A folder with `sdxl`, `vision` (the vision encoder), images and a list of edits."""
     # Images of several sizes, upright and wide, alone and before and after an edit.
     write_sdxl(root / "sdxl")
@@ -76,7 +76,7 @@ def write_detokenizer_parts(root: Path) -> Path:
     return root
 
 
-def detokenizer_config(parts: Path, output: Path, stage: int = 1, **changes: dict) -> dict:
+def detokenizer_config(parts: Path, output, stage: int = 1, **changes: dict) -> dict:
     sources = [{"name": "pictures", "files": str(parts / "pictures")}]
     # The second stage also reads a condition image.
     if stage == 2:
@@ -99,7 +99,7 @@ def detokenizer_config(parts: Path, output: Path, stage: int = 1, **changes: dic
     return _resolved(output, model, {"sources": sources, "resolution": 16}, changes)
 
 
-def write_lavit_parts(root: Path) -> Path:
+def write_lavit_parts(root) -> Path:
     """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect
     ratios."""
     heads = ("highres", "lowres")
@@ -115,7 +115,7 @@ def write_lavit_parts(root: Path) -> Path:
     return root
 
 
-def lavit_config(parts: Path, output: Path, head: Head = "highres", **changes: dict) -> dict:
+def lavit_config(parts: Path, output, head: Head = "highres", **changes: dict) -> dict:
     model = {
         "diffusion": str(parts / head),
         "tokenizer": str(parts / "tokenizer"),
@@ -128,7 +128,7 @@ def lavit_config(parts: Path, output: Path, head: Head = "highres", **changes: d
     return _resolved(output, model, data, changes)
 
 
-def write_seed_decoder_parts(root: Path) -> Path:
+def write_seed_decoder_parts(root) -> Path:
     """`tokenizer`, and the diffusers folders `kl`, `kl16`, `dc`; the first has a U-Net."""
     from diffusers import DDIMScheduler
 
@@ -161,7 +161,7 @@ def open_patches(device: torch.device | None = None):
 
 
 def seed_decoder_config(
-    parts: Path, output: Path, vae: str = "kl", denoiser: str = "", **changes: dict
+    parts: Path, output, vae: str = "kl", denoiser: str = "", **changes: dict
 ) -> dict:
     """denoiser: of a new one, which learns a flow."""
     model = {"diffusion": str(parts / vae), "tokenizer": str(parts / "tokenizer")}

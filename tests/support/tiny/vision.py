@@ -56,7 +56,7 @@ KINDS = {
 }
 
 
-def write_vision(kind: str, folder: Path, side: int = 16):
+def write_vision(kind: str, folder, side=16):
     """The model of a kind, random and with features that differ between images, in a folder.
 
     side: pixels a side after cropping.
@@ -74,7 +74,7 @@ def write_vision(kind: str, folder: Path, side: int = 16):
     return model
 
 
-def write_clip(folder: Path, width: int = 16, side: int = 64, **text: int) -> Path:
+def write_clip(folder, width=16, side=64, **text: int) -> Path:
     """A whole CLIP with embeddings of this width; `text`: further fields of its texts' side."""
     from transformers import CLIPConfig, CLIPModel
 

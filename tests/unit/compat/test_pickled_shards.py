@@ -146,9 +146,7 @@ def test_read_pickle_bombs(monkeypatch):
 # ---- whole shards
 
 
-def old_shard(
-    path: Path, start: int, count: int, extra: dict[str, bytes] | None = None
-) -> list[dict]:
+def old_shard(path, start: int, count, extra: dict[str, bytes] | None = None) -> list[dict]:
     """Write a shard as the original tool does; returns its records."""
     rng = np.random.default_rng(start)
     items = []

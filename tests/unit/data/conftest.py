@@ -13,7 +13,6 @@ from data_files import jpeg, lines, shard, write_tar
 from repository import NANO
 
 from seed_multimodal import MultimodalTokenizer
-from seed_multimodal.data.stream.llm_batches import LlmBatch
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +43,7 @@ def tokenizer() -> MultimodalTokenizer:
 def codes(tokenizer):
     """`codes(n)`: the codes of image n."""
 
-    def make(index: int) -> list[int]:
+    def make(index) -> list[int]:
         vocabulary = tokenizer.vocabulary
         rng = random.Random(index)
         return [rng.randrange(vocabulary.n_codes) for _ in range(vocabulary.tokens_per_image)]
@@ -105,7 +104,7 @@ def sequences():
     A sequence starts at position 0.
     """
 
-    def cut(batch: LlmBatch) -> list[tuple[list[int], list[int]]]:
+    def cut(batch) -> list[tuple[list[int], list[int]]]:
         pairs = []
         for ids, labels, positions in zip(
             batch.input_ids.tolist(),
@@ -130,7 +129,7 @@ def sequences():
 def record_numbers(tokenizer, sequences):
     """`numbers(batch)`: the record numbers of a batch's sequences, in order."""
 
-    def read(batch: LlmBatch) -> list[int]:
+    def read(batch) -> list[int]:
         return [
             int(re.search(r"number (\d+)", tokenizer.decode(ids))[1]) for ids, _ in sequences(batch)
         ]  # type: ignore

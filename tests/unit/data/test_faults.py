@@ -9,7 +9,6 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -75,7 +74,7 @@ FORMATS = {
 FORMATS["tar of json"].remove("null image")  # members are never null
 
 
-def location(format: str, index: int, fault: str) -> str:
+def location(format: str, index, fault: str) -> str:
     """What names a sample in a message; a torn shard is named by the sample before the damage."""
     if "tar" in format:
         return f"sample {index - (fault == 'torn'):03d}"
@@ -86,11 +85,11 @@ def location(format: str, index: int, fault: str) -> str:
     return f"{'item' if format == 'json' else 'row'} {index}"
 
 
-def written_caption(index: int, fault: str):
+def written_caption(index, fault: str):
     return CAPTIONS.get(fault, f"number {index}")
 
 
-def write_pairs(folder: Path, format: str, faults: Sequence[str]):
+def write_pairs(folder, format: str, faults: Sequence[str]):
     """A folder of a sample for each fault ("": none)."""
     (folder / "images").mkdir(parents=True)
     samples = []
@@ -141,7 +140,7 @@ def write_pairs(folder: Path, format: str, faults: Sequence[str]):
         (folder / name).write_bytes(b"[%s]" % b",".join(encoded) if format == "json" else joined)
 
 
-def write_tar(path: Path, samples: Sequence[tuple[str, dict[str, bytes]]], faults: Sequence[str]):
+def write_tar(path, samples: Sequence[tuple[str, dict[str, bytes]]], faults: Sequence[str]):
     """A tar of samples; a torn one must be the last."""
     with open(path, "wb") as file:
         writer = ShardWriter(file)
@@ -156,7 +155,7 @@ def write_tar(path: Path, samples: Sequence[tuple[str, dict[str, bytes]]], fault
         os.truncate(path, last.offset_data + last.size // 2)
 
 
-def write_table(path: Path, rows: list[dict], faults: Sequence[str]):
+def write_table(path, rows: list[dict], faults: Sequence[str]):
     """A parquet file of three rows a group."""
     table = pa.Table.from_pylist(rows)
     texts = [
@@ -174,7 +173,7 @@ def write_table(path: Path, rows: list[dict], faults: Sequence[str]):
 Used = tuple[list[str], list[str]]
 
 
-def train(folder: Path) -> Used:
+def train(folder) -> Used:
     """The tokenizer's training: one epoch of batches, where good samples replace broken ones."""
     pairs = open_pairs({"files": str(folder)})
     data = PairDataset(pairs, seed_image_processor(16), None, log=None, max_bad_in_a_row=20)
@@ -184,7 +183,7 @@ def train(folder: Path) -> Used:
         return list(dict.fromkeys(captions)), [text for entry in counts for text in entry["first"]]
 
 
-def evaluate(folder: Path) -> Used:
+def evaluate(folder) -> Used:
     """The tokenizer's evaluation, up to its images."""
     source = open_pairs({"files": str(folder)})
     used = Pass()
@@ -193,7 +192,7 @@ def evaluate(folder: Path) -> Used:
     return [texts[0] for texts in used.captions], used.bad
 
 
-def extract(folder: Path) -> Used:
+def extract(folder) -> Used:
     """An extraction, up to its images."""
     settings = InputSettings(files=str(folder))
     decoder = TaskDecoder(RECORD_TYPES["caption"], settings, seed_image_processor(16))

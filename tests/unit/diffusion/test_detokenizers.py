@@ -60,7 +60,7 @@ def models_dir(tmp_path_factory) -> Path:
     return root
 
 
-def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32) -> Case:
+def open_case(models_dir, family: str, dtype: torch.dtype = torch.float32) -> Case:
     from tiny import diffusion, lavit, seed
 
     from seed_multimodal.models.lavit.decoder import CodeDecoder
@@ -97,7 +97,7 @@ def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def shared_case(models_dir: Path, request) -> Case:
+def shared_case(models_dir, request) -> Case:
     return open_case(models_dir, request.param)
 
 
@@ -107,7 +107,7 @@ def case(shared_case: Case) -> Case:
 
 
 @pytest.mark.slow
-def test_images_depend_on_condition_and_seed_only(case: Case):
+def test_images_depend_on_condition_and_seed_only(case):
     # A reader who repeats a seed gets the same image, whatever else is drawn with it.
     together = case.draw([0, 1, 2], SEEDS)
     for row, seed in enumerate(SEEDS):
@@ -125,7 +125,7 @@ def test_images_depend_on_condition_and_seed_only(case: Case):
 
 
 @pytest.mark.slow
-def test_settings_change_what_is_drawn(case: Case):
+def test_settings_change_what_is_drawn(case):
     image = case.draw([0], [1])
     for changed in ({"preset": "fast"}, {"guidance_scale": 1.0}, {"num_inference_steps": 3}):
         assert np.abs(case.draw([0], [1], **changed) - image).max() > 1, changed
@@ -134,7 +134,7 @@ def test_settings_change_what_is_drawn(case: Case):
     assert case.draw([0], [1], height=24, width=16).shape == (1, 24, 16, 3)
 
 
-def test_check_settings(case: Case):
+def test_check_settings(case):
     model = case.model
     steps = model.defaults.num_inference_steps
     for overrides, expected in (
@@ -151,7 +151,7 @@ def test_check_settings(case: Case):
             model.check_settings(**overrides)
 
 
-def test_guidance_of_one_runs_the_denoiser_once_per_step(case: Case):
+def test_guidance_of_one_runs_the_denoiser_once_per_step(case):
     # Twice the runs are twice the time.
     from diffusers import DDIMScheduler
 
@@ -170,7 +170,7 @@ def test_guidance_of_one_runs_the_denoiser_once_per_step(case: Case):
 
 
 @pytest.mark.parametrize("family", ["unclip_layout", "codes", "sdxl_edit", "lavit"])
-def test_draw_in_half_precision(models_dir: Path, family):
+def test_draw_in_half_precision(models_dir, family):
     half = open_case(models_dir, family, torch.bfloat16)
     full = open_case(models_dir, family)
     assert half.model.denoiser.dtype == torch.bfloat16
@@ -182,14 +182,14 @@ def test_draw_in_half_precision(models_dir: Path, family):
     assert np.abs(drawn - full.draw([0, 1, 2], SEEDS, guidance_scale=1.0)).mean() < 10
 
 
-def test_draw_with_nan_weights_fails(case: Case):
+def test_draw_with_nan_weights_fails(case):
     # In place of a black image.
     torch.nn.init.constant_(next(case.model.denoiser.parameters()), torch.nan)
     with pytest.raises(GenerationError):
         case.draw([0], [1])
 
 
-def test_sdxl_guides_without_null_embeds(models_dir: Path):
+def test_sdxl_guides_without_null_embeds(models_dir):
     # Before the vision encoder gave them, zeros are unconditional.
     case = open_case(models_dir, "sdxl")
     case.model.null_embeds = None
@@ -198,7 +198,7 @@ def test_sdxl_guides_without_null_embeds(models_dir: Path):
 
 
 @pytest.mark.parametrize("family", ["sd", "unclip", "sdxl", "lavit"])
-def test_draw_of_embeddings_of_another_width(models_dir: Path, family):
+def test_draw_of_embeddings_of_another_width(models_dir, family):
     shape = (1, 5) if family == "unclip" else (1, 4, 5)
     with pytest.raises(CheckpointError, match="width 5"):
         open_case(models_dir, family).model(torch.zeros(shape))
@@ -208,12 +208,12 @@ def test_draw_of_embeddings_of_another_width(models_dir: Path, family):
 
 
 @pytest.fixture
-def folder(models_dir: Path, tmp_path) -> Path:
+def folder(models_dir, tmp_path) -> Path:
     """A copy of Stable Diffusion's folder."""
     return shutil.copytree(models_dir / "sd", tmp_path / "sd")
 
 
-def test_defaults_of_seed_decode_json(folder: Path):
+def test_defaults_of_seed_decode_json(folder):
     write_json(folder / "seed_decode.json", {"num_inference_steps": 3, "guidance_scale": 2.0})
     defaults = open_case(folder.parent, "sd").model.defaults
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (3, 2)
@@ -223,7 +223,7 @@ def test_defaults_of_seed_decode_json(folder: Path):
 
 
 @pytest.mark.parametrize("lost", ["", "unet", "vae", "scheduler/scheduler_config.json"])
-def test_from_pretrained_names_what_is_missing(folder: Path, lost):
+def test_from_pretrained_names_what_is_missing(folder, lost):
     # diffusers would ask its hub for a folder that does not exist.
     path = folder / lost
     path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -232,7 +232,7 @@ def test_from_pretrained_names_what_is_missing(folder: Path, lost):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_from_pretrained_names_an_incomplete_part(folder: Path, part):
+def test_from_pretrained_names_an_incomplete_part(folder, part):
     # diffusers and transformers would fill it with random values.
     file = next((folder / part).glob("*.safetensors"))
     tensors = load_file(file)
@@ -243,7 +243,7 @@ def test_from_pretrained_names_an_incomplete_part(folder: Path, part):
 
 
 @pytest.mark.parametrize("family", ["lavit", "sd"])
-def test_weights_in_torch_files(models_dir: Path, tmp_path, family):
+def test_weights_in_torch_files(models_dir, tmp_path, family):
     """Networks of diffusers, and a text encoder of transformers."""
     shutil.copytree(models_dir / family, tmp_path / family)
     for file in tmp_path.rglob("*.safetensors"):

@@ -31,7 +31,7 @@ SCHEDULERS = {
 }
 
 
-def build_scheduler(name: str, settings: dict):
+def build_scheduler(name, settings):
     import diffusers  # slow to import
 
     return getattr(diffusers, name)(**settings)

@@ -44,7 +44,7 @@ KARPATHY = {
 SEVEN = Sample(7, "", COCO_NAME, references=["one", "three"])
 
 
-def write(path: Path, value) -> Path:
+def write(path, value) -> Path:
     """A text, lines of JSON (`.jsonl`), a table (`.csv`) or JSON."""
     text = value
     if path.suffix == ".jsonl":
@@ -189,7 +189,7 @@ def choices(**changes) -> dict:
     return {"questions": [{**CHOICE, **changes}]}
 
 
-def write_dpg(path: Path, rows: list[dict[str, str]]) -> Path:
+def write_dpg(path, rows: list[dict[str, str]]) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(DPG))
         writer.writeheader()

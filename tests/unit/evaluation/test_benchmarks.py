@@ -40,7 +40,7 @@ def question(key: int, **fields) -> dict:
     return {"question_id": key, "image": "a.jpg", "question": "Which?", **fields}
 
 
-def answer(key: int, text: str) -> dict:
+def answer(key: int, text) -> dict:
     return {"id": key, "answer": text}
 
 
@@ -150,7 +150,7 @@ BENCHMARKS = {
 }
 
 
-def as_text(name: str, content) -> str:
+def as_text(name, content) -> str:
     if isinstance(content, str):
         return content
     items = content if name.endswith(".jsonl") else [content]

@@ -33,7 +33,7 @@ SWIN = {
 IMAGE = noise(1, (60, 40))
 
 
-def write_detector(folder: Path, name: str, side: int, tokenizer=None, **fields):
+def write_detector(folder, name, side, tokenizer=None, **fields):
     """A random detector of one of transformers' classes, with its processor, in a folder."""
     import transformers
 
@@ -50,7 +50,7 @@ def write_detector(folder: Path, name: str, side: int, tokenizer=None, **fields)
     processor.save_pretrained(folder)
 
 
-def write_owl(folder: Path, clip_folder: Path):
+def write_owl(folder, clip_folder):
     """A zero-shot detector."""
     from transformers import CLIPTokenizer
 
@@ -62,7 +62,7 @@ def write_owl(folder: Path, clip_folder: Path):
     write_detector(folder, "Owlv2ForObjectDetection", 32, tokenizer, **sizes)
 
 
-def write_yolos(folder: Path, _: Path):
+def write_yolos(folder, _: Path):
     """A detector of two classes of COCO, which GenEval calls a TV remote and a couch."""
     sizes = {**ENCODER, "image_size": [32, 32], "patch_size": 16, "num_detection_tokens": 5}
     write_detector(
@@ -70,7 +70,7 @@ def write_yolos(folder: Path, _: Path):
     )
 
 
-def write_mask2former(folder: Path, _: Path):
+def write_mask2former(folder, _: Path):
     """A segmentation model, whose detections have masks."""
     pytest.importorskip("scipy")  # transformers imports it for the model's loss
     write_detector(
@@ -126,7 +126,7 @@ def test_detect_returns_the_labels_of_each_image(write, limits, beds, clip_folde
             assert all(edge.any() for edge in edges)
 
 
-def geneval(folder: Path, judge: Path, *more: str) -> int:
+def geneval(folder, judge: Path, *more: str) -> int:
     """GenEval's command on one prompt with one drawing."""
     prompt = {"tag": "colors", "prompt": "a red cup"}
     prompt["include"] = [{"class": "cup", "count": 1, "color": "red"}]

@@ -62,12 +62,12 @@ def test_kept_detections_are_sixteen_of_a_class():
 # ---- the command, with nano as its own judge
 
 
-def geneval(folder: Path, *more: str) -> int:
+def geneval(folder, *more: str) -> int:
     argv = f"eval geneval --data {folder} --judge nano --device cpu --out {folder / 'out'}".split()
     return main([*argv, "--num-images", "2", *more])
 
 
-def read(folder: Path, name: str):
+def read(folder, name):
     return read_json(folder / "out" / name)
 
 

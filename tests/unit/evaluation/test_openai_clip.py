@@ -28,7 +28,7 @@ OPENAI_NAMES = {
 }
 
 
-def as_openai(model: torch.nn.Module) -> dict[str, Tensor]:
+def as_openai(model) -> dict[str, Tensor]:
     """A transformers model's tensors under OpenAI's names."""
     state = model.state_dict()
     renamed = {}

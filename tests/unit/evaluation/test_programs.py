@@ -17,7 +17,7 @@ from seed_multimodal.compat.lavit_evaluate import evaluate_script
 N_IMAGES = 3
 
 
-def image_name(number: int) -> str:
+def image_name(number) -> str:
     return f"COCO_val2014_{number:012d}.jpg"
 
 
@@ -41,15 +41,15 @@ def data(tmp_path, monkeypatch):
     write("c.json", captions)
 
 
-def write(name: str, value):
+def write(name, value):
     write_json(Path(name), value)
 
 
-def read(name: str):
+def read(name):
     return read_json(Path(name))
 
 
-def answered(file: Path) -> list[dict]:
+def answered(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines() if line]
 
 

@@ -1,7 +1,6 @@
 """What answers the questions of GenEval 2 and DPG-Bench; DPG-Bench on nano's scenes."""
 
 import csv
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ RIGHT = Scene("noto", "meadow", "two kinds", ("fox", "tree"), (2, 1))
 WRONG = Scene("fluent", "sea", "large", ("ufo",))
 
 
-def picture(scene: Scene) -> Image.Image:
+def picture(scene) -> Image.Image:
     return Image.fromarray(render(scene))
 
 
@@ -31,7 +30,7 @@ def test_answer_forms():
     assert answer_forms("2") == ["2"]  # a second form would count twice
 
 
-def write_llava(folder: Path):
+def write_llava(folder):
     """A tiny LLaVA with random weights."""
     from transformers import (
         AutoTokenizer,

@@ -82,7 +82,7 @@ def test_run_pass_equals_the_models_features(stages, listed):
         np.testing.assert_allclose(features[name], F.normalize(embeddings, dim=-1), atol=1e-5)
 
 
-def evaluate(stages, data: Path, out: Path, *more: str) -> int:
+def evaluate(stages, data: Path, out, *more: str) -> int:
     argv = (
         f"eval tokenizer --model {stages.tokenizer} --data {data} --stage1 {stages.stage1} "
         f"--text-tokenizer {stages.vocabulary} --decoder none --clip none --device cpu --out {out}"

@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder: Path, name: str = "highres_pixel_decoding", **options) -> LavitDetokenizer:
+def load(folder, name="highres_pixel_decoding", **options) -> LavitDetokenizer:
     sizes = {"tokens": CONDITION_TOKENS}
     if name == "pixel_decoding":  # whose U-Net has no pooled embeddings
         sizes |= {"head": "lowres", "prompt_dim": CROSS}

@@ -16,7 +16,7 @@ PATCHES = 16
 MODES = ["threshold", "draw"]
 
 
-def generator(seed: int) -> torch.Generator:
+def generator(seed) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 

@@ -33,7 +33,7 @@ def features() -> Tensor:
     return toy.images(6)[0]
 
 
-def gumbel(seed: int) -> Tensor:
+def gumbel(seed) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return -torch.empty(6, toy.PATCHES, 2).exponential_(generator=generator).log()
 

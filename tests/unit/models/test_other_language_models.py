@@ -65,7 +65,7 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
     assert not set(ids) & set(tokenizer.eos_token_ids)
 
 
-def parts_of(folder: Path, tokenizer: str = "tokenizer") -> dict:
+def parts_of(folder, tokenizer: str = "tokenizer") -> dict:
     """Settings of three steps with LoRA on a system's folder."""
     return {
         "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
@@ -74,7 +74,7 @@ def parts_of(folder: Path, tokenizer: str = "tokenizer") -> dict:
     }
 
 
-def train_seed_llama(folder: Path, work: Path):
+def train_seed_llama(folder, work: Path):
     from seed_multimodal.training.llm.task import LlmTask
 
     config = {
@@ -85,7 +85,7 @@ def train_seed_llama(folder: Path, work: Path):
     LlmTask.train({**config, **parts_of(folder)})
 
 
-def tune_seed_x(folder: Path, work: Path):
+def tune_seed_x(folder, work: Path):
     import tuning_parts
 
     from seed_multimodal.models.seed_x.train_agent import TuningTask
@@ -95,7 +95,7 @@ def tune_seed_x(folder: Path, work: Path):
     TuningTask.train(tuning_parts.config_of(work, work / "out", lora=True, **changes))
 
 
-def train_lavit(folder: Path, work: Path):
+def train_lavit(folder, work: Path):
     import pretrain_parts
 
     from seed_multimodal.models.lavit.train_llm import PretrainTask

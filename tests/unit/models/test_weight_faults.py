@@ -43,7 +43,7 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
     from seed_multimodal.nn.vision.eva import EvaVit
     from seed_multimodal.nn.vision.qwen import QwenVit
 
-    def write(name: str, network: torch.nn.Module) -> Callable[[Path], object]:
+    def write(name, network) -> Callable[[Path], object]:
         return lambda folder: torch.save(network.state_dict(), folder / NETWORKS[name])
 
     seed1 = seed.seed1_tokenizer()

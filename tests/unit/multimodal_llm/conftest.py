@@ -14,7 +14,7 @@ def train(tmp_path):
     """
     from seed_multimodal.training.llm.task import LlmTask
 
-    def go(name: str, *more: str, **changes) -> Path:
+    def go(name, *more: str, **changes) -> Path:
         folder = tmp_path / "files"
         folder.mkdir(exist_ok=True)
         files = runs.write_files(folder, **changes)

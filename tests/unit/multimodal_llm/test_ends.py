@@ -3,7 +3,6 @@ settings that no run starts with."""
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import llm_runs as runs
 import pytest
@@ -14,15 +13,15 @@ from tiny import read_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 
 
-def summary(out: Path) -> dict:
+def summary(out) -> dict:
     return read_json(out / "summary.json")
 
 
-def evaluations(out: Path) -> list[dict[str, float]]:
+def evaluations(out) -> list[dict[str, float]]:
     return [line for line in runs.log_lines(out) if "eval_loss" in line]
 
 
-def once(folder: Path, records: int = 60, **changes) -> dict:
+def once(folder, records: int = 60, **changes) -> dict:
     """Data that are read once."""
     data = {**runs.write_data(folder, runs.CODES, runs.PER_IMAGE, records), **changes}
     for source in data["sources"]:

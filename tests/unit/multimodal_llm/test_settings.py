@@ -64,7 +64,7 @@ OF_BOTH = {
 }
 
 
-def recipe(run, name: str) -> dict:
+def recipe(run, name) -> dict:
     settings = {**vars(run.optim), **vars(run.trainer)}
     return {key: settings[key] for key in (*RECIPES[name], *OF_BOTH)}
 
@@ -170,7 +170,7 @@ def test_read_settings_of_the_files_of_every_group():
         read_settings(OptimSettings, yaml.safe_load(file.read_text()), "optim")
 
 
-def filled(file: Path, **trainer) -> tuple[dict, list[str]]:
+def filled(file, **trainer) -> tuple[dict, list[str]]:
     """A DeepSpeed file, filled for eight processes, and the remarks about it."""
     settings = read_settings(LlmTrainerSettings, trainer, "trainer")
     config = read_json(file)

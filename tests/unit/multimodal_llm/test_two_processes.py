@@ -25,7 +25,7 @@ SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
 QUICK = "trainer.timeout_minutes=0.5"
 
 
-def start(tmp_path: Path, max_steps: int, **variables: str) -> subprocess.Popen:
+def start(tmp_path, max_steps, **variables: str) -> subprocess.Popen:
     """The script with groups that replace its own, and so all its flags on them."""
     files = runs.write_files(tmp_path, model={"lora": {**runs.LORA, "lora_dropout": 0.0}})
     options = ["deepspeed=none", f"trainer.max_steps={max_steps}", "trainer.save_steps=2"]

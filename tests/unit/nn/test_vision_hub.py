@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from seed_multimodal.nn.vision.registry import read_vision_config
 PIXELS = normal(0, 2, 3, 16, 16)
 
 
-def load_hub_vision(folder: Path) -> VisionEncoder:
+def load_hub_vision(folder) -> VisionEncoder:
     encoder = read_vision_config({"type": "hub", "path": str(folder)}, "vit").build()
     load_vision(encoder, folder, log=None)
     return encoder.eval()

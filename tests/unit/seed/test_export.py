@@ -32,13 +32,13 @@ class Trained:
     codes: Tensor
     embedding: Tensor
 
-    def export(self, out: Path, **options) -> Export:
+    def export(self, out, **options) -> Export:
         files = {"stage1": self.folder / "stage1.pth", "vision": self.folder / "eva_vit_g.pth"}
         files |= {"config": self.config, "image": self.folder / "image.png"}
         return export_tokenizer(self.folder / "stage2.pth", out, **{**files, **options})
 
 
-def train(config, folder: Path, **options) -> Trained:
+def train(config, folder, **options) -> Trained:
     """Random weights in the place of trained ones."""
     folder.mkdir()
     second = write_stages(config, folder, **options)

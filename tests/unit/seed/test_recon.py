@@ -1,21 +1,19 @@
 """demo_recon.py on a tiny SEED-1: files, seeds, sizes, samplers, missing weights, torn images."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
 from seed_multimodal.compat.demo_recon import recon_script
 
 
-def run(folder: Path, out: Path, flags: str) -> int:
+def run(folder, out, flags: str) -> int:
     """The exit code; `0.png` and so on are images of the folder."""
     common = f"--model {folder} --device cpu --out {out} --ddim_steps 2"
     words = [str(folder / word) if word.endswith(".png") else word for word in flags.split()]
     return recon_script("", [*common.split(), *words])
 
 
-def pixels(folder: Path, count: int) -> np.ndarray:
+def pixels(folder, count) -> np.ndarray:
     files = [folder / "samples" / f"{index:04d}.png" for index in range(count)]
     return np.stack([np.asarray(Image.open(file), dtype=np.int32) for file in files])
 

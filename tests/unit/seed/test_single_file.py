@@ -54,7 +54,7 @@ class ModelCheckpoint:
     """In place of the class of the original's training program, which is not installed here."""
 
 
-def save_as_original(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
+def save_as_original(file, tensors: dict[str, torch.Tensor]) -> Path:
     """A checkpoint of the original's training program: its class is a key, numbers are NumPy's."""
     about = {"best_model_score": np.float64(0.1), "monitor": "loss"}
     content = {"epoch": 4, "state_dict": tensors, "callbacks": {ModelCheckpoint: about}}
@@ -71,7 +71,7 @@ def original(tmp_path_factory) -> Path:
     return folder
 
 
-def write_sizes(file: Path, **text_sizes: int) -> dict[str, int]:
+def write_sizes(file, **text_sizes: int) -> dict[str, int]:
     """The YAML of the recorded sizes; returns those of the text encoder."""
     text_encoder = {
         "vocab_size": 18,

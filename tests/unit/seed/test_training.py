@@ -107,7 +107,7 @@ def stage2(kind: str, tiny: Seed2Config, **options):
     return Seed1Stage2Model(seed1_config(), **options)
 
 
-def trained_parts(model: nn.Module) -> set[str]:
+def trained_parts(model) -> set[str]:
     """Of the parts that have gradients; each of their parameters must have one: an error in DDP."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert [name for name, value in trained.items() if value.grad is None] == []

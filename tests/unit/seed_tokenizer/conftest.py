@@ -31,7 +31,7 @@ def images(tmp_path_factory) -> Path:
 def yaml(images, tmp_path):
     """stage, options → arguments of train.py for a tiny run on `images` into `tmp_path/NAME`."""
 
-    def make(stage: str, *options: str, name: str = "") -> list[str]:
+    def make(stage: str, *options: str, name="") -> list[str]:
         arguments = lavis_runs.write_config(stage, images, tmp_path / (name or stage))
         return [*arguments, *(["--options", *options] if options else [])]
 

@@ -11,7 +11,7 @@ from tiny.vision import write_clip, write_vision
 NIGHTLY = ("siglip", "eva trained", "seed1")
 
 
-def write_eva(file: Path) -> Path:
+def write_eva(file) -> Path:
     """An EVA vision encoder's file, at the size of `lavis_runs.TINY`."""
     from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 

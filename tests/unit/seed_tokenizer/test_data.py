@@ -20,7 +20,7 @@ PROCESSORS = {
 }
 
 
-def build(name: str, info: dict, valid: str = "val", **more) -> dict:
+def build(name, info: dict, valid: str = "val", **more) -> dict:
     """The splits that LAVIS's task would build for this data set."""
     from omegaconf import OmegaConf
     from seed_lavis.compat import registry

@@ -1,7 +1,5 @@
 """Runs with vision encoders of transformers: from images to codes, by the printed commands."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from lavis_runs import log_of
@@ -12,7 +10,7 @@ TARGET = "model.alignment_target=encoder"
 SHORT = ("run.max_epoch=1", "run.iters_per_epoch=2")
 
 
-def vit_option(folder: Path) -> str:
+def vit_option(folder) -> str:
     return f"model.vit={{type: hub, path: {folder}}}"
 
 

@@ -12,7 +12,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed_x.modeling import ContinuousLVLM, load_agent
 
 
-def agent_of(seed: int = 0) -> ContinuousLVLM:
+def agent_of(seed=0) -> ContinuousLVLM:
     return random_agent(random_llm("llama", 40, seed), seed)
 
 

@@ -66,7 +66,7 @@ def prompts(monkeypatch) -> list[list[int]]:
     return recorded
 
 
-def run(name: str, flags: str) -> int:
+def run(name, flags: str) -> int:
     return run_original(name, "", ["--device", "cpu", *flags.split()])
 
 

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from llm_runs import environment
@@ -15,9 +14,7 @@ from repository import ROOT
 def start_toy():
     """start_toy(folder, stage, …, before=[command]) → the process that trains the stages."""
 
-    def start(
-        folder: Path, *stages: dict, before: Sequence[str] = (sys.executable,)
-    ) -> subprocess.Popen:
+    def start(folder, *stages: dict, before: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
         toy = ROOT / "tests" / "support" / "loop_toy.py"
         return subprocess.Popen(
             [*before, str(toy), str(folder), *map(json.dumps, stages)],

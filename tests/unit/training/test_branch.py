@@ -3,7 +3,6 @@ killed run."""
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import loop_toy as toy
 import pytest
@@ -14,7 +13,7 @@ from seed_multimodal.errors import CheckpointError
 Run = Callable[..., str]
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder) -> list[int]:
     """Steps of the checkpoints in a folder, oldest first."""
     return [step for step, _ in toy.checkpoints(folder)][::-1]
 
@@ -24,7 +23,7 @@ def run(tmp_path, capsys) -> Run:
     """`run(until, folder, **settings)` trains in a folder, by default the same one, until a step;
     returns the checkpoint that it resumed from."""
 
-    def go(until: int, folder: Path = tmp_path, **settings) -> str:
+    def go(until: int, folder=tmp_path, **settings) -> str:
         capsys.readouterr()
         options = {"save_steps": 2, "save_total_limit": None, **settings}
         with pytest.raises(SystemExit):

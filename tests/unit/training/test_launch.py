@@ -41,7 +41,7 @@ GETENT = """#!/bin/sh
 pytestmark = pytest.mark.process
 
 
-def write_program(file: Path, text: str):
+def write_program(file, text):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     file.chmod(0o755)

@@ -54,7 +54,7 @@ def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
 
 def run_square(
     folder,
-    model: nn.Module,
+    model,
     scale: Callable[[int], float] = lambda step: 1.0,
     optimizer=None,
     **settings,
@@ -62,7 +62,7 @@ def run_square(
     """Train the mean square of a model's outputs, times `scale(step)`."""
     x = torch.ones(2, next(model.parameters()).shape[1])
 
-    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(step) -> tuple[torch.Tensor, dict[str, float]]:
         return model(x).float().square().mean() * scale(step), {}
 
     choices = {"batch_size": 2, "warmup_steps": 1, "logging_steps": 1, **settings}

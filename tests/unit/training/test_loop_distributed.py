@@ -4,7 +4,6 @@ stop together.
 
 import signal
 import sys
-from pathlib import Path
 
 import loop_toy as toy
 import pytest
@@ -47,13 +46,13 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(start_t
         toy.train(folder, **ENDLESS)
 
 
-def lines(folder: Path, rank: int = 0) -> int:
+def lines(folder, rank=0) -> int:
     """Micro-steps of this process in both stages."""
     file = folder / f"losses.{rank}.txt"
     return len(file.read_text().splitlines()) if file.is_file() else 0
 
 
-def compare_with_one(folder: Path, output: str):
+def compare_with_one(folder, output: str):
     """States, losses and log lines are those of one process with the double batch."""
     assert (folder / "two" / "equal.done.json").is_file(), output
     single, double = (toy.saved(folder / run, "equal") for run in ("one", "two"))
@@ -79,7 +78,7 @@ def compare_with_one(folder: Path, output: str):
         assert [line[key] for line in double_log] == expected
 
 
-def assert_stopped_together(folder: Path, output: str):
+def assert_stopped_together(folder, output: str):
     assert output.count("[endless] stopped by SIGTERM or Ctrl-C after step") == 1, output
     state = toy.saved(folder, "endless")
     steps = [lines(folder, rank) - 24 for rank in (0, 1)]

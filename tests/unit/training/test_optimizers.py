@@ -23,7 +23,7 @@ def toy() -> nn.Module:
     return model
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW, steps: int):
+def train(model, optimizer: torch.optim.Optimizer | MuonWithAdamW, steps):
     generator = torch.Generator().manual_seed(2)
     for _ in range(steps):
         ids = torch.randint(0, 6, (8,), generator=generator)

@@ -10,7 +10,7 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.training.plots import read_log, save_curves
 
 
-def write_log(folder: Path, lines=None) -> Path:
+def write_log(folder, lines=None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "stage2.log.jsonl"
     values = {"loss_itc": 0.5, "lr": 1e-3, "samples_per_s": 80.0, "codebook_used": 0.4}

@@ -149,7 +149,7 @@ def items(value) -> Iterator[tuple]:
             yield from items(value[key])
 
 
-def changed(record: dict, rng: random.Random) -> dict:
+def changed(record, rng) -> dict:
     """The record with one to three odd values, or without one of its fields."""
     record = copy.deepcopy(record)
     for _ in range(rng.randint(1, 3)):

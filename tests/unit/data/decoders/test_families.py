@@ -20,7 +20,7 @@ Decode = Callable[..., TrainingSequence]
 def decode(tokenizer_of) -> Decode:
     """`decode(name, fields, longest, seed, **options)`."""
 
-    def decode_it(name: str, fields: dict, longest: int | None = None, seed: int = 0, **options):
+    def decode_it(name, fields, longest: int | None = None, seed=0, **options):
         decoder = get_decoder(name, tokenizer_of(name), options)
         return decoder.decode(fields, SeededRandom(seed), longest)
 

@@ -41,14 +41,14 @@ TEXTS = [{"text": f"number {n}"} for n in range(COUNT)]
 NAMES = ("tars", "tars/{0..1}.tar", "a.jsonl", "a.json", "a.parquet")
 
 
-def write_texts(path: Path, texts: Iterable = TEXTS) -> Path:
+def write_texts(path, texts: Iterable = TEXTS) -> Path:
     """A tar of texts; its keys are k0, k1 …"""
     samples = [(f"k{n}", {"json": json.dumps(text).encode()}) for n, text in enumerate(texts)]
     write_shard(path, samples)
     return path
 
 
-def write_formats(folder: Path):
+def write_formats(folder):
     """The texts in two tars, jsonl, json and parquet; a tar and a list of images."""
     write_texts(folder / "tars/0.tar", TEXTS[:20])
     write_texts(folder / "tars/1.tar", TEXTS[20:])
@@ -64,7 +64,7 @@ def write_formats(folder: Path):
     (folder / "0.jpg").write_bytes(jpeg(0))
 
 
-def fields(name: str, **options) -> list:
+def fields(name, **options) -> list:
     return fields_of(open_records(name, **options))
 
 
@@ -264,7 +264,7 @@ def memory(tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
     files.rm("/d", recursive=True)
 
 
-def copies(folder: Path) -> list[Path]:
+def copies(folder) -> list[Path]:
     """The copied files, without locks."""
     return [path for path in folder.glob("*") if not path.name.startswith(".")]
 
@@ -349,7 +349,7 @@ def large(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def overwrite(path: Path):
+def overwrite(path):
     """Zeros in a file of the same size and time: only its index knows its records."""
     status = path.stat()
     path.write_bytes(bytes(status.st_size))

@@ -14,9 +14,7 @@ from seed_multimodal.data.formats.storage import DataFile
 from seed_multimodal.data.formats.tar import TarFile
 
 
-def tar_of(
-    path: Path, members: Iterable[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT
-) -> Path:
+def tar_of(path, members: Iterable[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> Path:
     with tarfile.open(path, "w", format=kind) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -26,7 +24,7 @@ def tar_of(
     return path
 
 
-def samples_of(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+def samples_of(path) -> list[tuple[str, dict[str, bytes]]]:
     """The samples of a tar, read by its index."""
     tar = TarFile(DataFile(path))
     records = [tar.locate(row) for row in range(tar.sizes[0])]

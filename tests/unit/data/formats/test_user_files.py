@@ -22,12 +22,12 @@ PAIRS = [("k0", {"jpg": JPEG, "txt": b"a 0"}), ("k1", {"jpg": JPEG, "txt": b"a 1
 ROWS = [{"image": f"{n}.jpg", "caption": f"a {n}"} for n in range(2)]
 
 
-def images(folder: Path, *names: str):
+def images(folder, *names: str):
     for name in names or ("0.jpg", "1.jpg"):
         write(folder / name, JPEG)
 
 
-def captioned(folder: Path):
+def captioned(folder):
     """Two images with captions beside them, and other files."""
     images(folder)
     for name in (".hidden.jpg", "notes.md"):
@@ -36,25 +36,25 @@ def captioned(folder: Path):
         write(folder / f"{index}.txt", f"a {index}")
 
 
-def listed(folder: Path, name: str, content):
+def listed(folder, name, content):
     """Two images and a list of them."""
     images(folder)
     write(folder / name, content if isinstance(content, bytes | str) else json.dumps(content))
 
 
-def tars(folder: Path, *others: str):
+def tars(folder, *others: str):
     write_shard(folder / "00000.tar", PAIRS)
     for name in others:
         write(folder / name, "{}")
 
 
-def joined(folder: Path):
+def joined(folder):
     write_shard(folder / "a", PAIRS[:1])
     write_shard(folder / "b", PAIRS[1:])
     write(folder / "c.tar", (folder / "a").read_bytes() + (folder / "b").read_bytes())
 
 
-def table(folder: Path, name: str = "data/train.parquet"):
+def table(folder, name="data/train.parquet"):
     rows = [{"image": {"bytes": JPEG, "path": None}, "text": f"a {n}"} for n in range(2)]
     columns = pyarrow.Table.from_pylist(rows)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,32 +65,32 @@ def table(folder: Path, name: str = "data/train.parquet"):
         stream.write_table(columns)
 
 
-def saved_to_disk(folder: Path):
+def saved_to_disk(folder):
     table(folder, "data-00000-of-00001.arrow")
     for name in ("state.json", "dataset_info.json"):
         write(folder / name, "{}")
 
 
-def hub_clone(folder: Path):
+def hub_clone(folder):
     table(folder)
     write(folder / "dataset_infos.json", "{}")
     write(folder / ".git/config.json", "{}")
 
 
-def linked(folder: Path):
+def linked(folder):
     captioned(folder / "elsewhere")
     (folder / "set").mkdir()
     (folder / "set/link").symlink_to(folder / "elsewhere")
     (folder / "set/loop").symlink_to(folder / "set")
 
 
-def coco(folder: Path):
+def coco(folder):
     entries = [{"id": 7 + n, "file_name": f"{n}.jpg", "license": 1} for n in range(2)]
     annotations = [{"image_id": 7 + n, "id": n, "caption": f"a {n}"} for n in range(2)]
     listed(folder, "captions.json", {"images": entries, "annotations": annotations})
 
 
-def dotted(folder: Path):
+def dotted(folder):
     names = [f"Figure 1.{n} fox" for n in range(2)]
     records = [(name, {"jpg": JPEG, "txt": f"a {n}".encode()}) for n, name in enumerate(names)]
     hidden = ("._Figure 1", {"jpg": b"x", "txt": b"x"})  # of macOS

@@ -54,7 +54,7 @@ def data(tmp_path_factory) -> dict:
 def start(data):
     """`start(save_dir, **settings)`: run in this process."""
 
-    def run_it(save_dir: Path, **settings) -> int:
+    def run_it(save_dir, **settings) -> int:
         return run(
             RunSettings(
                 **{  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def finished_run(tmp_path_factory, start) -> Path:
     return folder
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(folder) -> dict[str, bytes]:
     """Every file of an output folder, but for a hidden one that a kill left while counts were
     written.
     """

@@ -83,7 +83,7 @@ def test_distinct_batches_of_several_ranks(shards, order):
         assert len(set(keys)) == 28
 
 
-def spoiled_shard(folder: Path, bad: set[int]) -> Path:
+def spoiled_shard(folder, bad: set[int]) -> Path:
     """A tar of 16 samples, some with an image that is cut off."""
     samples = [
         {

@@ -1,7 +1,6 @@
 """The mixture of an LLM's sources: shares, skipped records, errors that end a run, settings."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 from data_files import lines
@@ -14,13 +13,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 CAPTIONS, DOCUMENTS, TEXTS = 66, 30, 35  # records of the sets of `mixed`
 
 
-def chosen_sources(tokenizer, record_numbers, config: dict, count: int) -> list[int]:
+def chosen_sources(tokenizer, record_numbers, config, count) -> list[int]:
     """The source of each of the first chunks."""
     batches = LlmBatches(read_data_settings(config), tokenizer)
     return [record_numbers(batch)[0] // 1000 for batch in itertools.islice(batches, count)]
 
 
-def unpacked(config: dict, cycles: tuple[int | None, ...] = ()) -> dict:
+def unpacked(config, cycles: tuple[int | None, ...] = ()) -> dict:
     """The configuration with a record for each chunk."""
     for source in config["sources"]:
         source["batch_size"] = 1
@@ -86,7 +85,7 @@ def test_order_of_sources(mixed, tokenizer, record_numbers, concat_type, order):
 # ---- long sequences
 
 
-def batches_of(tokenizer, path: Path, decoder: str, **settings) -> LlmBatches:
+def batches_of(tokenizer, path, decoder: str, **settings) -> LlmBatches:
     """The batches of a file, whose source is `s`."""
     source = {"files": str(path), "decoder": decoder, "name": "s", "cycles": 1}
     return LlmBatches(read_data_settings({"sources": [source], **settings}), tokenizer)
@@ -131,7 +130,7 @@ def test_long_captions_are_not_split(tmp_path, tokenizer):
 # ---- broken records
 
 
-def caption_and_texts(folder: Path, captions: list, **settings) -> dict:
+def caption_and_texts(folder, captions: list, **settings) -> dict:
     """Sources c and t: captions, and 50 good texts that are read much more often."""
     lines(folder / "c.jsonl", captions)
     lines(folder / "t.jsonl", [{"text": "words " * 9}] * 50)

@@ -8,12 +8,12 @@ from PIL import Image
 
 from seed_multimodal.data.decoders.features import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.data.stream.llm_batches import LlmBatches
 
 SIDE = 28
 
 
-def colours(batch: LlmBatch) -> list[str]:
+def colours(batch) -> list[str]:
     """The colour of each view."""
     means = [view.float().mean((1, 2)) for view in batch.views.pixels]
     return [

@@ -12,7 +12,7 @@ from seed_nano.world.scene import Scene, render
 from seed_nano.world.targets import JUDGE_CLASSES, label_tensor
 
 
-def few_things(seed: int, index: int) -> Scene:
+def few_things(seed, index) -> Scene:
     """Three things, two backgrounds, alone or side by side."""
     things = ("sun", "tree", "whale")
     first = things[index % 3]

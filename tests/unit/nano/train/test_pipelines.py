@@ -30,9 +30,7 @@ def arguments(system: str, work: Path, *options: str) -> list[str]:
     return [*f"{system} --preset test --work {work}".split(), *start, *options]
 
 
-def killed_and_resumed(
-    system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str, *options: str
-):
+def killed_and_resumed(system: str, work: Path, capfd, checkpoint: str, *options: str):
     """Kill a run, but not its child process, at the first checkpoint, and resume it."""
     run = subprocess.Popen(
         [sys.executable, "-m", "seed_nano.train", *arguments(system, work, *options)],

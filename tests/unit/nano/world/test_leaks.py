@@ -18,7 +18,7 @@ UNNAMED = re.compile(
 START = re.compile(r"\b(?:an?|two|three|four|in|on|at|under|against|indoors|inside)\b")
 
 
-def captions_in(text: str) -> Iterator[str]:
+def captions_in(text) -> Iterator[str]:
     """The longest caption at each position of a text."""
     text = normalise(text)
     for start in START.finditer(text):

@@ -43,7 +43,7 @@ def sequences() -> list[SimpleNamespace]:
     return samples
 
 
-def packed(count: int = 1) -> SimpleNamespace:
+def packed(count=1) -> SimpleNamespace:
     """The sequences end to end, padded at the end; further rows hold them in another order."""
     columns = ([], [], [])
     for row in range(count):
@@ -61,7 +61,7 @@ def packed(count: int = 1) -> SimpleNamespace:
 def padded() -> SimpleNamespace:
     length = max(LENGTHS)
 
-    def column(name: str, fill: int) -> torch.Tensor:
+    def column(name, fill: int) -> torch.Tensor:
         values = [getattr(sample, name)[0] for sample in sequences()]
         return torch.stack([F.pad(row, (0, length - len(row)), value=fill) for row in values])
 
@@ -70,13 +70,13 @@ def padded() -> SimpleNamespace:
     return rows(column("input_ids", 0), column("labels", -100), positions, mask)
 
 
-def gradients(model: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     value.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]:
+def separate(model, times: int = 1) -> tuple[torch.Tensor, int]:
     parts = [packed_loss(model, s) for s in sequences()]
     return times * sum(p.sum for p in parts), times * int(sum(p.count for p in parts))
 

@@ -100,7 +100,7 @@ def test_flash_attention_gets_the_sequence_lengths_of_packed_rows():
     loss.backward()
 
 
-def batch(count: int = 2, length: int = 20) -> SimpleNamespace:
+def batch(count=2, length=20) -> SimpleNamespace:
     ids = torch.randint(3, VOCAB_SIZE, (count, length), generator=torch.Generator().manual_seed(4))
     return rows(ids)
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 STEPS = 2
 
 
-def tuned(config_of, output: Path) -> tuple[TuningTask, Path]:
+def tuned(config_of, output) -> tuple[TuningTask, Path]:
     """A finished run with its weights loaded, and its checkpoint."""
     config = config_of(output, lora=True, trainer={"max_steps": STEPS})
     TuningTask.train(config)
@@ -35,7 +35,7 @@ def run(config_of, tmp_path_factory) -> tuple[TuningTask, Path]:
     return tuned(config_of, tmp_path_factory.mktemp("tuned") / "out")
 
 
-def merge(parts_dir: Path, folder: Path, checkpoint: Path, *flags: str, **model) -> Path:
+def merge(parts_dir, folder, checkpoint: Path, *flags: str, **model) -> Path:
     """The merged system, by the original's program."""
     folder.mkdir(exist_ok=True)
     words = {"pretrained_model_name_or_path": str(parts_dir / "tokenizer")}
@@ -49,7 +49,7 @@ def merge(parts_dir: Path, folder: Path, checkpoint: Path, *flags: str, **model)
     return folder / "merged"
 
 
-def check_system(task: TuningTask, parts_dir: Path, merged: Path):
+def check_system(task: TuningTask, parts_dir, merged: Path):
     """The system has the losses of the tuned module, and answers."""
     system = load(merged, vision=parts_dir / "vision", dtype="fp32", load_decoder=False)
     for batch in task.batches:
