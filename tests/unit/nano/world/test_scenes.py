@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from seed_multimodal.errors import DataError
 from seed_nano.world.scene import Scene, boxes, thing_mask
 from seed_nano.world.splits import (
     HELD_OUT_SPLITS,
@@ -76,3 +77,8 @@ def test_scenes_of_a_held_out_split(split):
     assert {split_of(scene) for scene in listed} == {split}
     assert scene_at(1, 7, split) == scene_at(1, 7, split)
     assert split_of(scene_at(1, 7, split)) == split
+
+
+def test_scenes_of_an_unknown_split():
+    with pytest.raises(DataError, match="'pairs'"):
+        scenes("pair")
