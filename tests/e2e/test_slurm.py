@@ -1,7 +1,6 @@
 """The batch scripts for clusters, each on two processes of this machine that stand for two
 nodes."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from llm_runs import environment
 from real_processes import free_port, run_process
 from repository import ROOT
+from tiny import write_json
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(300)]
 # What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this
@@ -87,7 +87,7 @@ def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path):
         sbatch("pretokenize", *arguments.split(), **array)
     data = tmp_path / "data.yaml"
     source = {"name": "mine", "files": str(codes), "decoder": "pretrain.caption"}
-    data.write_text(json.dumps({"sources": [source], "length": 128, "rows": 1}))
+    write_json(data, {"sources": [source], "length": 128, "rows": 1})
     small = (
         "model=nano_lora",
         "tokenizer=nano",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from lavis_runs import require_lavis
+from tiny import read_json
 from trainers import LAVIS, TRAINERS, TWO
 
 pytestmark = [
@@ -172,7 +173,7 @@ def test_padded_rows_equal_packed_rows(parts_of, tmp_path):
     source["files"] = str(file)
     packed = [f"data.sources=[{hydra(source)}]", "data.rows=2"]
     first = losses(trainer, parts, tmp_path / "packed", Run(packed))
-    counts = json.loads((tmp_path / "packed" / "summary.json").read_text())
+    counts = read_json(tmp_path / "packed" / "summary.json")
     in_a_step, remainder = divmod(counts["data"]["sources"]["captions"]["sequences"], STEPS)
     assert not remainder
     source |= {"batch_size": in_a_step, "max_length": 150}

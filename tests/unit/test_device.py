@@ -6,7 +6,9 @@ import contextlib
 import pytest
 import torch
 
+from seed_multimodal import MultimodalSystem, SeedLlamaTokenizer
 from seed_multimodal import device as device_module
+from seed_multimodal.compat.seed_llama import Seed1
 from seed_multimodal.device import (
     FP16_AS_ORIGINAL,
     FP16_WITH_8BIT,
@@ -76,41 +78,23 @@ def test_choose_device_of_an_unknown_name(monkeypatch, device, dtype):
         choose_device(device, dtype)
 
 
-def load_system(folder, **options: str):
-    from seed_multimodal import MultimodalSystem
-
-    MultimodalSystem.from_pretrained(folder, **options)
-
-
-def load_seed_2(folder, **options: bool):
-    from seed_multimodal import SeedLlamaTokenizer
-
-    SeedLlamaTokenizer.from_pretrained(folder / "seed_tokenizer", **options)
-
-
-def load_seed_1(folder):
-    from seed_multimodal.compat.seed_llama import Seed1
-
-    Seed1.from_pretrained(folder / "seed_tokenizer")
-
-
-# Loader and options → dtypes of the language model, if any, and of the images.
+# Class, folder and options → dtypes of the language model, if any, and of the images.
 LOADED = {
-    "system": (load_system, {}, ["bfloat16", "float16"]),
-    "8 bit": (load_system, {"quantization": "8bit"}, ["float16"]),
-    "8 bit, bf16": (load_system, {"quantization": "8bit", "dtype": "bf16"}, ["bfloat16"]),
-    "SEED-2": (load_seed_2, {}, ["float16"]),
-    "SEED-2, fp16=False": (load_seed_2, {"fp16": False}, ["float32"]),
-    "SEED-1": (load_seed_1, {}, ["float16"]),
+    "system": (MultimodalSystem, "", {}, ["bfloat16", "float16"]),
+    "8 bit": (MultimodalSystem, "", {"quantization": "8bit"}, ["float16"]),
+    "8 bit, bf16": (MultimodalSystem, "", {"quantization": "8bit", "dtype": "bf16"}, ["bfloat16"]),
+    "SEED-2": (SeedLlamaTokenizer, "seed_tokenizer", {}, ["float16"]),
+    "SEED-2, fp16=False": (SeedLlamaTokenizer, "seed_tokenizer", {"fp16": False}, ["float32"]),
+    "SEED-1": (Seed1, "seed_tokenizer", {}, ["float16"]),
 }
 
 
-@pytest.mark.parametrize("load, options, dtypes", LOADED.values(), ids=LOADED)
-def test_dtypes_on_a_gpu(load, options, dtypes, tiny_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("system_class, folder, options, dtypes", LOADED.values(), ids=LOADED)
+def test_dtypes_on_a_gpu(system_class, folder, options, dtypes, tiny_folder, monkeypatch, capsys):
     # Those of the originals. They are logged before weights are loaded, which fails here.
     report_devices(monkeypatch, *GPU)
     with contextlib.suppress(Exception):
-        load(tiny_folder, **options)
+        system_class.from_pretrained(tiny_folder / folder, **options)
     lines = capsys.readouterr().out.splitlines()
     chosen = [line.split(" in ")[1].split()[0].rstrip(".") for line in lines if "cuda:0" in line]
     assert chosen == dtypes
@@ -118,7 +102,6 @@ def test_dtypes_on_a_gpu(load, options, dtypes, tiny_folder, monkeypatch, capsys
 
 def test_dtype_and_quantization_override_yaml_files(tiny_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from seed_multimodal import MultimodalSystem
     from seed_multimodal.compat.part_files import seed_llama_of_files
 
     texts = {

@@ -13,7 +13,6 @@ Some recordings hold references to the parameters, which later steps changed:
   of the logits is compared, within what two steps of 1.5e-4 change.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from llm_losses import packed_loss
 from runner import Tensors, assert_close, assert_gradients, assert_same
+from tiny import read_json, write_json
 from torch import Tensor
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -248,9 +248,9 @@ def write_base(weights: Tensors, base: Path):
         if ".lora_" not in name and ".modules_to_save." not in name
     }
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     config["vocab_size"] = len(state["lm_head.weight"])
-    (base / "config.json").write_text(json.dumps(config))
+    write_json(base / "config.json", config)
 
 
 KINDS = {"llm_lora_training": check}

@@ -10,13 +10,13 @@ original scripts. Not
   compared: names of the files that the scripts write, inputs of the de-tokenizer.
 """
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from runner import DEFAULT_DIR, Tensors, assert_close, assert_gradients, assert_same
+from tiny import read_json, write_json
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.images.views import AnyResolution, patch_positions
@@ -64,9 +64,7 @@ def seedx_tokenizer(folder, tokens_per_image: int) -> MultimodalTokenizer:
         )
         tokenizer_dir.chmod(0o755)
         file = tokenizer_dir / "tokenizer_config.json"
-        file.write_text(
-            json.dumps({**json.loads(file.read_text()), "tokens_per_image": tokens_per_image})
-        )
+        write_json(file, {**read_json(file), "tokens_per_image": tokens_per_image})
         return MultimodalTokenizer.from_pretrained(tokenizer_dir)
 
 

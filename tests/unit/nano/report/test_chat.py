@@ -3,7 +3,8 @@
 import pytest
 from repository import NANO
 
-from seed_nano.report.chat import REQUESTS
+from seed_nano.report import requests
+from seed_nano.report.chat import REQUESTS, main
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 from seed_nano.world.records import record_at, texts_of
 from seed_nano.world.words import parse_caption
@@ -14,8 +15,6 @@ from seed_nano.world.words import parse_caption
     [("tiny_folder", True), ("tiny_lavit_folder", False)],
 )
 def test_chat_report_of_each_kind(fixture, talks, request, capsys):
-    from seed_nano.report.chat import main
-
     # The figures of the model card's table of requests.
     folder = request.getfixturevalue(fixture)
     assert main(f"--model {folder} --scenes 1 --device cpu".split()) == 0
@@ -27,8 +26,6 @@ def test_chat_report_of_each_kind(fixture, talks, request, capsys):
 
 
 def test_requests_report_of_each_kind(request, monkeypatch, capsys):
-    from seed_nano.report import requests
-
     # A request of each category; LaVIT has neither earlier turns nor refusals.
     by_category = {row.category: row for row in requests.read_requests()}
     monkeypatch.setattr(requests, "read_requests", lambda: list(by_category.values()))
@@ -42,15 +39,13 @@ def test_requests_report_of_each_kind(request, monkeypatch, capsys):
 
 
 def test_typed_requests_are_in_no_training_record():
-    from seed_nano.report.requests import read_requests
-
     # Else the table would measure memory.
-    asked = {request.asked.lower().rstrip(".!?") for request in read_requests()}
+    asked = {request.asked.lower().rstrip(".!?") for request in requests.read_requests()}
     assert len(asked) >= 300
     for index in range(2000):
         kind = ("requests", "typed_draw", "typed_edits", "typed_questions")[index % 4]
-        requests = record_at(kind, 1, index)["messages"][::2]
-        assert asked.isdisjoint(text.lower().rstrip(".!?") for text in texts_of(requests))
+        questions = record_at(kind, 1, index)["messages"][::2]
+        assert asked.isdisjoint(text.lower().rstrip(".!?") for text in texts_of(questions))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +60,7 @@ def test_typed_requests_are_in_no_training_record():
     ],
 )
 def test_is_shown(wanted, shown, right):
-    from seed_nano.report.requests import is_shown
-
-    assert is_shown(parse_caption(wanted), shown) is right
+    assert requests.is_shown(parse_caption(wanted), shown) is right
 
 
 def test_half_of_the_requests_are_in_no_training_record():
