@@ -7,8 +7,8 @@ import pytest
 from lavis_runs import APPLICATION, environment, log_of
 from real_processes import run_process
 from tensors import equal
+from trainers import TWO
 
-TWO = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 # Everything that draws random numbers between steps: k-means start, restarts of dead codes, a data
 # worker.
 OPTIONS = (

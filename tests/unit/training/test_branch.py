@@ -2,15 +2,12 @@
 killed run."""
 
 import shutil
-from collections.abc import Callable
 
 import loop_toy as toy
 import pytest
 from tiny import read_json
 
 from seed_multimodal.errors import CheckpointError
-
-Run = Callable[..., str]
 
 
 def steps(folder) -> list[int]:
@@ -19,7 +16,7 @@ def steps(folder) -> list[int]:
 
 
 @pytest.fixture
-def run(tmp_path, capsys) -> Run:
+def run(tmp_path, capsys):
     """`run(until, folder, **settings)` trains in a folder, by default the same one, until a step;
     returns the checkpoint that it resumed from."""
 

@@ -3,7 +3,6 @@ Python gets."""
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ SCRIPTS = sorted(
     ]
 )
 FIRST = {"train_lavit_detokenizer.sh": "highres", "train_seed_x_detokenizer.sh": "1"}
-Launch = Callable[..., dict[str, str]]
 SHELL = shutil.which("dash") or "sh"
 PYTHON = """#!/bin/sh
 echo "command=$*"
@@ -48,7 +46,7 @@ def write_program(file, text):
 
 
 @pytest.fixture
-def launch(tmp_path) -> Launch:
+def launch(tmp_path):
     """Run a script with these variables; returns what its Python printed."""
     for name, text in (("python", PYTHON), ("ip", IP), ("getent", GETENT)):
         write_program(tmp_path / "bin" / name, text)

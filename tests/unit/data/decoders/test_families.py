@@ -1,23 +1,20 @@
 """Sequences that no recording shows: `chat`, SEED-X's and LaVIT's; which tokens are learned."""
 
-from collections.abc import Callable
-
 import pytest
 from data_files import learned
 from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.language.prompts import get_template
 
 # Of 1x1 and 2x1 tiles.
 SQUARE, WIDE = (Image.new("RGB", size) for size in ((448, 448), (900, 450)))
 SMALL = Image.new("RGB", (20, 10))
-Decode = Callable[..., TrainingSequence]
 
 
 @pytest.fixture
-def decode(tokenizer_of) -> Decode:
+def decode(tokenizer_of):
     """`decode(name, fields, longest, seed, **options)`."""
 
     def decode_it(name, fields, longest: int | None = None, seed=0, **options):
