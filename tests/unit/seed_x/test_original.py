@@ -17,7 +17,7 @@ from repository import ROOT
 from systems import load
 
 from seed_multimodal import MultimodalTokenizer
-from seed_multimodal.compat.programs import PROGRAMS, run_original
+from seed_multimodal.compat.programs import read_programs, run_original
 
 SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
@@ -184,7 +184,7 @@ def test_a_tuned_agent_by_its_yaml_files(project, capsys):
     text = (project / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()
     yaml = text.replace("pretrained/seed_x/agent/pytorch_model.bin", str(file))
     (project / "tuned.yaml").write_text(yaml)
-    files = dict(PROGRAMS["eval_img2text_seed_x"].files)
+    files = dict(read_programs()["eval_img2text_seed_x"].files)
     files |= {"agent": "tuned.yaml", "llm": "configs/clm_models/llm_seed_x_lora.yaml"}
     system = load(config_of_files(files), load_decoder=False)
     ids = torch.tensor([[1, 5, 9, 13, 40]])
