@@ -25,10 +25,10 @@ FOR_REPORTS = ("git", "uname")
 started = []
 
 
-def pytest_configure() -> None:
+def pytest_configure():
     """Record each process that is started."""
 
-    def note(event: str, arguments: tuple) -> None:
+    def note(event: str, arguments: tuple):
         if event not in PROCESSES or is_importing():
             return
         # The first argument is the program or its path, as text or bytes; a fork has none. On
@@ -51,7 +51,7 @@ def is_importing() -> bool:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol() -> None:
+def pytest_runtest_protocol():
     """Clear the processes that were started before, while tests were collected."""
     started.clear()
 

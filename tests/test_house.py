@@ -182,7 +182,7 @@ def test_no_modules_import_each_other(package):
     graphlib.TopologicalSorter(import_graph(package)).prepare()
 
 
-def rank(name: str) -> int:
+def rank(name) -> int:
     """Position of a module in the import order."""
     family_module = re.fullmatch(rf"models\.\w+\.({'|'.join(LATER)})(_\w+)?", name)
     if family_module:

@@ -5,7 +5,6 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from repository import ROOT
@@ -55,7 +54,7 @@ def mosaic_folder(installed, tiny_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mosaic(mosaic_folder) -> Any:
+def mosaic(mosaic_folder):
     from seed_multimodal.pipelines.base import MultimodalSystem
 
     return MultimodalSystem.from_pretrained(mosaic_folder, device="cpu", log=None)

@@ -12,9 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -37,13 +35,13 @@ SMALL = image_to_bytes(PICTURE.crop((0, 0, 31, 40)))
 
 
 @pytest.fixture(scope="module")
-def client(nano) -> Any:
+def client(nano):
     from seed_multimodal.serving.app import create_app
 
     return create_app(nano).test_client()
 
 
-def unseekable(data: bytes) -> Any:
+def unseekable(data: bytes):
     """As `sys.stdin.buffer` of a pipe."""
     reader, writer = os.pipe()
     threading.Thread(target=lambda: open(writer, "wb").write(data), daemon=True).start()
@@ -52,7 +50,7 @@ def unseekable(data: bytes) -> Any:
 
 # ---- forms of an image
 
-OBJECTS: dict[str, Any] = {
+OBJECTS: dict = {
     "path": FILE,
     "name": str(FILE),
     "file URL": f" FILE://localhost{str(FILE).replace('o', '%6f')}",
@@ -76,7 +74,7 @@ OBJECTS: dict[str, Any] = {
 }
 GREY = np.array([[0.0, 0.5, 1.0, np.nan, 0.0]])
 LEVELS = np.array([[[0] * 3, [128] * 3, [255] * 3, [0] * 3, [0] * 3]])
-DEPTHS: dict[str, Any] = {
+DEPTHS: dict = {
     "floats to 1": GREY,
     "floats to 255": GREY * 255,
     "half floats": GREY.astype(np.float16),
@@ -130,7 +128,7 @@ def test_open_image_of_a_reader_without_weak_references():
     class Reader:
         __slots__ = ("read",)
 
-        def __init__(self) -> None:
+        def __init__(self):
             self.read = io.BytesIO(PNG).read
 
     assert np.array_equal(open_image(Reader()).image, PIXELS)
@@ -216,17 +214,17 @@ def test_boxes_are_in_pixels_of_the_file(tmp_path):
 # ---- doors of texts
 
 
-def tokens(client: Any, *texts: str) -> Any:
+def tokens(client, *texts: str):
     return client.post("/v1/images/tokens", json={"images": texts})
 
 
-def ask(client: Any, *urls: str) -> Any:
+def ask(client, *urls: str):
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 8}
     return client.post("/v1/chat/completions", json=body)
 
 
-def edit(client: Any, file: bytes) -> Any:
+def edit(client, file: bytes):
     body = {"prompt": "Put it at night.", "seed": 1, "image": (io.BytesIO(file), "a.png")}
     return client.post("/v1/images/edits", data=body)
 
@@ -264,7 +262,7 @@ QUANTISED = PICTURE.quantize(64).convert("RGB")
 FORMATS = ["PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG", "PPM", "AVIF"]
 
 
-def upload(file: Path) -> Image.Image:
+def upload(file) -> Image.Image:
     """What the page sends of an uploaded file."""
     from seed_multimodal.serving.chat_session import ChatSession
 
@@ -329,7 +327,7 @@ def test_every_door_names_what_is_no_image(nano, client, name, tmp_path, monkeyp
         assert response.status_code == 400 and named in response.json["error"]["message"]
 
 
-WRONG: dict[str, Any] = {
+WRONG: dict = {
     "nothing": None,
     "a number": 5,
     "no name": "",

@@ -37,14 +37,14 @@ class Family:
     """A family's tiny system, and what it can do."""
 
     fixture: str
-    drawing: dict[str, Any] = field(default_factory=lambda: dict(STEPS))  # its shortest settings
+    drawing: dict = field(default_factory=lambda: dict(STEPS))  # its shortest settings
     has_noise: bool = True  # in its drawings
     has_codes: bool = True
     has_conversations: bool = True
     refused: dict[str, Callable[[Any], object]] = field(default_factory=dict)
 
 
-def detect(system: Any) -> object:
+def detect(system):
     return system.detect(noise(1), "a fish")
 
 
@@ -72,15 +72,15 @@ def family(request) -> Family:
 
 
 @pytest.fixture
-def system(family, request) -> Any:
+def system(family, request):
     return request.getfixturevalue(family.fixture)
 
 
-def user(*content: Any) -> list[dict[str, Any]]:
+def user(*content) -> list[dict]:
     return [{"role": "user", "content": list(content)}]
 
 
-def texts_of(events: list[dict[str, Any]]) -> list[str]:
+def texts_of(events: list[dict]) -> list[str]:
     """The streamed texts before, between and behind the images."""
     texts = [""]
     for event in events:
@@ -196,7 +196,7 @@ def test_a_request_crosses_few_functions(task, request_, options, functions, fil
     systems = [MultimodalSystem.from_pretrained("nano", device="cpu", log=None) for _ in "ab"]
     entered: set[tuple[str, str]] = set()
 
-    def profile(frame: Any, event: str, _: object) -> None:
+    def profile(frame, event: str, _):
         code = frame.f_code
         is_ours = code.co_filename.startswith(library) and not code.co_name.startswith("<")
         if event == "call" and is_ours:
@@ -253,7 +253,7 @@ def test_answers_streamed_and_of_lists_equal_chat(system, options):
     assert plain.finish_reason == "length" or "max_new_tokens" not in options
 
 
-def middle(text: str) -> str:
+def middle(text) -> str:
     """Four letters of a text that do not stand before."""
     starts = range(len(text) // 3, len(text) - 4)
     candidates = (text[start : start + 4] for start in starts if text[start : start + 4].strip())
@@ -525,7 +525,7 @@ def test_zero_temperature_or_top_p_is_greedy(system, options):
 # ---- loading and saving
 
 
-def load(system: Any, **placement: Any) -> MultimodalSystem:
+def load(system, **placement) -> MultimodalSystem:
     return MultimodalSystem.from_pretrained(system.config, device="cpu", log=None, **placement)
 
 

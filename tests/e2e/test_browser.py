@@ -60,7 +60,7 @@ def page_of(backend: str, flags: str = "") -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Any]:
+def browser(tmp_path_factory) -> Iterator:
     from selenium import webdriver
 
     paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
@@ -94,7 +94,7 @@ def frontend(backend) -> Iterator[str]:
 
 
 @pytest.fixture()
-def page(frontend: str, browser: Any) -> Iterator[Page]:
+def page(frontend: str, browser) -> Iterator[Page]:
     yield Page(browser, frontend)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = {
@@ -110,7 +110,7 @@ def page(frontend: str, browser: Any) -> Iterator[Page]:
 class Page:
     """What a visitor sees and does."""
 
-    def __init__(self, browser: Any, address: str) -> None:
+    def __init__(self, browser, address: str):
         self.browser = browser
         browser.get("about:blank")
         browser.get_log("performance")  # an earlier page's requests
@@ -121,7 +121,7 @@ class Page:
             lambda: self.all("#message textarea") and self.all("#chat .example"), "the page to load"
         )
 
-    def until(self, true: Callable[[], Any], what: str) -> Any:
+    def until(self, true: Callable[[], Any], what):
         from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
         from selenium.webdriver.support.ui import WebDriverWait
 
@@ -132,13 +132,13 @@ class Page:
         except TimeoutException:
             pytest.fail(f"waited {SECONDS} s for {what}; the page says: {self.text('body')[:2000]}")
 
-    def all(self, selector: str) -> list[Any]:
+    def all(self, selector: str) -> list:
         return [*self.browser.find_elements("css selector", selector)]
 
     def text(self, selector: str) -> str:
         return " ".join(element.text for element in self.all(selector))
 
-    def click(self, selector: str) -> None:
+    def click(self, selector: str):
         # One script: Gradio disables buttons while an answer grows.
         script = (
             "const last = [...document.querySelectorAll(arguments[0])].at(-1);"
@@ -146,12 +146,12 @@ class Page:
         )
         self.until(lambda: self.browser.execute_script(script, selector), f"{selector} to be ready")
 
-    def tab(self, name: str) -> None:
+    def tab(self, name):
         self.until(
             lambda: [button for button in self.all("button[role=tab]") if button.text == name], name
         )[0].click()
 
-    def choose(self, box: str, *files: Path) -> None:
+    def choose(self, box: str, *files: Path):
         n_images = len(self.all(f"{box} img"))
         field = self.all(f"{box} input[type=file]")[0]
         self.browser.execute_script(
@@ -160,7 +160,7 @@ class Page:
         field.send_keys("\n".join(map(str, files)))
         self.until(lambda: len(self.all(f"{box} img")) > n_images, "the upload")
 
-    def send(self, text: str, *files: Path) -> None:
+    def send(self, text, *files: Path):
         if files:
             self.choose("#message", *files)
         self.all("#message textarea")[0].send_keys(text)
@@ -169,12 +169,12 @@ class Page:
     def waits(self) -> bool:
         return bool(self.all("#message .stop-button"))
 
-    def says(self, sentence: str) -> None:
+    def says(self, sentence: str):
         self.until(
             lambda: sentence in self.text("[data-testid=toast-body]"), f"the sentence {sentence!r}"
         )
 
-    def answered(self, rounds: int) -> None:
+    def answered(self, rounds: int):
         self.until(
             lambda: (
                 len(self.all("#chat .bot.message")) >= rounds
@@ -339,7 +339,7 @@ def proxy(backend, logging_page: str, tmp_path) -> Iterator[str]:
     nginx.wait(20)
 
 
-def requests_get(address: str) -> Any:
+def requests_get(address: str):
     """The JSON of an address; None while it does not answer."""
     try:
         response = requests.get(address, timeout=30, verify=False)
@@ -350,7 +350,7 @@ def requests_get(address: str) -> Any:
 
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
-def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_path):
+def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser, tmp_path):
     # 1. The page has a password, the routes pass without.
     assert requests_get(f"{proxy}/v1/models")["data"][0]["id"] == "nano"
     assert requests.get(f"{proxy}/chat/", verify=False, timeout=30).status_code == 401

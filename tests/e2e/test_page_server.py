@@ -10,8 +10,6 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -37,7 +35,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 class Page:
     """The program, and visitors."""
 
-    def __init__(self, folder: Path, backend: int) -> None:
+    def __init__(self, folder, backend: int):
         # A fresh process: a warm one has chosen its folder of temporary files.
         self.process = subprocess.Popen(
             (
@@ -62,12 +60,12 @@ class Page:
         line = next(line for line in self.process.stdout if "The chat is at" in line)
         self.address = line.split("The chat is at ")[1].split()[0]
 
-    def visitor(self) -> Any:
+    def visitor(self):
         from gradio_client import Client
 
         return Client(self.address, verbose=False, download_files=False)
 
-    def event(self, name: str, inputs: Any) -> str:
+    def event(self, name, inputs) -> str:
         """All that a stranger is answered to an event of the page."""
         api = f"{self.address}/gradio_api"
         session = {"session_hash": uuid.uuid4().hex}

@@ -16,7 +16,6 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("interfaces.json")
@@ -82,7 +81,7 @@ def python_names() -> dict[str, list[str]]:
     return {name: members(pkgutil.resolve_name(name)) for name in sorted(names)}
 
 
-def members(thing: object) -> list[str]:
+def members(thing) -> list[str]:
     """The parameters of a function; of a class also those of its public methods."""
     if inspect.isfunction(thing):
         return parameters(thing)
@@ -101,7 +100,7 @@ def members(thing: object) -> list[str]:
     return found
 
 
-def parameters(function: Any) -> list[str]:
+def parameters(function) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
@@ -120,7 +119,7 @@ def flags(parser: argparse.ArgumentParser) -> list[str]:
 def seed_commands() -> dict[str, list[str]]:
     from seed_multimodal.cli.main import build_parser
 
-    def walk(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[str]]]:
+    def walk(name, parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[str]]]:
         yield name, flags(parser)
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -138,7 +137,7 @@ def programs() -> dict[str, list[str]]:
     """Flags of the originals' programs; each is started, and stopped where it parses them."""
     parsers = []
 
-    def stop(self: argparse.ArgumentParser, *arguments: object, **options: object) -> None:
+    def stop(self: argparse.ArgumentParser, *arguments, **options):
         parsers.append(self)
         raise Parsed
 
@@ -175,7 +174,7 @@ def trainings() -> dict[str, list[str]]:
     return found
 
 
-def run(file: Path, *arguments: str) -> None:
+def run(file, *arguments: str):
     """Run a program in this process, with the import path and arguments that it had before."""
     argv, path = sys.argv, sys.path[:]
     sys.argv = [str(file), *arguments]

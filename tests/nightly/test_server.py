@@ -32,7 +32,7 @@ RESTART_SECONDS = 40  # on two busy cores; most of it are imports
 
 
 @contextlib.contextmanager
-def server(program: list[str], *flags: str, port: int = 0) -> Iterator[tuple[str, Any]]:
+def server(program: list[str], *flags: str, port=0) -> Iterator[tuple[str, Any]]:
     """A server as a process; its address and the process."""
     devices = "--llm_device cpu --tokenizer_device cpu".split()
     with serving([sys.executable, *program, "--port", str(port), *devices, *flags]) as running:
@@ -40,14 +40,14 @@ def server(program: list[str], *flags: str, port: int = 0) -> Iterator[tuple[str
         yield address.removesuffix("/generate"), process
 
 
-def image(seed: int) -> Image.Image:
+def image(seed) -> Image.Image:
     """A crop of the committed images."""
     files = sorted((ROOT / "images").glob("*.png"))
     picture = Image.open(files[seed % len(files)]).convert("RGB")
     return picture.crop((seed % 7, seed % 5, picture.width - seed % 3, picture.height))
 
 
-def requests_of(seed: int) -> list[tuple[str, dict[str, Any]]]:
+def requests_of(seed) -> list[tuple[str, dict]]:
     """One request of each kind: route and body."""
     picture = image(seed)
     sampled = {"temperature": 0.7, "top_p": 0.9, "seed": seed, "max_tokens": 20}
@@ -63,13 +63,13 @@ def requests_of(seed: int) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def content_of(response: requests.Response) -> dict[str, Any]:
+def content_of(response: requests.Response) -> dict:
     """The answer without what differs each time."""
     body = response.json()
     return {name: value for name, value in body.items() if name not in ("id", "created")}
 
 
-def same(answer: Any, expected: Any) -> bool:
+def same(answer, expected) -> bool:
     """Equal but for rounding of pixels: an image may be drawn in a batch."""
     if isinstance(expected, dict):
         return answer.keys() == expected.keys() and all(
@@ -93,7 +93,7 @@ def test_answers_under_faults_equal_those_computed_alone(system):
     outcomes = collections.Counter[str]()
     problems = []
 
-    def client(root: str, seed: int, until: float) -> None:
+    def client(root: str, seed, until: float):
         """One request after another; some leave before their answer."""
         rng = random.Random(seed)
         while time.monotonic() < until:
@@ -227,7 +227,7 @@ def test_conversations_together_equal_those_alone():
         last = {"role": "user", "content": content}
         jobs.append(([*history * rng.randrange(3), last], options))
 
-    def answer(index: int) -> list[int] | None:
+    def answer(index) -> list[int] | None:
         """Ids: whole, streamed, or None of a cancelled answer."""
         messages, options = jobs[index]
         if index % 3 == 0:

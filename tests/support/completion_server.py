@@ -18,16 +18,16 @@ class CompletionServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.llm = llm
         self.breaks_after = 10_000
         self.trims = False
-        self.script: Callable[[dict[str, Any]], bytes] | None = None
+        self.script: Callable[[dict], bytes] | None = None
         self.lock = threading.Lock()
         self.pause = 0.0  # seconds before each token
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[Any] = []
+        self.bodies: list[dict] = []
+        self.headers: list = []
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -35,7 +35,7 @@ class CompletionServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     @torch.inference_mode()
-    def tokens(self, body: dict[str, Any]) -> Any:
+    def tokens(self, body: dict):
         """Yield each id with its finish reason, or None."""
         if "prompt_embeds" in body:
             file = io.BytesIO(base64.b64decode(body["prompt_embeds"]))
@@ -78,21 +78,21 @@ class CompletionServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Any
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
-    def _json(self, status: int, values: dict[str, Any]) -> None:
+    def _json(self, status: int, values: dict):
         content = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self):  # noqa: N802
         length = self.server.llm.config.max_position_embeddings
         self._json(200, {"data": [{"id": "seed-llama", "max_model_len": length}]})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self):  # noqa: N802
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
         self.server.headers.append(self.headers)

@@ -10,7 +10,6 @@ import random
 import runpy
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from repository import ROOT
@@ -32,11 +31,11 @@ PARTS = (
 )
 
 
-def failing(function: Callable[..., Any], share: float) -> Callable[..., Any]:
+def failing(function: Callable, share: float) -> Callable:
     """The function, of which this share of the calls raises an error instead."""
 
     @functools.wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
+    def call(*arguments, **options):
         if random.random() < share:
             # A new error each time: one that is raised again keeps the frames of every raise.
             kind, text = random.choice(ERRORS)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def install(site: Path, name: str, entries: Mapping[str, Mapping[str, str]]) -> None:
+def install(site: Path, name, entries: Mapping[str, Mapping[str, str]]):
     """Write it into `site`, as an installation does; `entries`: group → name → object."""
     info = site / f"{name}-1.0.dist-info"
     info.mkdir()

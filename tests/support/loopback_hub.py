@@ -25,7 +25,7 @@ class LoopbackHub:
     requests: (method, URL path, Range header) of all requests.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.files: dict[str, bytes] = {}
         self.served: dict[str, bytes] = {}
@@ -62,7 +62,7 @@ class LoopbackHub:
                 entries.append(self.entry(name, content))
         return entries or None
 
-    def entry(self, name: str, content: bytes) -> dict[str, object]:
+    def entry(self, name, content: bytes) -> dict:
         # Small files are in git, named by its hash; larger ones have a SHA-256.
         git_sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"type": "file", "path": name, "rfilename": name, "size": len(content)}
@@ -91,10 +91,10 @@ def running() -> Iterator[LoopbackHub]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, format: str, *args):
             pass
 
-        def do_GET(self) -> None:
+        def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             ranges = self.headers.get("Range")
             hub.requests.append((self.command, path, ranges))
@@ -116,7 +116,7 @@ def running() -> Iterator[LoopbackHub]:
 
         do_HEAD = do_GET
 
-        def send_file(self, path: str, content: bytes, ranges: str | None) -> None:
+        def send_file(self, path: str, content: bytes, ranges: str | None):
             etag = f'"{hashlib.md5(content).hexdigest()}"'
             headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
             # The rest of a file is sent only if it is still the same.
@@ -140,7 +140,7 @@ def running() -> Iterator[LoopbackHub]:
             body: bytes,
             headers: dict[str, str] | None = None,
             dropped_after: int | None = None,
-        ) -> None:
+        ):
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)

@@ -24,7 +24,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FOLDER = "PRETEND_CUDA"  # environment variable: the folder of the compiled library
@@ -65,7 +64,7 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def build(folder: Path) -> Path:
+def build(folder) -> Path:
     """Compile the library into `folder`, unless it is there; returns its path."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)))
 
@@ -86,7 +85,7 @@ def build(folder: Path) -> Path:
     return library
 
 
-def install(folder: Path) -> None:
+def install(folder):
     """Load the library from `folder`, built if needed, and answer `torch.cuda`'s questions.
 
     Call it before `import torch`.
@@ -111,23 +110,23 @@ def transfers() -> Transfers:
     )
 
 
-def set_memory(device: int, n_bytes: int) -> None:
+def set_memory(device: int, n_bytes):
     """Limit a device's memory: more raises `torch.OutOfMemoryError`."""
     assert _library is not None
     _library.pretend_set_capacity(device, ctypes.c_int64(n_bytes))
 
 
-def set_bandwidth(bytes_per_second: int) -> None:
+def set_bandwidth(bytes_per_second: int):
     """Let copies between host and devices take time, as those of large weights; 0: none."""
     assert _library is not None
     _library.pretend_set_bandwidth(ctypes.c_int64(bytes_per_second))
 
 
-def _answer_questions(library: ctypes.CDLL) -> None:
+def _answer_questions(library: ctypes.CDLL):
     """Replace the functions of `torch.cuda` that call the CUDA library."""
     import torch
 
-    def index_of(device: Any = None) -> int:
+    def index_of(device=None) -> int:
         if isinstance(device, int):
             return device
         index = None if device is None else torch.device(device).index
@@ -135,21 +134,21 @@ def _answer_questions(library: ctypes.CDLL) -> None:
 
     exchange_device = library.pretend_exchange_device
 
-    def set_device(device: Any) -> None:
+    def set_device(device):
         exchange_device(index_of(device))
 
-    def empty_cache() -> None:
+    def empty_cache():
         global _empty_cache_calls
         _empty_cache_calls += 1
 
-    def mem_get_info(device: Any = None) -> tuple[int, int]:
+    def mem_get_info(device=None) -> tuple[int, int]:
         total = library.pretend_capacity(index_of(device))
         return total - library.pretend_allocated(index_of(device)), total
 
-    def nothing(*arguments: Any) -> None:
+    def nothing(*arguments):
         """Nothing to do."""
 
-    def properties(device: Any = None) -> SimpleNamespace:
+    def properties(device=None) -> SimpleNamespace:
         total = library.pretend_capacity(index_of(device))
         return SimpleNamespace(
             name="NVIDIA H100", major=9, minor=0, total_memory=total, multi_processor_count=132
@@ -188,7 +187,7 @@ def _answer_questions(library: ctypes.CDLL) -> None:
     torch.cuda.default_generators = generators
 
 
-def main() -> None:
+def main():
     """Run a script with pretended devices; its folder, and this one, are on the import path."""
     import pretend_cuda  # this file by its name, as the script imports it
 

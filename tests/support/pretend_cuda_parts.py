@@ -20,7 +20,7 @@ GPU = torch.device("cuda:0")
 class Tied(nn.Module):
     """An embedding tied to the output layer, and a buffer that is not saved."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(50, 8)
         self.output = nn.Linear(8, 50, bias=False)
@@ -31,11 +31,11 @@ class Tied(nn.Module):
         return self.output(self.embedding(ids) * self.scale)
 
 
-def devices_of(module: nn.Module) -> set[str]:
+def devices_of(module) -> set[str]:
     return {str(tensor.device) for tensor in (*module.parameters(), *module.buffers())}
 
 
-def check_weights_come_back_without_a_copy() -> None:
+def check_weights_come_back_without_a_copy():
     module = Tied()
     saved = copy.deepcopy(module)
     ids = torch.tensor([1, 2])
@@ -70,7 +70,7 @@ def check_weights_come_back_without_a_copy() -> None:
     assert after.empty_cache - before.empty_cache == 2
 
 
-def check_changes_between_moves_are_loaded() -> None:
+def check_changes_between_moves_are_loaded():
     module = Tied()
     weights = OffloadedWeights(module, GPU)
     weights.load()
@@ -83,7 +83,7 @@ def check_changes_between_moves_are_loaded() -> None:
     weights.release()
 
 
-def check_a_device_without_memory() -> None:
+def check_a_device_without_memory():
     module = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(1000, 1000, bias=False))
     free = torch.cuda.memory_allocated(1)
     pretend_cuda.set_memory(1, free + 100_000)
@@ -102,7 +102,7 @@ def check_a_device_without_memory() -> None:
     weights.release()
 
 
-def check_an_offloaded_language_model_moves_once_an_answer() -> None:
+def check_an_offloaded_language_model_moves_once_an_answer():
     system = MultimodalSystem.from_pretrained("nano-x", offload=("llm",), log=None)
     system.images.encode([FOX])  # cached, so that only the language model moves
     system.describe(FOX)
@@ -115,7 +115,7 @@ def check_an_offloaded_language_model_moves_once_an_answer() -> None:
     assert after.empty_cache - before.empty_cache <= 4  # of the answer before, too
 
 
-def check_an_offloaded_decoder_is_not_copied_back() -> None:
+def check_an_offloaded_decoder_is_not_copied_back():
     system = MultimodalSystem.from_pretrained("nano-x", offload=True, dtype="float32", log=None)
     features = list(system.images.encode([FOX]))
     system.images.draw(features, seeds=[0], num_inference_steps=1)
@@ -129,7 +129,7 @@ def check_an_offloaded_decoder_is_not_copied_back() -> None:
     assert all(devices_of(part) == {"cpu"} for part in decoder.parts.values())
 
 
-def main() -> None:
+def main():
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             check()

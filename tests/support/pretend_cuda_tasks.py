@@ -73,7 +73,7 @@ def common_tasks() -> dict[str, Task]:
     }
 
 
-def stream(system: Any) -> Any:
+def stream(system):
     """The kinds of events of a drawing with previews, and its image."""
     request = [{"role": "user", "content": "Please draw a noto dog."}]
     events = list(system.chat(request, stream=True, force_image=True, **IMAGE))
@@ -101,7 +101,7 @@ def own_tasks(family: str) -> dict[str, Task]:
     }
 
 
-def same(value: Any, other: Any) -> bool:
+def same(value, other) -> bool:
     """Whether two results are equal; images drawn in another batch may differ by rounding."""
     if isinstance(value, (list, tuple)):
         return len(value) == len(other) and all(map(same, value, other))
@@ -112,7 +112,7 @@ def same(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-def attempt(system: Any, task: Task) -> tuple[Any, str]:
+def attempt(system, task: Task) -> tuple[Any, str]:
     """A result and an empty string, or None and the error in one line."""
     try:
         return task(system), ""
@@ -120,7 +120,7 @@ def attempt(system: Any, task: Task) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
-def verdicts_of(name: str, placement: str, expected: dict[str, Any]) -> dict[str, str]:
+def verdicts_of(name, placement: str, expected: dict) -> dict[str, str]:
     """What went wrong in each task; an empty string: nothing. `expected`: results on the CPU."""
     options = PLACEMENTS[placement]
     pretend_cuda.set_bandwidth(BANDWIDTH if "offload" in options else 0)

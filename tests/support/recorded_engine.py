@@ -1,9 +1,7 @@
 """An engine that generates recorded ids, for tests of what is made of answers."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.inference.base_engine import BaseEngine, Request
 
 CONTEXT = 4096
@@ -16,12 +14,12 @@ class RecordedEngine(BaseEngine):
     n_waiting = 0
     has_beams = True
 
-    def __init__(self, tokenizer: MultimodalTokenizer, new_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer, new_ids: Sequence[int]):
         super().__init__(tokenizer, context=CONTEXT, capacity=CONTEXT, n_rows=16)
         self.new_ids = list(new_ids)
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[dict] = []
 
-    def _put(self, request: Request) -> None:
+    def _put(self, request: Request):
         settings = {name: getattr(request.settings, name) for name in SETTINGS}
         ids = list(request.prompts[0].ids)
         self.calls.append({"input_ids": [ids], "generation_config": settings})

@@ -1,12 +1,10 @@
 """Answers by transformers' `generate`, the reference of the engine's."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, build_processors
@@ -15,7 +13,7 @@ BEAM_SETTINGS = ("num_beams", "num_return_sequences", "length_penalty", "early_s
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
-def embeddings(llm: Any, prompt: Prompt, ids: Sequence[int] = ()) -> Tensor:
+def embeddings(llm, prompt: Prompt, ids: Sequence[int] = ()) -> Tensor:
     """Embeddings `[L, D]` of a prompt and `ids` behind it."""
     full_prompt = Prompt([*prompt.ids, *ids], prompt.images)
     return TorchBackend(llm, max_rows=1).prepare(full_prompt)
@@ -23,8 +21,8 @@ def embeddings(llm: Any, prompt: Prompt, ids: Sequence[int] = ()) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    llm: Any,
-    tokenizer: MultimodalTokenizer,
+    llm,
+    tokenizer,
     prompts: Sequence[Prompt],
     settings: GenerationSettings,
     seeds: Sequence[int] | None = None,
@@ -39,8 +37,8 @@ def generate(
 
 
 def _generate(
-    llm: Any,
-    tokenizer: MultimodalTokenizer,
+    llm,
+    tokenizer,
     prompt: Prompt,
     settings: GenerationSettings,
     seed: int | None,

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import requests
 from PIL import Image
@@ -31,13 +30,13 @@ HI = PROMPTS["seed_llama"].format("hi")
 # ---- images and messages
 
 
-def read(text: str) -> Image.Image:
+def read(text) -> Image.Image:
     """The image of base64 or a data URL."""
     data = text.rpartition("base64,")[2]
     return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
-def user(*content: Any) -> dict[str, Any]:
+def user(*content) -> dict:
     """OpenAI's message of texts, images and codes."""
     parts = []
     for item in content:
@@ -54,7 +53,7 @@ def user(*content: Any) -> dict[str, Any]:
 # ---- requests by Flask's test client
 
 
-def generate(client: Any, text: str, *images: Any, **settings: Any) -> dict[str, Any]:
+def generate(client, text, *images, **settings) -> dict:
     """The answer of the original's route; images may be PIL images, base64 or codes."""
     sent = [image_to_base64(image) if isinstance(image, Image.Image) else image for image in images]
     response = client.post("/generate", json={"text": text, "images": sent, **settings})
@@ -62,14 +61,14 @@ def generate(client: Any, text: str, *images: Any, **settings: Any) -> dict[str,
     return response.json
 
 
-def events(response: Any) -> list[dict[str, Any]]:
+def events(response) -> list[dict]:
     """The objects of a stream."""
     *blocks, end, nothing = response.get_data(as_text=True).split("\n\n")
     assert (end, nothing) == ("data: [DONE]", "")
     return [json.loads(block.partition("data: ")[2]) for block in blocks]
 
 
-def chat(client: Any, messages: list[Any], **fields: Any) -> dict[str, Any]:
+def chat(client, messages: list, **fields) -> dict:
     """The answer's message, finish_reason and usage; those of a stream must be the same."""
     body = {"messages": messages, "temperature": 0, **fields}
     response = client.post(CHAT, json=body)
@@ -91,7 +90,7 @@ def chat(client: Any, messages: list[Any], **fields: Any) -> dict[str, Any]:
     return {**message, **ends}
 
 
-def figures(client: Any) -> dict[str, float]:
+def figures(client) -> dict[str, float]:
     """The values of `/metrics`."""
     lines = client.get("/metrics").get_data(as_text=True).splitlines()
     pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
@@ -104,7 +103,7 @@ def figures(client: Any) -> dict[str, float]:
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, system: Any, token: str = "", **limits: int) -> None:
+    def __init__(self, system, token: str = "", **limits: int):
         from seed_multimodal.serving.app import create_app, listen, serve
         from seed_multimodal.serving.schema import Limits
 
@@ -115,17 +114,17 @@ class Running:
         threading.Thread(target=serve, args=(app, sock), daemon=True).start()
         self.root = self.address.removesuffix("/generate")
 
-    def ask(self, text: str = HI, **more: Any) -> requests.Response:
+    def ask(self, text=HI, **more) -> requests.Response:
         body = {"text": text, "images": [], "max_new_tokens": 4, **more}
         return requests.post(self.address, json=body, timeout=60)
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> dict:
         return requests.get(f"{self.root}/health", timeout=10).json()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
-    def send_and_leave(self) -> None:
+    def send_and_leave(self):
         """Ask for 400 tokens and close the connection."""
         body = {"text": HI, "images": [], "max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}
         with contextlib.suppress(requests.Timeout):
@@ -134,7 +133,7 @@ class Running:
 
 @contextlib.contextmanager
 def serving(
-    command: list[str], ready: str = "answering at ", **options: Any
+    command: list[str], ready: str = "answering at ", **options
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server as a process, ended by SIGTERM; yields its address, and the process."""
     # It is ready when it prints its address, behind the words `ready`.
@@ -157,7 +156,7 @@ def hostile_backend(answer: str) -> Iterator[int]:
     """The port of a server that answers every request with the same text."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def do_GET(self):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(answer.encode())

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 20):
     """Until a condition holds; AssertionError if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():

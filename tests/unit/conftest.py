@@ -87,7 +87,7 @@ def run_seed(capsys, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
 
-    def run(model: object, *flags: object) -> tuple[int, list[str], str]:
+    def run(model, *flags) -> tuple[int, list[str], str]:
         code = main([*map(str, flags), *f"--model {model} --device cpu".split()])
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err

@@ -348,7 +348,7 @@ def test_local_folder_of_a_snapshot_without_weights(server):
     assert find.find_path(LLM) == snapshot  # downloads are off
 
 
-def files_of(folder: Path, *left_out: str) -> dict[str, bytes]:
+def files_of(folder, *left_out: str) -> dict[str, bytes]:
     """A folder as a repository."""
     files = {}
     for path in sorted(folder.rglob("*")):

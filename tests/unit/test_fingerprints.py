@@ -16,7 +16,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Embedding(2048, 96), nn.Linear(96, 200), nn.BatchNorm1d(200))
 
 
-def in_precisions(model: nn.Module) -> list[str]:
+def in_precisions(model) -> list[str]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return [fingerprint(copy.deepcopy(model).to(dtype)) for dtype in dtypes]
 

@@ -52,7 +52,7 @@ def test_tokenize_prints_and_writes_codes_as_they_come(tiny_folder, tmp_path, mo
     lines_when_printed = []
 
     class Printed(io.StringIO):
-        def write(self, text: str) -> int:
+        def write(self, text) -> int:
             lines_when_printed.append(len(out.read_text().splitlines()))
             return super().write(text)
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_done_is_noted(seed, command):
 # ---- seed chat
 
 
-def images_of(record: dict) -> list[dict]:
+def images_of(record) -> list[dict]:
     return [part for part in record["answer"] if "image" in part]
 
 

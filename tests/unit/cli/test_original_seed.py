@@ -30,7 +30,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def edit(file: str, before: str, after: str) -> None:
+def edit(file: str, before: str, after: str):
     text = Path(file).read_text()
     assert before in text
     Path(file).write_text(text.replace(before, after))

@@ -32,19 +32,19 @@ def parts(tmp_path_factory) -> Path:
     return folder
 
 
-def write(out: Path, *flags: object) -> Path:
+def write(out, *flags) -> Path:
     args = build_parser().parse_args(["init", *map(str, flags), str(out)])
     assert init(args) == 0
     return out
 
 
-def overrides(command: str, out: Path) -> list[str]:
+def overrides(command: str, out) -> list[str]:
     """Of a training's command, with a value for each variable of run.sh but its folder."""
     words = command.replace("$OUT", str(out)).split()[3:]
     return [re.sub(r"\$[A-Z_]+", "1", word) for word in words]
 
 
-def lavis_config(file: Path):
+def lavis_config(file):
     """A stage's configuration, read by the application."""
     require_lavis()
     from seed_lavis.options import load_config
@@ -193,7 +193,7 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
     assert adapter.config.reads == "embedding"
 
 
-def run_steps(out: Path, length: int, *names: str) -> list[str]:
+def run_steps(out, length, *names: str) -> list[str]:
     """Call run.sh of a training, a step that reads its result, and a training from that result;
     returns the steps that ran, and warnings about files."""
     steps = [

@@ -28,7 +28,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def change(file: Path, **values: object) -> None:
+def change(file, **values):
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), values), file)
 
 
@@ -116,7 +116,7 @@ def test_seed_x_by_hydra(checkout, run, monkeypatch):
     assert difference(checkout, "rebuilt_with_condition.png", "fox_and_snowman.png") < 40
 
 
-def write_sdxl(folder: Path) -> None:
+def write_sdxl(folder):
     """SDXL's diffusers folder at nano-x's sizes: its U-Net with new weights, which the adapter's
     replace.
     """

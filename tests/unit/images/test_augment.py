@@ -3,7 +3,6 @@ settings.
 """
 
 import io
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from seed_multimodal.images.transforms import (
 )
 
 
-def smooth(width: int, height: int) -> Image.Image:
+def smooth(width, height) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -54,7 +53,7 @@ def test_train_transform_equals_torchvision(scale, interpolation):
         )
 
 
-def photo(width: int, height: int, turned: int = 1, **options: Any) -> bytes:
+def photo(width, height, turned: int = 1, **options) -> bytes:
     """A JPEG with detail of all sizes, as in photographs."""
     rng = np.random.default_rng(0)
     layers = [

@@ -4,7 +4,6 @@ import array
 import struct
 import tracemalloc
 import zlib
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ def palette() -> Image.Image:
     return image
 
 
-def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def saved(image, kind: str = "PNG", **options) -> bytes:
     return image_to_bytes(image, kind, **options)
 
 
@@ -130,7 +129,7 @@ def test_open_image_reduces_large_images(kind, monkeypatch):
 # ---- errors
 
 
-def png_header(width: int, height: int) -> bytes:
+def png_header(width, height) -> bytes:
     """A PNG of width x height pixels, with almost no data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -46,12 +45,12 @@ needs_vllm = [
 ]
 
 
-def open_nano(name: str = "nano", **options: Any) -> Any:
+def open_nano(name="nano", **options):
     return load(name, load_decoder=False, **options)
 
 
 @pytest.fixture(scope="session")
-def nano() -> Any:
+def nano():
     return open_nano()
 
 
@@ -75,13 +74,13 @@ def server(nano, monkeypatch) -> Iterator[CompletionServer]:
 
 
 @pytest.fixture
-def remote(server, monkeypatch) -> Any:
+def remote(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     return open_nano(engine="openai", url=f"{server.url}/v1")
 
 
 @contextlib.contextmanager
-def engine_options(engine: str, system: Any, request: Any) -> Iterator[dict[str, Any]]:
+def engine_options(engine: str, system, request) -> Iterator[dict]:
     """Options with which a system is loaded to answer by another engine than torch."""
     if engine == "llama.cpp":
         yield {"engine": engine, "gguf": request.getfixturevalue("gguf")}
@@ -97,12 +96,12 @@ def engine_options(engine: str, system: Any, request: Any) -> Iterator[dict[str,
             yield {"engine": "openai", "url": f"http://127.0.0.1:{port}"}
 
 
-def prompts(system: Any) -> list[Prompt]:
+def prompts(system) -> list[Prompt]:
     requests = [user_message([system.tasks.draw_request(text)]) for text in TEXTS]
     return system.family.prompts(requests, "draw")
 
 
-def answers(system: Any) -> dict[str, Any]:
+def answers(system) -> dict:
     """The greedy answers of all tasks that the system has with any engine."""
     results = {"describe": system.describe(IMAGES), "ask": system.ask(IMAGES, "What is it?")}
     if system.family.detects:  # it draws from hidden states
@@ -115,7 +114,7 @@ def answers(system: Any) -> dict[str, Any]:
     return results
 
 
-def log_probs(system: Any) -> list[float]:
+def log_probs(system) -> list[float]:
     """Log-probabilities of answers about images, and after ids alone of drawings."""
     asked = system.family.prompts([user_message([IMAGES[0], "What is it?"])], "ask")
     rows = system.engine.sample(asked, system.settings("ask"))
@@ -238,7 +237,7 @@ def test_completion_server_with_a_bad_answer(nano, server, remote, case):
     content = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
     certain = {"choices": [{"logprobs": {"token_logprobs": [0.0]}}]}
 
-    def script(body: dict[str, Any]) -> bytes:
+    def script(body: dict) -> bytes:
         text = content.replace('"CODE"', code) if body.get("stream") else json.dumps(certain)
         return text.encode()
 

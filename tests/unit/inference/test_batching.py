@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
@@ -17,13 +16,13 @@ class GatedWork:
     A row None raises `error`.
     """
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None):
         self.error = error
-        self.batches: list[list[Any]] = []
+        self.batches: list[list] = []
         self.started = threading.Event()
         self.gate = threading.Event()
 
-    def __call__(self, key: Any, rows: Sequence[Any]) -> list[Any]:
+    def __call__(self, key, rows: Sequence) -> list:
         if not self.started.is_set():
             self.started.set()
             self.gate.wait(10)
@@ -33,7 +32,7 @@ class GatedWork:
             raise self.error
         return [key / row for row in rows]
 
-    def results(self, batcher: DynamicBatcher, calls: Sequence[tuple[int, Sequence[Any]]]) -> list:
+    def results(self, batcher: DynamicBatcher, calls: Sequence[tuple[int, Sequence]]) -> list:
         """Results or errors of calls which wait behind a first one, in the order of `calls`."""
         with ThreadPoolExecutor(len(calls) + 1) as pool:
             pool.submit(batcher, 0, [1])

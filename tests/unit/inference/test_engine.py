@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -56,11 +55,11 @@ def seeded(settings):
     return [replace(settings, seed=seed) for seed in SEEDS]
 
 
-def engine_of(system: Any, max_rows: int = 16, **options: Any) -> Engine:
+def engine_of(system, max_rows: int = 16, **options) -> Engine:
     return Engine(TorchBackend(system.llm, max_rows=max_rows, **options), system.tokenizer)
 
 
-def prompts(system: Any) -> list[Prompt]:
+def prompts(system) -> list[Prompt]:
     """Every second one as embeddings, the others as ids; unconditional prompts of any length."""
     tokenizer = system.tokenizer
     boi = tokenizer.vocabulary.boi_id

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ class FaultyBackend(TorchBackend):
     on_decode: called once, with the scores of the next decoding pass.
     """
 
-    def __init__(self, llm: Any, **options: Any) -> None:
+    def __init__(self, llm, **options):
         super().__init__(llm, **options)
         self.fails = ""
         self.on_decode: Callable[[torch.Tensor], object] | None = None
@@ -41,7 +40,7 @@ class FaultyBackend(TorchBackend):
         self.gate.set()
         self.passes: list[int] = []  # prompt tokens; 0: a decoding pass
 
-    def _check(self, step: str) -> None:
+    def _check(self, step: str):
         if self.fails == step:
             self.fails = ""
             raise torch.OutOfMemoryError(f"CUDA out of memory in {step}")
@@ -68,31 +67,31 @@ class FaultyBackend(TorchBackend):
             on_decode(computed.scores)
         return computed
 
-    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
+    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int):
         self._check("swap")
         super().swap(row_a, row_b, length_a, length_b)
 
-    def copy(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length):
         if self.fails == "copy":
             self.clear(target)  # a failed copy has begun
         self._check("copy")
         super().copy(source, target, length)
 
 
-def faulty_engine(system: Any, max_rows: int = 4) -> tuple[Engine, FaultyBackend]:
+def faulty_engine(system, max_rows: int = 4) -> tuple[Engine, FaultyBackend]:
     backend = FaultyBackend(system.llm, max_rows=max_rows)
     return Engine(backend, system.tokenizer), backend
 
 
-def ids_of(variant: int, length: int = 6) -> list[int]:
+def ids_of(variant: int, length=6) -> list[int]:
     return [1, *(3 + (variant * 7 + index) % 290 for index in range(length))]
 
 
-def prompt(variant: int, length: int = 6) -> Prompt:
+def prompt(variant: int, length=6) -> Prompt:
     return Prompt(ids_of(variant, length), negative=ids_of(variant + 1, length))
 
 
-def outcome(request: Request) -> Any:
+def outcome(request: Request):
     """The tokens of a request, or its error."""
     try:
         return list(request)
@@ -100,7 +99,7 @@ def outcome(request: Request) -> Any:
         return error
 
 
-def wait_until_idle(engine: Engine) -> None:
+def wait_until_idle(engine: Engine):
     wait_until(lambda: (engine.n_decoding, engine.reading, engine.n_waiting) == (0, [], 0))
 
 

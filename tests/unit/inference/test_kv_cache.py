@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import psutil
@@ -58,8 +57,8 @@ def test_cached_prefixes_equal_recomputed_ones(llm, tiny, waves):
         assert answers == [greedy(llm, ids) for ids in wave]
 
 
-def step_of(optimizer: type, **options: Any) -> Callable[[nn.Module], None]:
-    def step(model: nn.Module) -> None:
+def step_of(optimizer: type, **options) -> Callable[[nn.Module], None]:
+    def step(model):
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
         optimizer(model.parameters(), lr=0.1, **options).step()
@@ -68,13 +67,13 @@ def step_of(optimizer: type, **options: Any) -> Callable[[nn.Module], None]:
     return step
 
 
-def add_to_data(model: nn.Module) -> None:
+def add_to_data(model):
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)  # as peft merges an adapter
 
 
-def adapter(method: str, *arguments: Any) -> Callable[[nn.Module], None]:
-    def change(model: nn.Module) -> None:
+def adapter(method: str, *arguments) -> Callable[[nn.Module], None]:
+    def change(model):
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 getattr(module, method)(*arguments)
@@ -88,7 +87,7 @@ ADAPTER_CHANGES = [
 ]
 
 
-def load_other_weights(model: nn.Module) -> None:
+def load_other_weights(model):
     model.load_state_dict(random_llm("llama", 340, seed=1).state_dict())
 
 

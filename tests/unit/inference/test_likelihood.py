@@ -1,7 +1,6 @@
 """Likelihoods of continuations and of sampled tokens equal those of one pass of transformers."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ LOG_PROB_SETTINGS = {
 }
 
 
-def recomputed(system: Any, prompt: Prompt, ids: list[int], settings: GenerationSettings) -> list:
+def recomputed(system, prompt: Prompt, ids: list[int], settings: GenerationSettings) -> list:
     """Log-probabilities of an answer by one pass over it, and transformers' processors."""
     vocabulary = system.tokenizer.vocabulary
     opening = [vocabulary.boi_id] if settings.images == "forced" else []

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tiny.language import write_hub_tokenizer
 from tiny.seed import SENTENCES
 
-from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.language.answer import AnswerReader, BrokenImagePart, Event, ImagePart
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -18,9 +17,7 @@ STOP = "\nUSER:"
 CODES = [1, 2, 3, 4, 5]
 
 
-def read_all(
-    tokenizer: MultimodalTokenizer, ids: list[int], *stops: str
-) -> tuple[AnswerReader, list[Event]]:
+def read_all(tokenizer, ids: list[int], *stops: str) -> tuple[AnswerReader, list[Event]]:
     """The reader, and all events in order."""
     reader = AnswerReader(tokenizer, stops)
     events = []
@@ -41,7 +38,7 @@ def segments(draw) -> list[str | list[int]]:
     return draw(st.lists(text | codes, max_size=6))
 
 
-def ids_of(tokenizer: MultimodalTokenizer, parts: list[str | list[int]], ends: str) -> list[int]:
+def ids_of(tokenizer, parts: list[str | list[int]], ends: str) -> list[int]:
     """ends: which of `<img>` and `</img>` each image has, in turn."""
     vocabulary = tokenizer.vocabulary
     ids = []

@@ -37,7 +37,7 @@ def hub(folder) -> HubTokenizer:
     return HubTokenizer.create(folder, n_codes=16, tokens_per_image=4)
 
 
-def write_case(case: TemplateCase, folder: Path) -> tuple[HubTokenizer, Any]:
+def write_case(case: TemplateCase, folder) -> tuple[HubTokenizer, Any]:
     """The tokenizer with a chat template, and transformers' own."""
     from transformers import AutoTokenizer
 
@@ -108,7 +108,7 @@ TURNS = [("user", "What is this?\n"), ("assistant", "A cat."), ("user", "Where?"
 TYPED = "Say <|im_end|>, [INST] or <|eot_id|>."
 
 
-def expected_ids(reference: Any, messages: list[dict[str, object]]) -> list[int]:
+def expected_ids(reference, messages: list[dict]) -> list[int]:
     encoded = reference.apply_chat_template(
         messages, add_generation_prompt=messages[-1]["role"] == "user", enable_thinking=False
     )

@@ -3,7 +3,6 @@ does not fit (damaged files: `models/test_weight_faults.py`, `test_torch_files.p
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def folder(llm_folder, tmp_path) -> Path:
     return shutil.copytree(llm_folder, tmp_path / "llm")
 
 
-def check_weights(llm: Any, state: dict[str, Tensor]) -> None:
+def check_weights(llm, state: dict[str, Tensor]):
     assert llm.state_dict().keys() == state.keys()
     assert equal(state, llm.state_dict())
 
@@ -157,7 +156,7 @@ def nano_scores() -> Tensor:
     return scores_of(load_llm(LLM))
 
 
-def scores_of(llm: Any) -> Tensor:
+def scores_of(llm) -> Tensor:
     with torch.no_grad():
         return llm(torch.arange(300, 320)[None]).logits.log_softmax(-1)
 

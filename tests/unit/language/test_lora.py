@@ -51,7 +51,7 @@ class Trained:
         return load_file(self.adapter / "adapter_model.safetensors")
 
 
-def train(folder: Path, n_base: int, lora: dict[str, Any], **config: Any) -> Trained:
+def train(folder, n_base, lora: dict, **config) -> Trained:
     """Write a base and an adapter with random changes of every number, for `N_ALL` tokens."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
@@ -85,7 +85,7 @@ def trained(tmp_path_factory) -> Trained:
     return train(tmp_path_factory.mktemp("trained"), N_TEXT, {})
 
 
-def check_logits(expected: Tensor, llm: Any) -> None:
+def check_logits(expected: Tensor, llm):
     with torch.no_grad():
         logits = llm(input_ids=SAMPLE).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -113,7 +113,7 @@ def test_merge_adapter_equals_peft(trained, tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def as_zero_checkpoint(trained: Trained, folder: Path) -> Path:
+def as_zero_checkpoint(trained: Trained, folder) -> Path:
     """As `zero_to_fp32.py` writes what was trained."""
     folder.mkdir()
     parameters = trained.model.named_parameters()
@@ -122,7 +122,7 @@ def as_zero_checkpoint(trained: Trained, folder: Path) -> Path:
     return folder
 
 
-def as_whole_model(trained: Trained, folder: Path) -> Path:
+def as_whole_model(trained: Trained, folder) -> Path:
     """As a fully trained model's checkpoint."""
     folder.mkdir()
     merged = copy.deepcopy(trained.model).merge_and_unload().state_dict()
@@ -149,7 +149,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 UNKNOWN = "base_model.model.model.layers.9.mlp.up_proj.weight"
 
 
-def without(text: str) -> Callable[[Tensors], Tensors]:
+def without(text) -> Callable[[Tensors], Tensors]:
     return lambda state: {name: value for name, value in state.items() if text not in name}
 
 

@@ -44,7 +44,7 @@ PARTS = [
 ]
 
 
-def user(content: object) -> dict[str, object]:
+def user(content) -> dict:
     return {"role": "user", "content": content}
 
 

@@ -23,7 +23,7 @@ def pixels() -> Tensor:
     return normal(1, 2, 3, 16, 16)
 
 
-def original(folder: Path) -> Path:
+def original(folder) -> Path:
     """An original folder of stage 1 (seed 0) and stage 2 (seed 1)."""
     state = small_tokenizer(0).state_dict()
     encoder = {name: state.pop(name) for name in list(state) if name.startswith("encoder.")}
@@ -52,7 +52,7 @@ def two_stages() -> tuple[DynamicTokenizer, DynamicTokenizer]:
     return small_tokenizer(0), understanding
 
 
-def assert_equal(rows: list[Tensor], others: list[Tensor]) -> None:
+def assert_equal(rows: list[Tensor], others: list[Tensor]):
     assert all(torch.equal(row, other) for row, other in zip(rows, others, strict=True))
 
 

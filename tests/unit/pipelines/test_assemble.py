@@ -14,12 +14,12 @@ from seed_multimodal import MultimodalSystem
 from seed_multimodal.cli.main import main
 
 
-def assemble(kind: str, out: Path, **parts: Path) -> int:
+def assemble(kind: str, out, **parts: Path) -> int:
     flags = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
     return main(["assemble", kind, *flags, "--out", str(out)])
 
 
-def assert_equal_systems(system: MultimodalSystem, expected: MultimodalSystem) -> None:
+def assert_equal_systems(system: MultimodalSystem, expected: MultimodalSystem):
     options = {"seed": 3, "num_beams": 1}
     assert system.describe(FOX, **options) == expected.describe(FOX, **options)
     images = [part.draw("a red apple", 1, num_inference_steps=1) for part in (system, expected)]

@@ -18,7 +18,7 @@ FOX = str(ROOT / "images" / "fox.png")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_folder: Path, tmp_path_factory) -> Path:
+def base(tiny_folder, tmp_path_factory) -> Path:
     """A system that trainings start from, with texts that describe its own weights."""
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "system")
     settings = read_json(folder / "system.json")

@@ -20,7 +20,7 @@ def library_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.getbasetemp().parent
 
 
-def run(folder: Path, script: str, *arguments: str) -> None:
+def run(folder, script: str, *arguments: str):
     """Run a script of tests/support with pretended devices; fails with the lines of what failed."""
     command = [sys.executable, str(SUPPORT / "pretend_cuda.py"), str(SUPPORT / script), *arguments]
     environment = {

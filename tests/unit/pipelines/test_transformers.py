@@ -3,7 +3,6 @@
 import copy
 import pickle
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def pipes():
 
     pipes = {}
 
-    def pipe(name: str) -> Any:
+    def pipe(name):
         if name not in pipes:
             pipes[name] = pipeline("any-to-any", model=str(ROOT / "pretrained" / name))
             pipes[name].model.drawing = FAST
@@ -45,7 +44,7 @@ def nano(pipes):
     return pipes("nano")
 
 
-def user(*content: object) -> list[dict]:
+def user(*content) -> list[dict]:
     """A conversation of one message in transformers' form; a path is an image."""
     parts = []
     for part in content:

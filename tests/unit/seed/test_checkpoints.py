@@ -3,7 +3,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,11 @@ from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 
 @pytest.fixture
-def seed2(tiny) -> Any:
+def seed2(tiny):
     return loud(Seed2Tokenizer(tiny)).eval()
 
 
-def write_original(model: SeedTokenizer, folder: Path) -> Path:
+def write_original(model: SeedTokenizer, folder) -> Path:
     """The original files, with training-only tensors and a vision encoder of one block more."""
     if isinstance(model, Seed1Tokenizer):
         return write_released_seed1(model, folder)
@@ -41,7 +40,7 @@ def write_original(model: SeedTokenizer, folder: Path) -> Path:
     return folder
 
 
-def write_layout(layout: str, model: SeedTokenizer, folder: Path) -> Path:
+def write_layout(layout: str, model: SeedTokenizer, folder) -> Path:
     """What the tokenizer is loaded from."""
     if layout == "saved":
         return model.save_pretrained(folder)

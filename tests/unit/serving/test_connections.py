@@ -8,7 +8,6 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -28,7 +27,7 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def running(tiny: Any) -> Running:
+def running(tiny) -> Running:
     return Running(tiny)
 
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 from full_disk import file_size_limit
@@ -31,7 +29,7 @@ def turns(tmp_path) -> list[Turn]:
     return [Turn("user", [image, "Put it at night."]), answer]
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
+def records(folder) -> list[dict]:
     (file,) = folder.glob("*-conv.json")
     return [json.loads(line) for line in file.read_text().splitlines()]
 

@@ -8,7 +8,6 @@ import base64
 import io
 import json
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +42,7 @@ BODIES = {
 JSON_ROUTES = [GENERATE, CHAT, RESPONSES, DRAW, TOKENS]
 
 
-def post(client: Any, route: str, **fields: Any) -> Any:
+def post(client, route: str, **fields):
     """Send the route's body with other fields; an edit is a form, its `image` a list of files."""
     body = {**BODIES[route], **fields}
     if route != EDIT:
@@ -60,7 +59,7 @@ def post(client: Any, route: str, **fields: Any) -> Any:
     return client.post(route, data=form, content_type="multipart/form-data")
 
 
-def answer_of(response: Any) -> Any:
+def answer_of(response):
     """An answer without what differs between two calls."""
     assert response.status_code == 200, response.json
     changing = ("id", "created", "created_at", "output")
@@ -69,7 +68,7 @@ def answer_of(response: Any) -> Any:
     return {**answer, "output": [{**item, "id": None} for item in items]}
 
 
-def refusal(response: Any, status: int = 400) -> str:
+def refusal(response, status: int = 400) -> str:
     """The sentence of a refused request, in the form of its route."""
     assert response.status_code == status, response.json
     error = response.json["error"]
@@ -159,7 +158,7 @@ FOLLOWED = {
 }
 
 
-def answered(client: Any, route: str, fields: dict[str, Any]) -> tuple[str, list[Any]]:
+def answered(client, route: str, fields) -> tuple[str, list]:
     """The text of an answer, and its images with their codes."""
     if route == CHAT:
         answer = chat(client, ASK, **fields)
@@ -452,7 +451,7 @@ def test_unknown_fields_and_other_values_are_refused(client, route):
             assert name in refusal(post(client, route, **{**absent, name: "other"}))
 
 
-def part(**fields: Any) -> dict[str, Any]:
+def part(**fields) -> dict:
     return {"role": "user", "content": [fields]}
 
 

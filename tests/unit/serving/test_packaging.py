@@ -25,7 +25,7 @@ def arguments(step: str) -> list[str]:
     return [rest for name, rest in STEPS if name == step]
 
 
-def copied(folder: Path) -> None:
+def copied(folder):
     """Make what the COPY steps bring, without what git ignores."""
     for line in arguments("COPY"):
         *sources, target = line.split()

@@ -29,7 +29,7 @@ def address(tiny) -> str:
     return Running(tiny).address
 
 
-def session_of(address: str, card: str) -> Any:
+def session_of(address: str, card: str):
     from seed_multimodal.serving.chat_session import ChatSession
     from seed_multimodal.serving.client import ModelClient
 
@@ -38,7 +38,7 @@ def session_of(address: str, card: str) -> Any:
 
 
 @pytest.fixture
-def session(address: str, tmp_path, monkeypatch) -> Any:
+def session(address: str, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     return session_of(address, "nano")
 
@@ -49,19 +49,19 @@ def file(tmp_path) -> str:
     return str(tmp_path / "noise.png")
 
 
-def all_of(updates: AsyncIterator[Any]) -> list[Any]:
-    async def gather() -> list[Any]:
+def all_of(updates: AsyncIterator[Any]) -> list:
+    async def gather() -> list:
         return [update async for update in updates]
 
     return asyncio.run(gather())
 
 
-def send(session: Any, text: str, *files: str, settings: tuple[Any, ...] = PLAIN) -> list[Any]:
+def send(session, text, *files: str, settings: tuple = PLAIN) -> list:
     session.on_submit({"text": text, "files": list(files)})
     return all_of(session.reply(*settings))
 
 
-def event(index: Any, **values: Any) -> Any:
+def event(index, **values):
     """Gradio's event of a click in a component."""
     return SimpleNamespace(index=index, **values)
 
@@ -276,7 +276,7 @@ PARTS = """\
 LONG = [json.dumps({"codes": [0] * 5000}), json.dumps("x" * 5_000_000)]
 
 
-def reload_with(session: Any, *parts: Any) -> Any:
+def reload_with(session, *parts):
     """The updates of a reload, without a backend, of a message that a browser sends back."""
     session.model.address = CLOSED
     turn = {"role": "user", "parts": [*parts], "notes": []}

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -43,12 +42,12 @@ BODY = {"messages": [user("hi")], "max_tokens": 4, "temperature": 0}
 class Gate:
     """Holds the language model before each of its passes until `open` is set."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm):
         self.open = threading.Event()
         self.passes = 0
         self.hook = llm.get_decoder().register_forward_pre_hook(lambda *_: self.hold())
 
-    def hold(self) -> None:
+    def hold(self):
         self.passes += 1
         self.open.wait(30)
 
@@ -98,7 +97,7 @@ def test_too_many_requests_are_refused(tiny, gate: Gate):
 
 
 @pytest.mark.slow
-def test_health_and_seconds_include_both_queues(client_of, tiny_folder: Path):
+def test_health_and_seconds_include_both_queues(client_of, tiny_folder):
     # A system whose KV cache has a single row, behind a server of two requests at once.
     system = load(tiny_folder, load_decoder=False, max_running=1)
     gate = Gate(system.llm)
@@ -358,7 +357,7 @@ def test_listen_on_a_taken_port_and_for_other_machines():
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_program_reads_its_token_and_ends_by_sigterm_while_it_works(tiny_folder: Path, tmp_path):
+def test_program_reads_its_token_and_ends_by_sigterm_while_it_works(tiny_folder, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     flags = f"--system {tiny_folder} --llm_device cpu --tokenizer_device cpu --port 0"
     command = [sys.executable, PROGRAM, *flags.split(), "--token-file", str(tmp_path / "token")]

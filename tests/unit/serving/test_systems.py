@@ -1,7 +1,6 @@
 """The three families behind the server: routes answer as the library does, in both directions."""
 
 import shutil
-from typing import Any
 
 import numpy as np
 import pytest
@@ -143,7 +142,7 @@ def test_generate_names_what_a_family_cannot_read(
 # ---- SEED-X: images have no codes, answers have boxes
 
 
-def answering(system: Any, text: str) -> Any:
+def answering(system, text):
     """A system whose answers are recorded."""
     copy = object.__new__(type(system))
     vars(copy).update(vars(system))
@@ -233,5 +232,5 @@ def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_f
     assert response.status_code == 400 and "pixel decoder" in response.json["error"]
 
 
-def user_message(*content: Any) -> dict[str, Any]:
+def user_message(*content) -> dict:
     return {"role": "user", "content": [*content]}

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import loop_toy as toy
 import pytest
@@ -33,7 +32,7 @@ LAUNCHER = [
 ]
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder) -> list[int]:
     """Steps of the checkpoints in a folder, newest first."""
     return [step for step, _ in toy.checkpoints(folder)]
 
@@ -145,7 +144,7 @@ def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, settings, nam
     assert named in capsys.readouterr().out
 
 
-def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subprocess.Popen:
+def start_under_torchrun(start_toy: Start, folder, pause: float) -> subprocess.Popen:
     """One process under our launcher, in its first step of `pause` seconds."""
     process = start_toy(folder, {"pause": pause}, before=LAUNCHER)
     STARTED.append(process)
@@ -179,7 +178,7 @@ def test_exit_code_after_sigterm_without_a_checkpoint(start_toy, tmp_path):
     assert not steps(tmp_path / "toy.checkpoints")
 
 
-def limited(folder: Path, size: int, **options: object) -> str:
+def limited(folder, size, **options) -> str:
     """The error of a run whose files may have at most `size` bytes."""
     with file_size_limit(size), pytest.raises(SeedError) as caught:
         toy.train(folder, **options)

@@ -6,7 +6,6 @@ A new family or denoiser is tested by its entry. Killed runs: e2e/test_trainers.
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -53,12 +52,12 @@ NIGHTLY = ("seed-unet", "seed-sd3", "seed_x-1", "lavit-lowres")
 class Run:
     """Runs of one variant on its tiny parts."""
 
-    def __init__(self, variant: str, folder: Path) -> None:
+    def __init__(self, variant: str, folder):
         self.family, self.options = VARIANTS[variant]
         self.folder = folder
         self.parts = self.family.write_parts(folder / "parts")
 
-    def __call__(self, name: str, parts: Path | None = None, **changes: Any) -> Path:
+    def __call__(self, name, parts: Path | None = None, **changes) -> Path:
         """Train in the folder `name`; returns the result's folder."""
         groups = {"trainer": SHORT, **changes}
         groups["model"] = {**self.options.get("model", {}), **changes.get("model", {})}
@@ -66,10 +65,10 @@ class Run:
         config = self.family.config(parts or self.parts, self.folder / name, **options)
         return Path(self.family.task_class.train(config)[self.family.result])
 
-    def load(self, folder: Path) -> Detokenizer:
+    def load(self, folder) -> Detokenizer:
         return self.family.load(self.parts, folder)
 
-    def losses(self, name: str) -> list[float]:
+    def losses(self, name) -> list[float]:
         return read_losses(self.folder / name)
 
 
@@ -78,7 +77,7 @@ def run(variant, tmp_path) -> Run:
     return Run(variant, tmp_path)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder) -> dict[str, torch.Tensor]:
     """All weights of a result."""
     return {
         f"{file.parent.name}.{name}": value
@@ -87,7 +86,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def draw(detokenizer: Detokenizer, embeds: Any, rows: list[int], **settings: Any) -> np.ndarray:
+def draw(detokenizer: Detokenizer, embeds, rows: list[int], **settings) -> np.ndarray:
     """Images of these rows as numbers."""
     chosen = [embeds[row] for row in rows] if isinstance(embeds, list) else embeds[rows]
     options = {"num_inference_steps": 2, "height": 16, "width": 16, **settings}
