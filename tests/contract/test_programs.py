@@ -5,6 +5,7 @@ A new program or command is tested by its row; the last test fails until it has 
 """
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -14,163 +15,155 @@ from PIL import Image
 from random_images import noise
 from repository import ROOT
 
+
+def rows(table) -> dict[str, str]:
+    """The lines `command -> text` of a table; a command may take several lines."""
+    found = re.findall(r"^(\w[\s\S]+?)\s+->(.*)$", table, re.MULTILINE)
+    return {" ".join(command.split()): text.strip() for command, text in found}
+
+
 # {seed}, {seed_x} and {lavit} are tiny systems, image.png has 48 x 30 pixels.
 # Commands that draw → the images that they write, with their sizes.
-DRAWN: dict[str, dict[str, tuple[int, int]]] = {
-    # The originals.
-    "scripts/seed_tokenizer_inference.py --model {seed} --image image.png": {"cat.jpg": (16, 16)},
-    "scripts/seed_llama_inference_8B.py --model {seed} --out results.v2": {
-        "results.v2/dog.jpg": (16, 16),
-        "results.v2/cat_sunglasses.jpg": (16, 16),
-    },
-    "SEED_Tokenizer/eval/seed_inference.py --model {seed} --image image.png": {
-        "recon_image.png": (16, 16)
-    },
-    "src/inference/eval_seed_x_detokenizer.py --model {seed_x} --image image.png": {
-        "vis/image_recon.jpg": (16, 16)
-    },
-    "src/inference/eval_seed_x_detokenizer_with_condition.py --model {seed_x} --image image.png": {
-        "vis/image_recon_with_condition.jpg": (20, 13)
-    },
-    "src/inference/eval_text2img_seed_x.py --model {seed_x} --prompt cat": {
-        "vis/cat.png": (16, 16)
-    },
-    "src/inference/eval_text2img_seed_x_i.py --model {seed_x} --prompt cat": {
-        "vis/cat.png": (16, 16)
-    },
-    "src/inference/eval_img2edit_seed_x_edit.py --model {seed_x} --image image.png": {
-        "vis/1_Make it under the sunset.jpg": (20, 13)
-    },
-    "src/lavit/text2image_synthesis.py --model {lavit} --prompt cat --ratio=3:2 --steps 1"
-    " --num_return_images 2": {"output/cat.png": (80, 56), "output/cat_2.png": (80, 56)},
-    "src/lavit/multimodal_synthesis.py --model {lavit} image.png snow --steps 1": {
-        "output/image_snow.png": (64, 64)
-    },
-    "src/lavit/image_detokenize.py --model {lavit} --image image.png --steps 1": {
-        "output/image_rebuilt.png": (64, 64)
-    },
-    "src/lavit/inference.py --model {lavit} --image image.png --steps 1": {
-        "output/t2i_output.jpg": (64, 64),
-        "output/it2i_output.jpg": (64, 64),
-    },
-    # `seed`.
-    "seed reconstruct image.png --model {seed} --steps 1": {"outputs/image_rebuilt.png": (16, 16)},
-    "seed reconstruct image.png --model {seed_x} --steps 1": {
-        "outputs/image_rebuilt.png": (16, 16)
-    },
-    "seed draw cat --model {seed} --steps 1 --out a.jpg": {"a.jpg": (16, 16)},
-    "seed draw cat --model {lavit} --steps 1 --height 32 --width 40": {"outputs/cat.png": (40, 32)},
-    "seed edit image.png green --model {seed} --steps 1": {"outputs/image_edited.png": (16, 16)},
-    "seed edit image.png green --model {seed_x} --steps 1": {"outputs/image_edited.png": (20, 13)},
-    "seed edit image.png green --model {seed_x} --ratio square": {
-        "outputs/image_edited.png": (16, 16)
-    },
-    "seed reconstruct image.png --model {seed_x} --condition image.png --image-guidance-scale 2": {
-        "outputs/image_rebuilt.png": (20, 13)
-    },
-}
+DRAWN = rows("""
+# The originals.
+scripts/seed_tokenizer_inference.py --model {seed} --image image.png -> cat.jpg 16x16
+scripts/seed_llama_inference_8B.py --model {seed} --out results.v2
+    -> results.v2/cat_sunglasses.jpg 16x16, results.v2/dog.jpg 16x16
+SEED_Tokenizer/eval/seed_inference.py --model {seed} --image image.png -> recon_image.png 16x16
+src/inference/eval_seed_x_detokenizer.py --model {seed_x} --image image.png
+    -> vis/image_recon.jpg 16x16
+src/inference/eval_seed_x_detokenizer_with_condition.py --model {seed_x} --image image.png
+    -> vis/image_recon_with_condition.jpg 20x13
+src/inference/eval_text2img_seed_x.py --model {seed_x} --prompt cat -> vis/cat.png 16x16
+src/inference/eval_text2img_seed_x_i.py --model {seed_x} --prompt cat -> vis/cat.png 16x16
+src/inference/eval_img2edit_seed_x_edit.py --model {seed_x} --image image.png
+    -> vis/1_Make it under the sunset.jpg 20x13
+src/lavit/text2image_synthesis.py --model {lavit} --prompt cat --ratio=3:2 --steps 1
+    --num_return_images 2 -> output/cat.png 80x56, output/cat_2.png 80x56
+src/lavit/multimodal_synthesis.py --model {lavit} image.png snow --steps 1
+    -> output/image_snow.png 64x64
+src/lavit/image_detokenize.py --model {lavit} --image image.png --steps 1
+    -> output/image_rebuilt.png 64x64
+src/lavit/inference.py --model {lavit} --image image.png --steps 1
+    -> output/it2i_output.jpg 64x64, output/t2i_output.jpg 64x64
+# `seed`.
+seed reconstruct image.png --model {seed} --steps 1 -> outputs/image_rebuilt.png 16x16
+seed reconstruct image.png --model {seed_x} --steps 1 -> outputs/image_rebuilt.png 16x16
+seed draw cat --model {seed} --steps 1 --out a.jpg -> a.jpg 16x16
+seed draw cat --model {lavit} --steps 1 --height 32 --width 40 -> outputs/cat.png 40x32
+seed edit image.png green --model {seed} --steps 1 -> outputs/image_edited.png 16x16
+seed edit image.png green --model {seed_x} --steps 1 -> outputs/image_edited.png 20x13
+seed edit image.png green --model {seed_x} --ratio square -> outputs/image_edited.png 16x16
+seed reconstruct image.png --model {seed_x} --condition image.png --image-guidance-scale 2
+    -> outputs/image_rebuilt.png 20x13
+""")
 # Commands → what they print.
-PRINTED: dict[str, str] = {
-    "scripts/seed_llama_inference_14B.py --model {seed} --image image.png --prompt What?": "\n",
-    "src/inference/eval_img2text_seed_x.py --model {seed_x} --image image.png": "\n",
-    "src/inference/eval_img2text_seed_x_i.py --model {seed_x} --image image.png": "\n",
-    "src/lavit/understanding.py --model {lavit} --image image.png --question What?": "What?",
-    "MultiModalLLM/eval/eval_vqa.py --model {seed} --image image.png --max-new-tokens 4": "\n",
-    "gradio_demo/seed_llama_gradio.py --help": "--request_address",
-    # Composed settings of the trainers.
-    "MultiModalLLM/src/train/train.py trainer.max_steps=7 --cfg job": "max_steps: 7",
-    "MultiModalLLM/src/train/train_autoencoder.py data.batch_size=3 --cfg job": "batch_size: 3",
-    "MultiModalLLM/src/train/train_lavit.py trainer.max_steps=7 --cfg job": "max_steps: 7",
-    "MultiModalLLM/src/train/train_lavit_detokenizer.py optim.learning_rate=3 --cfg job": (
-        "learning_rate: 3"
-    ),
-    "MultiModalLLM/src/train/train_rl.py data.group_size=3 --cfg job": "group_size: 3",
-    "MultiModalLLM/src/train/train_seed_decoder.py model.reads=embedding --cfg job": (
-        "reads: embedding"
-    ),
-    "MultiModalLLM/src/train/train_seed_x_detokenizer.py model.stage=2 --cfg job": "stage: 2",
-    "MultiModalLLM/src/train/train_seed_x_sft.py trainer.max_steps=7 --cfg job": "max_steps: 7",
-    # `seed`.
-    "seed tokenize image.png --model {seed} --json": '"codes": [',
-    "seed tokenize image.png --model {lavit} --json": '"codes": [',
-    "seed describe image.png --model {seed}": "image.png: ",
-    "seed ask image.png What? --model {seed_x} --max-new-tokens 4": "image.png: ",
-    "seed detect image.png cat --model {seed_x}": "image.png: ",
-    "seed chat --message hi --model {seed}": "\n",
-    "seed verify {seed} --device cpu": "codes of cat.jpg",
-    "seed assemble seed-llama --llm {seed}/seed_llama --tokenizer {seed}/seed_tokenizer"
-    " --out mine": "mine",
-    "seed init mine --like seed-llama": "train",
-}
-EXTRACT = "MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel"
-NO_FILES = "--tokenizer absent.yaml --data absent.yaml --save_dir out"
-NO_PARTS = "--llm absent --tokenizer absent --out mine"
-NO_JUDGE = "--model {seed} --judge absent --data absent --out out"
-SERVER = "gradio_demo/seed_llama_flask.py --system absent"
+PRINTED = rows("""
+scripts/seed_llama_inference_14B.py --model {seed} --image image.png --prompt What? ->
+src/inference/eval_img2text_seed_x.py --model {seed_x} --image image.png ->
+src/inference/eval_img2text_seed_x_i.py --model {seed_x} --image image.png ->
+src/lavit/understanding.py --model {lavit} --image image.png --question What? -> What?
+MultiModalLLM/eval/eval_vqa.py --model {seed} --image image.png --max-new-tokens 4 ->
+gradio_demo/seed_llama_gradio.py --help -> --request_address
+# Composed settings of the trainers.
+MultiModalLLM/src/train/train.py trainer.max_steps=7 --cfg job -> max_steps: 7
+MultiModalLLM/src/train/train_autoencoder.py data.batch_size=3 --cfg job -> batch_size: 3
+MultiModalLLM/src/train/train_lavit.py trainer.max_steps=7 --cfg job -> max_steps: 7
+MultiModalLLM/src/train/train_lavit_detokenizer.py optim.learning_rate=3 --cfg job
+    -> learning_rate: 3
+MultiModalLLM/src/train/train_rl.py data.group_size=3 --cfg job -> group_size: 3
+MultiModalLLM/src/train/train_seed_decoder.py model.reads=embedding --cfg job -> reads: embedding
+MultiModalLLM/src/train/train_seed_x_detokenizer.py model.stage=2 --cfg job -> stage: 2
+MultiModalLLM/src/train/train_seed_x_sft.py trainer.max_steps=7 --cfg job -> max_steps: 7
+# `seed`.
+seed tokenize image.png --model {seed} --json -> "codes": [
+seed tokenize image.png --model {lavit} --json -> "codes": [
+seed describe image.png --model {seed} -> image.png:
+seed ask image.png What? --model {seed_x} --max-new-tokens 4 -> image.png:
+seed detect image.png cat --model {seed_x} -> image.png:
+seed chat --message hi --model {seed} ->
+seed verify {seed} --device cpu -> codes of cat.jpg
+seed assemble seed-llama --llm {seed}/seed_llama --tokenizer {seed}/seed_tokenizer --out mine
+    -> mine
+seed init mine --like seed-llama -> train
+""")
 # Commands that end with exit code 2 → what the last line of stderr names.
-REFUSED: dict[str, str] = {
-    "demo_recon.py --model absent": "absent",
-    f"{SERVER} --port 0": "absent",
-    # Before a model is loaded, which takes minutes.
-    f"{SERVER} --port 65536": "65536",
-    f"{SERVER} --port 0 --token-file nowhere": "nowhere",
-    f"{SERVER} --port 0 --token-file image.png": "image.png",
-    f"{SERVER} --port 0 --token-file /dev/null": "null",
-    f"{SERVER} --port 0 --url http://127.0.0.1:1": "--url",
-    f"{SERVER} --port 0 --gguf x.gguf": "--gguf",
-    f"{SERVER} --port 0 --model a.yaml": "--model",
-    "gradio_demo/seed_llama_flask.py --model absent --tokenizer absent.yaml"
-    " --image_transform absent.yaml --port 0": "absent.yaml",
-    # The original weights, which are not on this disk.
-    "scripts/seed_tokenizer_inference.py --device cpu": "pretrained/seed_tokenizer",
-    "scripts/seed_llama_inference_8B.py --device cpu": "pretrained/seed_llama_8b_sft",
-    "scripts/seed_llama_inference_14B.py --device cpu": "pretrained/seed_llama_14b_sft",
-    # Flags that do not fit.
-    "scripts/seed_llama_inference_8B.py --model {seed} --tokenizer a.yaml": "--tokenizer",
-    "scripts/seed_llama_inference_8B.py --engine openai": "--model 8b",
-    "src/inference/eval_text2img_seed_x.py --model {seed_x} --llm a.yaml": "--llm",
-    "src/lavit/evaluate.py --model_path {lavit} --annopath absent.json": "absent.json",
-    # Data lie in the original's folders.
-    "src/lavit/evaluate.py --model_path {lavit} --task_name caption --dataset nocaps": (
-        "data/nocaps/annotations/nocaps_val.json"
-    ),
-    "src/tools/reload_qwen_vit.py --source absent": "absent",
-    "SEED_Tokenizer/train.py --cfg-path absent.yaml": "absent.yaml",
-    "SEED_Tokenizer/evaluate.py --cfg-path absent.yaml": "absent.yaml",
-    "MultiModalLLM/eval/eval_caption.py --captions absent.json": "absent.json",
-    "MultiModalLLM/eval/eval_caption_to_images.py --captions absent.json": "absent.json",
-    "MultiModalLLM/src/tools/merge_lora_weights.py --model_cfg absent.yaml --lora_model absent"
-    " --save_path out": "absent.yaml",
-    **{
-        f"{EXTRACT}{kind}.py {NO_FILES}": "absent.yaml"
-        for kind in ("", "_chat", "_edit", "_interleaved", "_qa", "_story", "_video")
-    },
-    "seed convert absent.pt": "absent.pt",
-    "seed plot absent": "absent",
-    "seed export-tokenizer --stage2 absent.pth --out out": "absent.pth",
-    "seed export-gguf --model absent --out out": "absent",
-    "seed check-llm --model absent": "absent",
-    f"seed assemble seed-x {NO_PARTS} --agent absent --vision absent": "--llm",
-    f"seed assemble lavit {NO_PARTS}": "--llm",
-    "seed fetch nano": "in pretrained/",  # not the first listed originals
-    "seed eval captions": "did you mean 'caption'",
-    "seed eval vqa --images nowhere": "nowhere:",  # not asked about an image of ours
-    "seed eval tokenizer --model {seed} --data absent --out out": "absent",
-    "seed eval prefix --model {seed} --data absent --out out": "absent",
-    "seed eval suite --model {seed} --data absent --out out": "absent",
-    "seed eval vqa --model {seed} --questions absent.json --out out": "absent.json",
-    "seed eval caption --model {seed} --captions absent.json --out out": "absent.json",
-    "seed eval seedbench --model {seed} --questions absent.json --out out": "absent.json",
-    "seed eval text2image --model {seed} --captions absent.json --out out": "absent.json",
-    f"seed eval geneval {NO_JUDGE}": "absent",
-    f"seed eval geneval2 {NO_JUDGE}": "absent",
-    f"seed eval dpg {NO_JUDGE}": "absent",
-    f"seed eval dpg {NO_JUDGE} --image-folder no_drawings": "no_drawings",
-    "seed data check images": "seed_x.caption",
-    "seed data check absent.jsonl --decoder chats --tokenizer absent": "did you mean 'chat'",
-    "seed data convert absent.tar --out out": "absent.tar",
-    "seed data index absent.jsonl": "absent.jsonl",
-}
+REFUSED = rows("""
+demo_recon.py --model absent -> absent
+gradio_demo/seed_llama_flask.py --system absent --port 0 -> absent
+# Before a model is loaded, which takes minutes.
+gradio_demo/seed_llama_flask.py --system absent --port 65536 -> 65536
+gradio_demo/seed_llama_flask.py --system absent --port 0 --token-file nowhere -> nowhere
+gradio_demo/seed_llama_flask.py --system absent --port 0 --token-file image.png -> image.png
+gradio_demo/seed_llama_flask.py --system absent --port 0 --token-file /dev/null -> null
+gradio_demo/seed_llama_flask.py --system absent --port 0 --url http://127.0.0.1:1 -> --url
+gradio_demo/seed_llama_flask.py --system absent --port 0 --gguf x.gguf -> --gguf
+gradio_demo/seed_llama_flask.py --system absent --port 0 --model a.yaml -> --model
+gradio_demo/seed_llama_flask.py --model absent --tokenizer absent.yaml
+    --image_transform absent.yaml --port 0 -> absent.yaml
+# The original weights, which are not on this disk.
+scripts/seed_tokenizer_inference.py --device cpu -> pretrained/seed_tokenizer
+scripts/seed_llama_inference_8B.py --device cpu -> pretrained/seed_llama_8b_sft
+scripts/seed_llama_inference_14B.py --device cpu -> pretrained/seed_llama_14b_sft
+# Flags that do not fit.
+scripts/seed_llama_inference_8B.py --model {seed} --tokenizer a.yaml -> --tokenizer
+scripts/seed_llama_inference_8B.py --engine openai -> --model 8b
+src/inference/eval_text2img_seed_x.py --model {seed_x} --llm a.yaml -> --llm
+src/lavit/evaluate.py --model_path {lavit} --annopath absent.json -> absent.json
+# Data lie in the original's folders.
+src/lavit/evaluate.py --model_path {lavit} --task_name caption --dataset nocaps
+    -> data/nocaps/annotations/nocaps_val.json
+src/tools/reload_qwen_vit.py --source absent -> absent
+SEED_Tokenizer/train.py --cfg-path absent.yaml -> absent.yaml
+SEED_Tokenizer/evaluate.py --cfg-path absent.yaml -> absent.yaml
+MultiModalLLM/eval/eval_caption.py --captions absent.json -> absent.json
+MultiModalLLM/eval/eval_caption_to_images.py --captions absent.json -> absent.json
+MultiModalLLM/src/tools/merge_lora_weights.py --model_cfg absent.yaml --lora_model absent
+    --save_path out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel.py --tokenizer absent.yaml
+    --data absent.yaml --save_dir out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_chat.py --tokenizer absent.yaml
+    --data absent.yaml --save_dir out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_edit.py --tokenizer absent.yaml
+    --data absent.yaml --save_dir out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_interleaved.py
+    --tokenizer absent.yaml --data absent.yaml --save_dir out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_qa.py --tokenizer absent.yaml
+    --data absent.yaml --save_dir out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_story.py
+    --tokenizer absent.yaml --data absent.yaml --save_dir out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_video.py
+    --tokenizer absent.yaml --data absent.yaml --save_dir out -> absent.yaml
+seed convert absent.pt -> absent.pt
+seed plot absent -> absent
+seed export-tokenizer --stage2 absent.pth --out out -> absent.pth
+seed export-gguf --model absent --out out -> absent
+seed check-llm --model absent -> absent
+seed assemble seed-x --llm absent --tokenizer absent --out mine --agent absent --vision absent
+    -> --llm
+seed assemble lavit --llm absent --tokenizer absent --out mine -> --llm
+# Not the first listed originals.
+seed fetch nano -> in pretrained/
+seed eval captions -> did you mean 'caption'
+# Not asked about an image of ours.
+seed eval vqa --images nowhere -> nowhere:
+seed eval tokenizer --model {seed} --data absent --out out -> absent
+seed eval prefix --model {seed} --data absent --out out -> absent
+seed eval suite --model {seed} --data absent --out out -> absent
+seed eval vqa --model {seed} --questions absent.json --out out -> absent.json
+seed eval caption --model {seed} --captions absent.json --out out -> absent.json
+seed eval seedbench --model {seed} --questions absent.json --out out -> absent.json
+seed eval text2image --model {seed} --captions absent.json --out out -> absent.json
+seed eval geneval --model {seed} --judge absent --data absent --out out -> absent
+seed eval geneval2 --model {seed} --judge absent --data absent --out out -> absent
+seed eval dpg --model {seed} --judge absent --data absent --out out -> absent
+seed eval dpg --model {seed} --judge absent --data absent --out out --image-folder no_drawings
+    -> no_drawings
+seed data check images -> seed_x.caption
+seed data check absent.jsonl --decoder chats --tokenizer absent -> did you mean 'chat'
+seed data convert absent.tar --out out -> absent.tar
+seed data index absent.jsonl -> absent.jsonl
+""")
 
 
 @pytest.fixture
@@ -205,16 +198,21 @@ def call(
 def test_programs_draw(command, call, tmp_path, capsys):
     assert call(command) == 0
     files = [file for file in tmp_path.rglob("*.*g") if file.name != "image.png"]
-    names = {str(file.relative_to(tmp_path)): Image.open(file).size for file in files}
-    assert names == DRAWN[command]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in names)
+    drawn = []
+    for file in files:
+        name = str(file.relative_to(tmp_path))
+        assert name in printed
+        width, height = Image.open(file).size
+        drawn.append(f"{name} {width}x{height}")
+    assert ", ".join(sorted(drawn)) == DRAWN[command]
 
 
 @pytest.mark.parametrize("command", PRINTED)
 def test_programs_print(command, call, capsys):
     assert call(command) == 0
-    assert PRINTED[command] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert PRINTED[command] in printed and printed.endswith("\n")
 
 
 @pytest.mark.parametrize("command", REFUSED)
@@ -235,6 +233,8 @@ def test_every_program_and_command_has_a_row():
     for name in recorded["seed"]:
         if not any(command.startswith(f"{name} ") for command in recorded["seed"]):
             programs.append(name)
-    rows = [*DRAWN, *PRINTED, *REFUSED]
-    missing = [name for name in programs if not any(row.startswith(f"{name} ") for row in rows)]
+    commands = (*DRAWN, *PRINTED, *REFUSED)
+    missing = [
+        name for name in programs if not any(command.startswith(f"{name} ") for command in commands)
+    ]
     assert len(programs) > 60 and missing == []

@@ -1,10 +1,10 @@
 """Settings: dataclasses out of mappings, with types and limits."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,24 +51,24 @@ def test_read_settings_converts_values():
 
 
 # Values → the keys, and the nearest of an unknown one, that the error names.
-WRONG = {
-    "missing": ({}, ["steps"]),
-    "unknown": ({"steps": 3, "stepps": 3}, ["stepps", "'steps'"]),
-    "minimum": ({"steps": 0}, ["steps", "1", "0"]),
-    "maximum": ({"steps": 10}, ["steps", "9", "10"]),
-    "type": ({"steps": 2.5}, ["steps"]),
-    "boolean": ({"steps": True}, ["steps"]),
-    "below": ({"steps": 3, "lr": 1}, ["lr", "1"]),
-    "above": ({"steps": 3, "lr": 0}, ["lr", "0"]),
-    "nan": ({"steps": 3, "inner": {"share": math.nan}}, ["inner", "share", "nan"]),
-    "infinite in a list": ({"steps": 3, "betas": [0.9, -math.inf]}, ["betas", "-inf"]),
-    "nan in a mapping": ({"steps": 3, "options": {"rate": math.nan}}, ["options", "rate"]),
-    "nan in a nested list": ({"steps": 3, "parts": [{"share": math.nan}]}, ["parts", "share"]),
-    "choice": ({"steps": 3, "precision": "bf61"}, ["precision", "bf61", "'bf16'"]),
-    "text for a list": ({"steps": 3, "files": "x"}, ["files"]),
-    "nested": ({"steps": 3, "inner": {"width": 0}}, ["inner", "width"]),
-    "nested unknown": ({"steps": 3, "inner": {"widht": 3}}, ["inner", "widht", "'width'"]),
-}
+WRONG = yaml.safe_load("""
+missing: [{}, [steps]]
+unknown: [{steps: 3, stepps: 3}, [stepps, "'steps'"]]
+minimum: [{steps: 0}, [steps, "1", "0"]]
+maximum: [{steps: 10}, [steps, "9", "10"]]
+type: [{steps: 2.5}, [steps]]
+boolean: [{steps: true}, [steps]]
+below: [{steps: 3, lr: 1}, [lr, "1"]]
+above: [{steps: 3, lr: 0}, [lr, "0"]]
+nan: [{steps: 3, inner: {share: .nan}}, [inner, share, nan]]
+infinite in a list: [{steps: 3, betas: [0.9, -.inf]}, [betas, -inf]]
+nan in a mapping: [{steps: 3, options: {rate: .nan}}, [options, rate]]
+nan in a nested list: [{steps: 3, parts: [{share: .nan}]}, [parts, share]]
+choice: [{steps: 3, precision: bf61}, [precision, bf61, "'bf16'"]]
+text for a list: [{steps: 3, files: x}, [files]]
+nested: [{steps: 3, inner: {width: 0}}, [inner, width]]
+nested unknown: [{steps: 3, inner: {widht: 3}}, [inner, widht, "'width'"]]
+""")
 
 
 @pytest.mark.parametrize("values, named", WRONG.values(), ids=WRONG)

@@ -3,51 +3,42 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from lavis_runs import APPLICATION
 
 # Values of the original's YAML files: run, model.
-ORIGINAL = {
-    "pretrain_qformer.yaml": (
-        {
-            "init_lr": 3e-5,
-            "min_lr": 3e-6,
-            "warmup_lr": 3e-7,
-            "warmup_steps": 2000,
-            "max_epoch": 10,
-            "iters_per_epoch": 5000,
-            "batch_size_train": 64,
-        },
-        {
-            "pretrained": "pretrained/blip2_pretrained.pth",
-            "freeze_vit": True,
-            "vit_precision": "fp16",
-            "num_query_token": 32,
-            "embed_dim": 256,
-            "max_txt_len": 32,
-            "cross_attention_freq": 2,
-            "temperature": 0.07,
-            "label_smoothing": 0.1,
-        },
-    ),
-    "pretrain_codebook.yaml": (
-        {
-            "init_lr": 1e-4,
-            "min_lr": 1e-5,
-            "warmup_lr": 1e-6,
-            "max_epoch": 500,
-        },
-        {
-            "pretrained": "log/Causal_Qformer/checkpoint_0.pth",
-            "n_embed": 8192,
-            "codebook_embed_dim": 32,
-            "decode_depth": 4,
-            "image_features_dim": 1024,
-            "frozen_dropout": True,
-            "freeze_qformer": True,
-            "reverse_depth": 4,
-        },
-    ),
-}
+ORIGINAL = yaml.safe_load("""
+pretrain_qformer.yaml:
+- init_lr: 3.0e-5
+  min_lr: 3.0e-6
+  warmup_lr: 3.0e-7
+  warmup_steps: 2000
+  max_epoch: 10
+  iters_per_epoch: 5000
+  batch_size_train: 64
+- pretrained: pretrained/blip2_pretrained.pth
+  freeze_vit: true
+  vit_precision: fp16
+  num_query_token: 32
+  embed_dim: 256
+  max_txt_len: 32
+  cross_attention_freq: 2
+  temperature: 0.07
+  label_smoothing: 0.1
+pretrain_codebook.yaml:
+- init_lr: 1.0e-4
+  min_lr: 1.0e-5
+  warmup_lr: 1.0e-6
+  max_epoch: 500
+- pretrained: log/Causal_Qformer/checkpoint_0.pth
+  n_embed: 8192
+  codebook_embed_dim: 32
+  decode_depth: 4
+  image_features_dim: 1024
+  frozen_dropout: true
+  freeze_qformer: true
+  reverse_depth: 4
+""")
 OF_BOTH = {"weight_decay": 0.05, "beta2": 0.999, "num_workers": 4, "seed": 42, "amp": True}
 
 

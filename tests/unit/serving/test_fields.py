@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_images import noise
-from served import CHAT, HI, PROMPTS, chat, events, figures, read, user
+from served import CHAT, PROMPTS, chat, events, figures, read, user
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
 from seed_multimodal.serving.schema import POSTED
@@ -86,76 +86,79 @@ def refusal(response, status: int = 400) -> str:
 
 # ---- followed
 
-# What the library is called with → requests, with each field as its route names it.
-FOLLOWED = {
-    "{}": [
-        "/v1/chat/completions {}",
-        "/v1/responses {}",
-        '/v1/chat/completions {"modalities": ["text", "image"]}',
-        # As LM Studio's and llama.cpp's clients say "no limit".
-        '/v1/chat/completions {"max_tokens": -1}',
-        '/v1/responses {"max_output_tokens": -1}',
-        # Greedy.
-        '/v1/chat/completions {"temperature": 5, "top_p": 0}',
-        '/v1/responses {"temperature": 1e-45}',
-    ],
-    '{"max_new_tokens": 5}': [
-        '/generate {"max_new_tokens": 5}',
-        '/generate {"max_new_tokens": 5, "temperature": 5, "top_p": 0}',
-        '/v1/chat/completions {"max_tokens": 5}',
-        '/v1/chat/completions {"max_completion_tokens": 5}',
-        '/v1/chat/completions {"max_completion_tokens": 5, "max_tokens": 5}',
-        # As Open WebUI's back end sends it.
-        '/v1/chat/completions {"model": "nano", "stream_options": {"include_usage": true}, '
-        '"max_tokens": 5, "frequency_penalty": 0, "top_p": 0.9, "seed": 1}',
-        '/v1/responses {"max_output_tokens": 5}',
-    ],
-    # Defaults of the original, whose page sends only what a user has changed.
-    '{"temperature": 0.7, "num_beams": 1, "max_new_tokens": 256, "top_p": 0.5, "seed": 1}': [
-        '/generate {"temperature": null, "max_new_tokens": null, "seed": 1}',
-    ],
-    # Above the context.
-    '{"max_new_tokens": 4096}': [
-        '/generate {"max_new_tokens": 4096}',
-        '/v1/chat/completions {"max_tokens": 4096}',
-        '/v1/responses {"max_output_tokens": 4096}',
-    ],
-    '{"num_beams": 2, "max_new_tokens": 5}': [
-        '/generate {"num_beams": 2, "max_new_tokens": 5}',
-        '/v1/chat/completions {"num_beams": 2, "max_tokens": 5}',
-        '/v1/responses {"num_beams": 2, "max_output_tokens": 5}',
-    ],
-    '{"temperature": 5, "top_p": 1, "seed": 9223372036854775807, "max_new_tokens": 5}': [
-        '/generate {"temperature": 5, "top_p": 1, "seed": 9223372036854775807, "max_new_tokens": 5}'
-    ],
-    '{"temperature": 5, "top_p": 1, "seed": -7}': [
-        '/v1/chat/completions {"temperature": 5, "top_p": 1, "seed": -7}',
-        '/v1/responses {"temperature": 5, "top_p": 1, "seed": -7}',
-    ],
-    '{"stop": ["e"]}': [
-        '/v1/chat/completions {"stop": "e"}',
-        '/v1/chat/completions {"stop": ["never", "e"]}',
-        '/v1/responses {"stop": "e"}',
-    ],
-    # Without an image, which a sampled answer would have.
-    '{"temperature": 5, "seed": 1, "max_new_tokens": 99, "images": "never"}': [
-        '/v1/chat/completions {"temperature": 5, "seed": 1, "max_tokens": 99, '
-        '"modalities": ["text"]}',
-        '/v1/responses {"temperature": 5, "seed": 1, "max_output_tokens": 99, '
-        '"tool_choice": "none"}',
-    ],
-    # A text, an image, and a text behind it.
-    '{"force_image": true, "max_new_tokens": 60}': [
-        '/generate {"force_boi": true, "max_new_tokens": 60, "seed": 0}',
-        '/v1/chat/completions {"force_image": true, "max_tokens": 60}',
-        '/v1/chat/completions {"modalities": ["image"], "max_tokens": 60}',
-        '/v1/responses {"tool_choice": "required", "max_output_tokens": 60}',
-        '/v1/responses {"tool_choice": {"type": "image_generation"}, "max_output_tokens": 60}',
-    ],
-    '{"messages": [{"role": "system", "content": "Short!"}, {"role": "user", "content": "Hi"}]}': [
-        '/v1/responses {"instructions": "Short!", "input": "Hi"}',
-    ],
-}
+# What the library is called with, and below it requests with each field as its route names it.
+FOLLOWED = """
+library {}
+/v1/chat/completions {}
+/v1/responses {}
+/v1/chat/completions {"modalities": ["text", "image"]}
+# As LM Studio's and llama.cpp's clients say "no limit".
+/v1/chat/completions {"max_tokens": -1}
+/v1/responses {"max_output_tokens": -1}
+# Greedy.
+/v1/chat/completions {"temperature": 5, "top_p": 0}
+/v1/responses {"temperature": 1e-45}
+
+library {"max_new_tokens": 5}
+/generate {"max_new_tokens": 5}
+/generate {"max_new_tokens": 5, "temperature": 5, "top_p": 0}
+/v1/chat/completions {"max_tokens": 5}
+/v1/chat/completions {"max_completion_tokens": 5}
+/v1/chat/completions {"max_completion_tokens": 5, "max_tokens": 5}
+# As Open WebUI's back end sends it.
+/v1/chat/completions {"model": "nano", "stream_options": {"include_usage": true}, "max_tokens": 5,
+                      "frequency_penalty": 0, "top_p": 0.9, "seed": 1}
+/v1/responses {"max_output_tokens": 5}
+
+# Defaults of the original, whose page sends only what a user has changed.
+library {"temperature": 0.7, "num_beams": 1, "max_new_tokens": 256, "top_p": 0.5, "seed": 1}
+/generate {"temperature": null, "max_new_tokens": null, "seed": 1}
+
+# Above the context.
+library {"max_new_tokens": 4096}
+/generate {"max_new_tokens": 4096}
+/v1/chat/completions {"max_tokens": 4096}
+/v1/responses {"max_output_tokens": 4096}
+
+library {"num_beams": 2, "max_new_tokens": 5}
+/generate {"num_beams": 2, "max_new_tokens": 5}
+/v1/chat/completions {"num_beams": 2, "max_tokens": 5}
+/v1/responses {"num_beams": 2, "max_output_tokens": 5}
+
+library {"temperature": 5, "top_p": 1, "seed": 9223372036854775807, "max_new_tokens": 5}
+/generate {"temperature": 5, "top_p": 1, "seed": 9223372036854775807, "max_new_tokens": 5}
+
+library {"temperature": 5, "top_p": 1, "seed": -7}
+/v1/chat/completions {"temperature": 5, "top_p": 1, "seed": -7}
+/v1/responses {"temperature": 5, "top_p": 1, "seed": -7}
+
+library {"stop": ["e"]}
+/v1/chat/completions {"stop": "e"}
+/v1/chat/completions {"stop": ["never", "e"]}
+/v1/responses {"stop": "e"}
+
+# Without an image, which a sampled answer would have.
+library {"temperature": 5, "seed": 1, "max_new_tokens": 99, "images": "never"}
+/v1/chat/completions {"temperature": 5, "seed": 1, "max_tokens": 99, "modalities": ["text"]}
+/v1/responses {"temperature": 5, "seed": 1, "max_output_tokens": 99, "tool_choice": "none"}
+
+# A text, an image, and a text behind it.
+library {"force_image": true, "max_new_tokens": 60}
+/generate {"force_boi": true, "max_new_tokens": 60, "seed": 0}
+/v1/chat/completions {"force_image": true, "max_tokens": 60}
+/v1/chat/completions {"modalities": ["image"], "max_tokens": 60}
+/v1/responses {"tool_choice": "required", "max_output_tokens": 60}
+/v1/responses {"tool_choice": {"type": "image_generation"}, "max_output_tokens": 60}
+
+library {"messages": [{"role": "system", "content": "Short!"}, {"role": "user", "content": "Hi"}]}
+/v1/responses {"instructions": "Short!", "input": "Hi"}
+"""
+LIBRARY_AND_ROUTES = []
+for name, fields in re.findall(r"^(\S+) (\{.*?\})$", FOLLOWED, re.MULTILINE | re.DOTALL):
+    if name == "library":
+        library = fields
+    else:
+        LIBRARY_AND_ROUTES.append((library, name, fields))
 
 
 def answered(client, route: str, fields) -> tuple[str, list]:
@@ -174,11 +177,8 @@ def answered(client, route: str, fields) -> tuple[str, list]:
     return text, [(item["codes"], item["result"]) for item in items if "result" in item]
 
 
-@pytest.mark.parametrize(
-    "library, sent", [(library, sent) for library in FOLLOWED for sent in FOLLOWED[library]]
-)
-def test_answers_follow(client, tiny, library, sent):
-    route, fields = sent.split(" ", 1)
+@pytest.mark.parametrize("library, route, fields", LIBRARY_AND_ROUTES)
+def test_answers_follow(client, tiny, library, route, fields):
     text, images = answered(client, route, json.loads(fields))
     expected = tiny.chat(**{"messages": ASK, "temperature": 0.0, **json.loads(library)})
     assert text.split() == expected.text.split()
@@ -405,7 +405,20 @@ REFUSED = r"""
 /generate {"text": "<image>", "images": ["bm8gaW1hZ2U="]} -> image 0
 /generate {"text": "<image>", "images": [[-1]]} -> images.0
 /generate {"text": "<image>", "images": [[100000000000000000000000000000]]} -> images.0
+/generate {"text": "USER: <image>?\nASSISTANT:", "images": [[]]} -> 32 codes
 /v1/images/tokens {"codes": [[1, 2]]} -> 32 codes
+/v1/chat/completions {"messages": [{"role": "user", "content":
+    [{"type": "image_url", "codes": [0, 1, 2]}, {"type": "text", "text": "What is it?"}]}]}
+    -> 32 codes
+/v1/responses {"input": [{"role": "user", "content":
+    [{"type": "image_url", "codes": [0, 1, 2]}, {"type": "text", "text": "What is it?"}]}]}
+    -> 32 codes
+/v1/responses {"input": [{"role": "user", "content": [{"type": "text", "codes": [0, 1]}]}]}
+    -> codes:
+/v1/chat/completions {"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}
+    -> text:
+/v1/chat/completions {"messages": [{"role": "user", "content":
+    [{"type": "text", "text": "<img><img_00001></img>?"}]}]} -> <img_00001>
 /v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]} -> image 0
 # What OpenAI's server would do otherwise.
 /v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]} -> tools
@@ -451,10 +464,6 @@ def test_unknown_fields_and_other_values_are_refused(client, route):
             assert name in refusal(post(client, route, **{**absent, name: "other"}))
 
 
-def part(**fields) -> dict:
-    return {"role": "user", "content": [fields]}
-
-
 URL = f"data:image/png;base64,{image_to_base64(noise(0))}"
 # Route, fields, what the refusal names.
 REQUESTS = {
@@ -464,12 +473,6 @@ REQUESTS = {
     "codes": (GENERATE, {"text": "<image>", "images": [[0] * 2000]}, "32 codes"),
     "codes of an image": (GENERATE, {"text": "<image>", "images": [[0] * 33]}, "32 codes"),
     "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
-    "no codes": (GENERATE, {"text": HI.replace("hi", "<image>?"), "images": [[]]}, "32 codes"),
-    "a broken image": (CHAT, {"messages": [user(CODES[:3], "What is it?")]}, "32 codes"),
-    "a code as text": (CHAT, {"messages": [user("<img><img_00001></img>?")]}, "<img_00001>"),
-    "text of an image": (CHAT, {"messages": [part(type="image", text="What?")]}, "text:"),
-    "codes of a text": (RESPONSES, {"input": [part(type="text", codes=CODES)]}, "codes:"),
-    "a broken input": (RESPONSES, {"input": [user(CODES[:3], "What is it?")]}, "32 codes"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
     "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "17 images"),
     "no image of an edit": (EDIT, {"image": [b"no image"]}, "image 0"),
@@ -484,7 +487,7 @@ REQUESTS = {
         "Message 0",
     ),
 }
-for route, sent, named in re.findall(r"^(/\S+) (.+)\s+-> (.+)$", REFUSED, re.MULTILINE):
+for route, sent, named in re.findall(r"^(/\S+) ([\s\S]+?)\s+-> (.+)$", REFUSED, re.MULTILINE):
     REQUESTS[f"{route} {sent}"] = (route, json.loads(sent), named)
 
 
