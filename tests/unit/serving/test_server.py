@@ -3,6 +3,8 @@ OpenAI's own client over a socket.
 """
 
 import io
+import json
+import resource
 import signal
 import sys
 import threading
@@ -33,6 +35,7 @@ from seed_multimodal.serving.app import create_app, listen, loading
 
 PROGRAM = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
 TOKEN = "a secret of nobody"
+JSON = {"Content-Type": "application/json"}
 BODY = {"messages": [user("hi")], "max_tokens": 4, "temperature": 0}
 
 
@@ -134,9 +137,8 @@ def test_half_sent_and_oversized_requests_do_not_block_others(tiny):
         yield from [b" " * 65_536] * count
         yield b"}"
 
-    headers = {"Content-Type": "application/json"}
     for count, status in ((3, 200), (20, 413)):
-        answer = requests.post(running.address, data=chunks(count), headers=headers, timeout=60)
+        answer = requests.post(running.address, data=chunks(count), headers=JSON, timeout=60)
         assert answer.status_code == status
     assert running.ask().status_code == 200
     for sock in sockets:
@@ -355,12 +357,35 @@ def test_listen_on_a_taken_port_and_for_other_machines():
     listen("0.0.0.0", 0, "secret").close()
 
 
+def program(folder) -> list[str]:
+    flags = f"--system {folder} --llm_device cpu --tokenizer_device cpu --port 0"
+    return [sys.executable, PROGRAM, *flags.split()]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_requests_for_which_memory_is_short_get_a_sentence(tiny_folder):
+    # The limit is the program's, not that of this process, which has other tests.
+    body = json.dumps({"text": HI, "images": [], "max_new_tokens": 4})
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    answers = []
+    with serving(program(tiny_folder)) as (address, process):
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+        short = (pages * resource.getpagesize() + (40 << 20), before[1])
+        for limits, size in ((short, 60 << 20), (before, 0)):
+            resource.prlimit(process.pid, resource.RLIMIT_AS, limits)
+            data = body.ljust(size)
+            answers.append(requests.post(address, data, headers=JSON, timeout=60))
+    assert [answer.status_code for answer in answers] == [503, 200]
+    assert "out of memory" in answers[0].json()["error"]
+
+
 @pytest.mark.process
 @pytest.mark.slow
 def test_program_reads_its_token_and_ends_by_sigterm_while_it_works(tiny_folder, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    flags = f"--system {tiny_folder} --llm_device cpu --tokenizer_device cpu --port 0"
-    command = [sys.executable, PROGRAM, *flags.split(), "--token-file", str(tmp_path / "token")]
+    command = [*program(tiny_folder), "--token-file", str(tmp_path / "token")]
     body = {"text": HI, "images": [], "max_new_tokens": 2048, "num_beams": 8}
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with serving(command) as (address, process), ThreadPoolExecutor(1) as pool:
