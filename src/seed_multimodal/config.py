@@ -59,9 +59,11 @@ def load_yaml(path: str | Path) -> DictConfig:
     return resolve(read_yaml(file), file)
 
 
-def read_table(module: str) -> Any:
-    """The content of the YAML file next to a module, with its name: data of this package."""
-    return yaml.safe_load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"))
+def read_table(file: str | Path) -> Any:
+    """The content of a YAML file of this package or of a family, or of that next to a module."""
+    text = Path(file).with_suffix(".yaml").read_text(encoding="utf-8")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # that of C is ten times as fast
+    return yaml.load(text, Loader=loader)
 
 
 def resolve(config: DictConfig, file: Path) -> DictConfig:

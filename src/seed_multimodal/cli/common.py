@@ -20,6 +20,7 @@ from argparse import (
     ArgumentParser,
     Namespace,
     RawDescriptionHelpFormatter,
+    _ActionsContainer,
     _SubParsersAction,
 )
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 from PIL import Image
 
 from seed_multimodal import entry
-from seed_multimodal.config import project_root
+from seed_multimodal.config import project_root, read_table
 from seed_multimodal.disk import file_stem, writable_folder, writing
 from seed_multimodal.entry import bounded_int, log_line
 from seed_multimodal.errors import (
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 Options = dict[str, Any]  # keyword arguments of a system's methods
 Result = TypeVar("Result")
 
+FLAGS: dict[str, dict[str, Options]] = read_table(Path(__file__).with_name("flags.yaml"))
+NUMBERS = {"int": int, "float": float}  # types in that file
 STDOUT = ("-", "/dev/stdout")  # values of `--out`
 N_CHECKED = 16  # images that are opened before a model loads
 RATIO_MODES = ("restore", "keep", "square")  # `images.views.Ratio`
@@ -156,25 +159,23 @@ def add_common(
     # Its models.
     if language:
         entry.add_language_model(parser)
-        parser.add_argument(
-            "--offload",
-            action="store_true",
-            help="keep models on the device only while they work: less memory, slower",
-        )
+        add_flags(parser, "offload")
         entry.add_engine(parser)
     if generation:
-        parser.add_argument("--max-new-tokens", type=int)
-        parser.add_argument("--temperature", type=float, help="0: greedy")
-        parser.add_argument("--top-p", type=float, help="0: greedy")
-        parser.add_argument("--num-beams", type=int)
+        add_flags(parser, "generation")
     if drawing:
-        parser.add_argument(
-            "--steps", dest="num_inference_steps", type=int, metavar="N", help="denoising steps"
-        )
-        parser.add_argument("--guidance-scale", type=float, help="of the de-tokenizer")
-        parser.add_argument(
-            "--preset", choices=("original", "fast"), help="scheduler of image generation"
-        )
+        add_flags(parser, "drawing")
+
+
+def add_flags(parser: _ActionsContainer, table: str) -> None:
+    """The flags of a table in `flags.yaml`."""
+    for names, row in FLAGS[table].items():
+        options = dict(row)
+        if "minimum" in options:
+            options["type"] = bounded_int(options.pop("minimum"))
+        elif "type" in options:
+            options["type"] = NUMBERS[options["type"]]
+        parser.add_argument(*names.split(), **options)
 
 
 def add_settings(parser: ArgumentParser, kind: Dataclass, separator: str = "-") -> None:
@@ -230,8 +231,7 @@ def add_size(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ratio", choices=_ratios(), help="LaVIT: width to height of the drawing (default: 1:1)"
     )
-    parser.add_argument("--height", type=bounded_int(8), help="of the drawing, in pixels")
-    parser.add_argument("--width", type=bounded_int(8))
+    add_flags(parser, "size")
 
 
 def add_condition_flags(parser: ArgumentParser) -> None:

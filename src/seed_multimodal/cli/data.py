@@ -12,8 +12,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from seed_multimodal.cli.common import add_json, emit, program_parser, set_flags
-from seed_multimodal.entry import DONE, SOME_FAILED, add_device, bounded_int, log_line, run_program
+from seed_multimodal.cli.common import add_flags, add_json, emit, program_parser, set_flags
+from seed_multimodal.entry import DONE, SOME_FAILED, add_device, log_line, run_program
 from seed_multimodal.errors import ConfigError, pluralize
 from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
 
@@ -102,32 +102,12 @@ def add_commands(parser: ArgumentParser) -> None:
     checker = commands.add_parser(
         "check", help="read a run's data as training does, before training"
     )
-    checker.add_argument(
-        "files",
-        nargs="+",
-        metavar="RUN.yaml | FILES",
-        help="the YAML of a run or its data; or tar, "
-        "jsonl, json, parquet, patterns, folders with --decoder and --tokenizer",
-    )
-    checker.add_argument(
-        "--records", type=bounded_int(1), default=1000, help="of each source (default: 1000)"
-    )
-    checker.add_argument(
-        "--tokenizer", metavar="DIR", help="the language model's (default: the run's)"
-    )
-    checker.add_argument("--decoder", help="of the files, as sft.qa or seed_x.chat")
+    add_flags(checker, "data check")
     checker.add_argument(
         "--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it"
     )
     checker.add_argument(
-        "--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format"
-    )
-    checker.add_argument(
         "--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE"
-    )
-    checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
-    checker.add_argument(
-        "--length", type=bounded_int(2), default=2048, help="tokens of a row (default: 2048)"
     )
     checker.set_defaults(work=check)
 
@@ -135,23 +115,14 @@ def add_commands(parser: ArgumentParser) -> None:
     converter = commands.add_parser(
         "convert", help="pickled shards of the original → json shards, safely"
     )
-    converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
-    converter.add_argument("--out", required=True, metavar="DIR")
-    converter.add_argument(
-        "--workers", type=bounded_int(1), default=1, help="processes (default: 1)"
-    )
+    add_flags(converter, "data convert")
     converter.set_defaults(work=convert)
 
     # index
     indexer = commands.add_parser(
         "index", help="write the indexes of shards and .jsonl files in advance"
     )
-    indexer.add_argument(
-        "files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs"
-    )
-    indexer.add_argument(
-        "--procs", type=bounded_int(1), default=1, metavar="N", help="processes (default: 1)"
-    )
+    add_flags(indexer, "data index")
     indexer.set_defaults(work=index)
     for command in (checker, converter, indexer):
         add_json(command)
@@ -185,40 +156,8 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
     parser = program_parser(program, description)
     # The original's.
     transform = parser.add_mutually_exclusive_group()
-    transform.add_argument(
-        "--image_processor",
-        dest="image_transform",
-        metavar="YAML",
-        help="images as a processor of transformers makes them",
-    )
-    transform.add_argument(
-        "--image_transform", metavar="YAML", help="default: squash to the tokenizer's size"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="YAML", required=True, help="or a folder of seed export-tokenizer"
-    )
-    parser.add_argument(
-        "--data",
-        metavar="YAML | FILES",
-        required=True,
-        help="the input: its description, or a folder, tar, list or table",
-    )
-    parser.add_argument("--save_dir", required=True)
-    parser.add_argument(
-        "--gpus",
-        type=bounded_int(1),
-        help="processes, one per GPU (default: at most 4; on a CPU 1)",
-    )
-    parser.add_argument(
-        "--batch_size", type=int, help="images encoded at once (default: 256, on a CPU 32)"
-    )
-    parser.add_argument(
-        "--num_workers",
-        dest="workers",
-        type=int,
-        default=4,
-        help="decode workers of each process (default: 4)",
-    )
+    add_flags(transform, "extraction transform")
+    add_flags(parser, "extraction")
     # Ours.
     parser.add_argument(
         "--shard",
@@ -227,28 +166,12 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
         metavar="I/N",
         help="begin with every N-th shard from I on; all take shards that no other run has begun",
     )
-    parser.add_argument(
-        "--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what"
-    )
-    parser.add_argument(
-        "--views",
-        type=int,
-        default=1,
-        help="of each image (caption, qa, chat), the others augmented",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the augmented views")
     add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
     parser.add_argument(
         "--compile",
         action=BooleanOptionalAction,
         default=False,
         help="the encoder: minutes before the first image",
-    )
-    parser.add_argument(
-        "--block", type=int, default=10_000, help="records of a shard where no tar is read"
-    )
-    parser.add_argument(
-        "--max_bad", type=int, default=20, help="broken samples in a row that end the run"
     )
     return parser
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from seed_multimodal.cli.common import add_json, emit
+from seed_multimodal.cli.common import add_flags, add_json, emit
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
-from seed_multimodal.entry import DONE, bounded_int
+from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import families
 from seed_multimodal.weights.find import locate_system
@@ -42,7 +43,7 @@ def templates() -> dict[str, JsonObject]:
     for spec in families():
         if spec.starts is None:
             continue
-        starts = yaml.safe_load(spec.starts.read_text(encoding="utf-8"))
+        starts = read_table(spec.starts)
         for kind in starts.keys() & kinds:
             raise ConfigError(f"{spec.starts}: another family has the start {kind!r}, too.")
         kinds |= starts
@@ -52,29 +53,9 @@ def templates() -> dict[str, JsonObject]:
 def add_command(commands: Commands) -> None:
     """The command with its flags."""
     command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
-    command.add_argument("out", metavar="OUT", help="folder to make")
+    add_flags(command, "init")
     command.add_argument("--like", choices=templates(), help="a small model of this kind")
-    command.add_argument(
-        "--size",
-        choices=("full", "tiny"),
-        help="tiny: with small random parts; default: tiny with --like",
-    )
     # A SEED on other parts.
-    command.add_argument("--llm", metavar="FOLDER|ID", help="language model of transformers")
-    command.add_argument("--encoder", metavar="FOLDER|ID", help="vision encoder of transformers")
-    command.add_argument(
-        "--data", metavar="FOLDER|TAR|LIST", help="images with captions (default: named in README)"
-    )
-    command.add_argument("--chats", metavar="FILE", help="conversations about images (likewise)")
-    command.add_argument(
-        "--decoder", choices=("flow", "unclip"), default="flow", help="default: %(default)s"
-    )
-    command.add_argument(
-        "--codes", type=bounded_int(1), default=32, help="of an image (default: %(default)s)"
-    )
-    command.add_argument(
-        "--codebook", type=bounded_int(2), default=8192, help="codes in all (default: %(default)s)"
-    )
     adapter = command.add_mutually_exclusive_group()
     for name, text in (("lora", "default"), ("qlora", "on a base in 4 bits")):
         adapter.add_argument(

@@ -26,6 +26,7 @@ from seed_multimodal.cli import chat, data, evaluate, images, init, tools, weigh
 from seed_multimodal.cli.common import (
     add_common,
     add_condition_flags,
+    add_flags,
     add_json,
     add_size,
     program_parser,
@@ -68,17 +69,11 @@ def _add_image_commands(commands: Commands) -> None:
     # Images → codes.
     tokenize = _command(commands, images.tokenize, "images")
     add_common(tokenize, batch_size=32)
-    tokenize.add_argument(
-        "--out", help="also write the codes to this file (-: standard output), a JSON object a line"
-    )
+    add_flags(tokenize, "tokenize")
     # Images or codes → images.
     reconstruct = _command(commands, images.reconstruct)
     add_common(reconstruct, batch_size=8, out="outputs", drawing=True)
-    reconstruct.add_argument("images", nargs="*", metavar="IMAGE")
-    reconstruct.add_argument("--codes-file", help="draw the codes that `seed tokenize --out` wrote")
-    reconstruct.add_argument(
-        "--condition", metavar="IMAGE", help="SEED-X: what the drawing may take over"
-    )
+    add_flags(reconstruct, "reconstruct")
     _add_codes(reconstruct)
     add_condition_flags(reconstruct)
 
@@ -88,36 +83,28 @@ def _add_language_commands(commands: Commands) -> None:
     # Understanding of images.
     describe = _command(commands, images.describe, "images")
     _add_generation(describe)
-    describe.add_argument("--prompt", help="ask for the description in other words")
+    add_flags(describe, "describe")
     ask = _command(commands, images.ask, "images")
     _add_generation(ask)
     ask.add_argument("question")
     detect = _command(commands, images.detect, "images")
     _add_generation(detect, out="outputs")
-    detect.add_argument("phrase", help="such as: the red car (SEED-X)")
+    add_flags(detect, "detect")
     # Generation of images.
     draw = _command(commands, images.draw, "texts")
     _add_generation(draw, out="outputs", drawing=True)
     _add_codes(draw)
-    _add_num_images(draw)
+    add_flags(draw, "number of images")
     add_size(draw)
     edit = _command(commands, images.edit, "images")
     _add_generation(edit, out="outputs", drawing=True)
     edit.add_argument("instruction")
-    _add_num_images(edit)
+    add_flags(edit, "number of images")
     add_condition_flags(edit)
     # Both, in a conversation.
     conversation = _command(commands, chat.chat)
     _add_generation(conversation, out="outputs/chat", drawing=True, batch_size=0)
-    conversation.add_argument(
-        "--message", action="append", help="send this and stop; repeat for more turns"
-    )
-    conversation.add_argument(
-        "--force-image", action="store_true", help="every answer holds an image"
-    )
-    conversation.add_argument(
-        "--image", action="append", default=[], help="shown with the first message"
-    )
+    add_flags(conversation, "chat")
 
 
 def _add_generation(
@@ -137,18 +124,6 @@ def _add_codes(parser: ArgumentParser) -> None:
         metavar="N,N,…",
         help="progressive drawing: the image after the first "
         "N codes; several numbers (4,8,16,32): one image each, and a sheet of them",
-    )
-
-
-def _add_num_images(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "-n",
-        "--num-images",
-        type=bounded_int(1),
-        default=1,
-        metavar="N",
-        help="images of each "
-        "request, with seeds one after another; from the second on the codes are sampled",
     )
 
 

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.cli.common import add_json, cat_image, emit
+from seed_multimodal.cli.common import add_flags, add_json, cat_image, emit
 from seed_multimodal.disk import output_folder, read_json_object, writing
 from seed_multimodal.entry import DONE, SOME_FAILED
 from seed_multimodal.errors import ConfigError
@@ -21,17 +21,10 @@ def add_commands(commands: Commands) -> None:
     """The commands with their flags."""
     # convert and plot
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
-    converter.add_argument("source")
-    converter.add_argument("target", nargs="?", help="default: the same name with .safetensors")
-    converter.add_argument("--force", action="store_true", help="write over an existing file")
+    add_flags(converter, "convert")
     converter.set_defaults(work=convert)
     plotter = commands.add_parser("plot", help="curves of training runs, over each other")
-    plotter.add_argument(
-        "runs", nargs="+", help="output folders of training runs, or their NAME.log.jsonl"
-    )
-    plotter.add_argument(
-        "--out", default="curves.png", help="figure: .png, .pdf or .svg (default: %(default)s)"
-    )
+    add_flags(plotter, "plot")
     plotter.set_defaults(work=plot)
 
     # export-tokenizer and export-gguf
@@ -40,22 +33,15 @@ def add_commands(commands: Commands) -> None:
     gguf = commands.add_parser(
         "export-gguf", help="SEED-LLaMA's language model → a file for --engine llama.cpp"
     )
-    gguf.add_argument(
-        "--quant", choices=("q4_k_m", "q8_0", "f16"), default="q4_k_m", help="default: %(default)s"
-    )
-    gguf.add_argument("--out", metavar="FILE", help="default: in the language model's folder")
+    add_flags(gguf, "export-gguf")
     gguf.set_defaults(work=export_llm)
     checker = commands.add_parser(
         "check-llm", help="whether vLLM or SGLang can read SEED-LLaMA's language model"
     )
-    checker.add_argument(
-        "--tokenizer-out", metavar="DIR", help="write a tokenizer that servers read there"
-    )
+    add_flags(checker, "check-llm")
     checker.set_defaults(work=check_language_model)
     for command in (gguf, checker):
-        command.add_argument(
-            "--model", default="nano", help="a SEED-LLaMA by name or folder (default: %(default)s)"
-        )
+        add_flags(command, "SEED-LLaMA")
     for command in (converter, plotter, exporter, gguf, checker):
         add_json(command)
 
@@ -68,13 +54,7 @@ def add_commands(commands: Commands) -> None:
         command = kinds.add_parser(spec.name.replace("_", "-"), help=f"of {', '.join(parts)}")
         for key, part in parts.items():
             command.add_argument(f"--{key}", metavar="DIR", required=part.required, help=part.flag)
-        command.add_argument(
-            "--settings", help="JSON file with keys of system.json (generation, tasks …)"
-        )
-        command.add_argument("--out", required=True, help="folder to make")
-        command.add_argument(
-            "--force", action="store_true", help="replace that folder if it is not empty"
-        )
+        add_flags(command, "assemble")
         add_json(command)
         command.set_defaults(work=assemble, kind=spec.name)
 
@@ -84,32 +64,8 @@ def _add_export(parser: ArgumentParser) -> None:
     stages = parser.add_mutually_exclusive_group(required=True)
     for flag, exported in tokenizer_exports().items():
         stages.add_argument(f"--{flag}", metavar="CKPT", help=exported.help)
-    parser.add_argument(
-        "--stage1", metavar="CKPT", help="not needed if stage 2 trained the Q-Former too"
-    )
-    parser.add_argument(
-        "--vision", metavar="CKPT", help="vision encoder, unless a stage trained it"
-    )
-    parser.add_argument(
-        "--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained"
-    )
-    parser.add_argument(
-        "--config", metavar="JSON", help="sizes (default: next to the checkpoint, else original)"
-    )
+    add_flags(parser, "export-tokenizer")
     # The folder, and what else it holds.
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument(
-        "--released", action="store_true", help="also write the original file layout"
-    )
-    parser.add_argument(
-        "--image", help="to compare with the training modules (default: images/cat.jpg)"
-    )
-    parser.add_argument(
-        "--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here"
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="replace the folder if it is not empty"
-    )
     parser.set_defaults(work=export)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seed_multimodal import entry
-from seed_multimodal.cli.common import add_json, cat_image, emit, load_system
+from seed_multimodal.cli.common import add_flags, add_json, cat_image, emit, load_system
 from seed_multimodal.disk import (
     JsonObject,
     read_json_object,
@@ -47,35 +47,14 @@ def add_commands(commands: Commands) -> None:
         help="try this source first: unclip=owner/name (a hub repository, or owner/name/folder), "
         f"eva_vit_g.pth=URL; also from the environment, {MIRRORS}='PART=SOURCE …'",
     )
-    fetcher.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder in which pretrained/ is filled (default: here, or the repository)",
-    )
-    fetcher.add_argument(
-        "--force", action="store_true", help="replace files that differ from the server's"
-    )
+    add_flags(fetcher, "fetch")
     add_json(fetcher)
     fetcher.set_defaults(work=fetch)
 
     verifier = commands.add_parser("verify", help=verify.__doc__, description=verify.__doc__)
-    verifier.add_argument(
-        "model",
-        nargs="?",
-        default="nano",
-        help="as --model of other commands (default: %(default)s)",
-    )
-    verifier.add_argument(
-        "--reference",
-        metavar="FILE",
-        help="verify.json of another run (default: that in the model's folder)",
-    )
-    verifier.add_argument("--out", metavar="DIR", help="write verify.md and verify.json there")
+    add_flags(verifier, "verify")
     entry.add_device(verifier)
     entry.add_language_model(verifier)
-    verifier.add_argument(
-        "--offload", action="store_true", help="keep models on the device only while they work"
-    )
     add_json(verifier)
     verifier.set_defaults(work=verify)
 

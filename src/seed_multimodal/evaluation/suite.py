@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
@@ -80,7 +79,7 @@ class SuiteSettings(RunSettings):
 
 def read_suite() -> list[SuiteRow]:
     """The rows of the table. Raises ConfigError: a row of another form."""
-    return check_value(list[SuiteRow], yaml.safe_load(ROWS.read_text()), str(ROWS))
+    return check_value(list[SuiteRow], read_table(ROWS), str(ROWS))
 
 
 def commands() -> dict[str, str]:

@@ -21,9 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
-
-from seed_multimodal.config import load_yaml
+from seed_multimodal.config import load_yaml, read_table
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.plugins import import_entry, registered
@@ -152,7 +150,7 @@ class FamilySpec:
         """The family of a folder with `family.yaml` (the other fields), `starts.yaml` and
         `cards.yaml`."""
         file = folder / "family.yaml"
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = read_table(file)
         values["config"] = config
         values["starts"] = folder / "starts.yaml"
         values["cards"] = PageCards.read(folder / "cards.yaml")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 # A host with or without its port; neither blanks nor a user's name, which no browser sends.
 ADDRESS = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+?)\.?(:\d*)?")
@@ -24,16 +24,18 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def problem(bound_host: str, host: str, origin: str, origins: Collection[str] = ()) -> str:
+def problem(bound_host: str, headers: Mapping[str, str], origins: Collection[str] = ()) -> str:
     """Why a request is refused, as a sentence; "" for one that is answered.
 
     bound_host: on which the program listens. Where other machines reach it nothing is refused, as
         its names are not known.
-    host, origin: the request's headers, "" where it has none, as programs that are no browsers.
+    headers: of the request; programs that are no browsers have no `Origin`.
     origins: of further web pages that are allowed, as browsers send them; "*": any.
     """
     if not is_loopback(bound_host) or "*" in origins:
         return ""
+    host = headers.get("Host", "")
+    origin = headers.get("Origin", "")
     allowed = [item.lower() for item in origins]
     if origin and origin.lower() not in allowed and not is_loopback(_host_of(origin)):
         return f"The web page {origin!r:.99} is not allowed; allow its origin by --allow-origin."

@@ -18,6 +18,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder, is_in_or_equal
 from gradio_client.utils import is_file_obj, traverse
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import ModelCard
@@ -109,15 +110,13 @@ class Page(gr.Blocks):
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         super().validate_inputs(block_fn, inputs)
-        traverse(inputs, refuse_file, is_foreign_file)
+        traverse(inputs, check_upload, is_file_obj)
 
 
-def is_foreign_file(value: Any) -> bool:
-    return is_file_obj(value) and not is_in_or_equal(value["path"], get_upload_folder())
-
-
-def refuse_file(file: Any) -> None:
-    raise gr.Error("This file was not uploaded here.", print_exception=False)
+def check_upload(file: JsonObject) -> None:
+    """Raise Gradio's error: a file of the machine, or an address."""
+    if not is_in_or_equal(file["path"], get_upload_folder()):
+        raise gr.Error("This file was not uploaded here.", print_exception=False)
 
 
 # ---- the page
@@ -438,8 +437,7 @@ def launch(
 
     async def check_request(request: fastapi.Request) -> None:
         """Refuse other hosts and web pages, and downloads, which Gradio makes for visitors."""
-        headers = request.headers
-        sentence = problem(server_name, headers.get("host", ""), headers.get("origin", ""), origins)
+        sentence = problem(server_name, request.headers, origins)
         if "://" in request.url.path:
             sentence = "The page downloads nothing."
         if sentence:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
-import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -29,6 +28,7 @@ from pydantic import (
 from pydantic.json_schema import models_json_schema
 
 from seed_multimodal import __version__
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import RequestError
@@ -58,7 +58,7 @@ StreamOption = Literal["include_usage", "include_obfuscation"]
 MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes of an image
 
 # Group → field → its values that change nothing, or "any"; and advice about a refused field.
-IGNORED = yaml.safe_load(Path(__file__).with_name("fields.yaml").read_text(encoding="utf-8"))
+IGNORED = read_table(Path(__file__).with_name("fields.yaml"))
 ADVICE = IGNORED.pop("advice")
 
 # An image in a text. Its parts are bounded: no text takes long.
@@ -92,9 +92,8 @@ class Fields(BaseModel):
     @classmethod
     def ignored(cls, table: JsonObject = IGNORED) -> dict[str, Any]:
         """Field → its values that change nothing, or "any"; or its advice, of the other `table`."""
-        fields = {name: value for group in cls.groups for name, value in table[group].items()}
-        read = [name for name in cls.model_fields if fields.get(name) == "any"]
-        return {name: value for name, value in fields.items() if name not in read}
+        rows = [row for group in cls.groups for row in table[group].items()]
+        return {name: value for name, value in rows if name not in cls.model_fields or value != "any"}
 
     @classmethod
     def names(cls) -> list[list[str]]:

@@ -21,9 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from seed_multimodal import plugins
+from seed_multimodal.config import read_table
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 
@@ -117,7 +116,7 @@ def catalogue() -> Catalogue:
     """
     entries = Catalogue({}, {})
     for file in _files():
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_table(file)
         parts = {
             name: read_settings(Part, {"name": name, **values}, f"{file}: {name}")
             for name, values in content["parts"].items()

@@ -43,8 +43,9 @@ localhost               https://seed.example:8443       https://seed.example    
 @pytest.mark.parametrize("row", TABLE.split("\n")[1:-1])
 def test_requests_on_loopback(row):
     host, origin, allowed, action = (word.removeprefix("-") for word in row.split())
+    headers = {"Host": host, "Origin": origin}
     for bound in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
-        sentence = problem(bound, host, origin, [allowed])
+        sentence = problem(bound, headers, [allowed])
         assert sentence.endswith(".") if action == "refused" else sentence == ""
     # Where other machines reach the program, its names are not known.
-    assert problem("0.0.0.0", host, origin) == problem("192.168.0.7", host, origin) == ""
+    assert problem("0.0.0.0", headers) == problem("192.168.0.7", headers) == ""

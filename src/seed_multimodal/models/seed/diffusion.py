@@ -165,9 +165,10 @@ class UnclipDetokenizer(Detokenizer[UnclipSettings]):
         width = embeds.shape[1]
         noise = seeded_noise(generators, (width,), embeds.dtype).to(self.device)
         levels = embeds.new_full((len(embeds),), level, dtype=torch.long)
-        normalizer = self.image_normalizer.to(self.device)
-        noisy = self.image_noising_scheduler.add_noise(normalizer.scale(embeds), noise, levels)
-        noisy = normalizer.unscale(noisy)
+        mean = self.image_normalizer.mean.to(self.device)
+        std = self.image_normalizer.std.to(self.device)
+        noisy = self.image_noising_scheduler.add_noise((embeds - mean) / std, noise, levels)
+        noisy = noisy * std + mean
 
         # 2. The level, as a time step.
         sinusoid = get_timestep_embedding(
