@@ -102,11 +102,7 @@ def read_yaml(file: Path) -> DictConfig:
     return config
 
 
-def instantiate(
-    config: Mapping[str, object] | str | Path,
-    /,
-    **overrides: object,
-) -> Any:
+def instantiate(config: Mapping[str, object] | str | Path, /, **overrides: object) -> Any:
     """Call the `_target_` of a configuration with its keys, nested nodes first.
 
     config: a node, or a YAML file.

@@ -17,13 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from seed_multimodal.errors import (
-    CheckpointError,
-    ConfigError,
-    ReadError,
-    SeedError,
-    first_line,
-)
+from seed_multimodal.errors import CheckpointError, ConfigError, ReadError, SeedError, first_line
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]  # an object of a JSON file, a state, or a record

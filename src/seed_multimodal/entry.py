@@ -187,21 +187,16 @@ def add_debug(parser: ArgumentParser) -> None:
 
 
 def add_device(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
-    """`--device`, and `--dtype` as of `add_dtype`."""
+    """`--device`, and `--dtype` with its default; `meaning` explains the default in the help."""
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
-    add_dtype(parser, dtype, meaning)
-
-
-def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
-    """`--dtype` with its default; `meaning` explains the default in the help."""
     parser.add_argument(
         "--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})"
     )
 
 
-def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> None:
+def add_language_model(parser: _ActionsContainer) -> None:
     """`--quantization`, `--compile`, `--kv-cache` and `--max-running`, for programs that load a
     language model."""
     parser.add_argument(
@@ -223,34 +218,14 @@ def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> N
         metavar="GIB",
         help="memory for keys and values (default: half of the GPU's free memory, 4 GiB on a CPU)",
     )
-    if max_running:
-        parser.add_argument(
-            "--max-running",
-            dest="max_running",
-            type=bounded_int(1),
-            default=MAX_RUNNING,
-            metavar="ROWS",
-            help="rows of that cache: sequences at once, fewer if it is too small "
-            "(default: %(default)s)",
-        )
-
-
-def add_engine(parser: _ActionsContainer) -> None:
-    """`--engine`, `--url` and `--gguf`, for programs that load a system."""
     parser.add_argument(
-        "--engine",
-        choices=("torch", "llama.cpp", "openai"),
-        default="torch",
-        help="what computes the language model; llama.cpp: SEED-LLaMA's (default: torch)",
-    )
-    parser.add_argument(
-        "--url", help="of --engine openai: the completion server, such as http://127.0.0.1:8000"
-    )
-    parser.add_argument(
-        "--gguf",
-        metavar="FILE",
-        help="of --engine llama.cpp: what seed export-gguf wrote (default: "
-        "the only *.gguf in the language model's folder)",
+        "--max-running",
+        dest="max_running",
+        type=bounded_int(1),
+        default=MAX_RUNNING,
+        metavar="ROWS",
+        help="rows of that cache: sequences at once, fewer if it is too small "
+        "(default: %(default)s)",
     )
 
 

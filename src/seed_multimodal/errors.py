@@ -58,10 +58,7 @@ _CONTENTS = (
     (rb".{0,1000}<svg", "an SVG drawing; export it as PNG"),
     (rb"%PDF", "a PDF document; export its page as PNG"),
     (rb"%!PS", "a PostScript drawing; export it as PNG"),
-    (
-        rb"\xff\x0a|\0{3}\x0cJXL ",
-        "a JPEG XL image; convert it to PNG",
-    ),
+    (rb"\xff\x0a|\0{3}\x0cJXL ", "a JPEG XL image; convert it to PNG"),
     (
         rb".{4}ftyp(hei|hev|mif1|msf1)",
         "a HEIC image; convert it to JPEG, or pip install pillow-heif",

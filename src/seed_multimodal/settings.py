@@ -37,13 +37,7 @@ from typing import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from seed_multimodal.disk import (
-    JsonObject,
-    folder_lock,
-    read_json_object,
-    replace_text,
-    writing,
-)
+from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:

@@ -160,16 +160,18 @@ def add_common(
     if language:
         entry.add_language_model(parser)
         add_flags(parser, "offload")
-        entry.add_engine(parser)
+        add_flags(parser, "engine")
     if generation:
         add_flags(parser, "generation")
     if drawing:
         add_flags(parser, "drawing")
 
 
-def add_flags(parser: _ActionsContainer, table: str) -> None:
-    """The flags of a table in `flags.yaml`."""
+def add_flags(parser: _ActionsContainer, table: str, chosen: Sequence[str] | None = None) -> None:
+    """The flags of a table in `flags.yaml`, or the chosen ones of them."""
     for names, row in FLAGS[table].items():
+        if chosen is not None and names not in chosen:
+            continue
         options = dict(row)
         if "minimum" in options:
             options["type"] = bounded_int(options.pop("minimum"))

@@ -182,8 +182,7 @@ def write_bpe_tokenizer(
     # 2. Its files.
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            special_tokens=[(bos, tokenizer.token_to_id(bos))],
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -158,11 +158,7 @@ class _Model(nn.Module):
     def _load(self, config: LavitConfig, device_id: int | None, dtype: str, **options: Any) -> None:
         """Load the language model and the image tokenizer; options of `Lavit.from_pretrained`."""
         self.system = Lavit.from_pretrained(
-            config,
-            device=original_device(device_id),
-            dtype=dtype,
-            log=None,
-            **options,
+            config, device=original_device(device_id), dtype=dtype, log=None, **options
         )
         self.images = self.system.family.images
         self.llama_model = self.system.llm

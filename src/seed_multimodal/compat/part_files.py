@@ -199,10 +199,7 @@ def without_stray_key(values: Mapping[str, Any]) -> JsonObject:
 
 
 def config_of_files(
-    files: Mapping[str, str | Path],
-    *,
-    tuned: bool = True,
-    sdxl: str | Path = SDXL,
+    files: Mapping[str, str | Path], *, tuned: bool = True, sdxl: str | Path = SDXL
 ) -> SeedXConfig:
     """The system that YAML files describe.
 

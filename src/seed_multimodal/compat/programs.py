@@ -19,7 +19,7 @@ from PIL import Image
 from seed_multimodal.cli import common
 from seed_multimodal.config import project_root, read_table
 from seed_multimodal.disk import text_stem
-from seed_multimodal.entry import DONE, bounded_int, run_program
+from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_value
 from seed_multimodal.weights.find import locate
@@ -33,25 +33,6 @@ ORIGINAL = "original"  # the default of --model: the model that the YAML files d
 PARTS = "parts"  # the positional argument of images and texts
 # For SEED-X's images, which belong into demo_images/.
 REPLACEMENT_IMAGE = "fox_and_snowman.png"
-FLAGS: dict[str, Any] = {
-    "--device_2": {"help": "where images are encoded and drawn (default: --device)"},
-    "--condition": {"help": "default: the original's for its image, else the image itself"},
-    "--embeddings": {"type": bounded_int(1), "help": "draw from means of so many (default: all)"},
-    "--diffusion_model_path": {"help": "SDXL base 1.0 (default: in pretrained/)"},
-    "--pixel_decoding": {
-        "choices": ("highres", "lowres"),
-        "help": "of the original (default: highres)",
-    },
-    "--check_safety": {"action": "store_true", "help": "flagged drawings become black"},
-    "--guidance_scale_for_llm": {
-        "dest": "guidance",
-        "type": float,
-        "help": "default: 4, with an image 5",
-    },
-    "--top_k": {"type": bounded_int(0), "help": "codes to draw from (default: 50)"},
-    "--num_return_images": {"type": bounded_int(1), "default": 1, "help": "of each text"},
-}
-
 # Values of flags that a program does not have.
 NO_FLAGS = {
     **dict.fromkeys(
@@ -94,7 +75,7 @@ class Program:
     find: the function of `SYSTEMS` for the original system, from the flags and whether it needs a
         language model.
     options: of `common.add_common`.
-    flags: of `FLAGS`. add_flags: of `FURTHER_FLAGS`, which adds more.
+    flags: of `cli/flags.yaml`. add_flags: of `FURTHER_FLAGS`, which adds more.
     defaults: of flags, and what `find` reads.
     files: part → the original's YAML file.
     alternatives: an image or a text of the user replaces all requests but that of the flag, or the
@@ -136,8 +117,7 @@ def run_original(file: str, description: str | None, argv: Sequence[str] | None 
             parser.add_argument(f"--{request.flag}", nargs="+", action="extend", help=text)
     if any(request.image and request.flag != PARTS for request in program.requests):
         parser.add_argument("--image", nargs="+", action="extend", help="default: the original's")
-    for flag in program.flags:
-        parser.add_argument(flag, **FLAGS[flag])
+    common.add_flags(parser, "original programs", program.flags)
     if program.add_flags:
         FURTHER_FLAGS[program.add_flags](parser)
 

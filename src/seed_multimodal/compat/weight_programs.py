@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from seed_multimodal.cli.common import program_parser
+from seed_multimodal.cli.common import add_flags, program_parser
 from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line, run_program
@@ -25,32 +25,8 @@ if TYPE_CHECKING:
 def merge_script(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
     """`merge_lora_weights.py`: base and adapter → a LLaMA folder; of a tuned SEED-X folders `llm`
     and `agent`."""
-    # What is merged.
     parser = program_parser(program, description)
-    parser.add_argument(
-        "--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's"
-    )
-    parser.add_argument(
-        "--tokenizer_cfg", help="YAML of the tokenizer, or a run's; its files are saved, too"
-    )
-    parser.add_argument("--base_model", help="folder of the base model, instead of the YAML's")
-    parser.add_argument(
-        "--lora_model",
-        required=True,
-        help="adapter, whole trained model, or zero_to_fp32.py output",
-    )
-    parser.add_argument(
-        "--agent_cfg", help="YAML of SEED-X's agent (default: agent.json, else the original sizes)"
-    )
-    # The result.
-    parser.add_argument("--save_path", required=True, help="new folder for the merged model")
-    parser.add_argument(
-        "--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32"
-    )
-    parser.add_argument(
-        "--max_shard_size", default="5GB", help="largest weights file (default: 5GB)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
+    add_flags(parser, "merge_lora_weights.py")
     return run_program(parser, _merge, arguments)
 
 
@@ -139,13 +115,7 @@ def reload_script(argv: Sequence[str] | None = None) -> int:
         prog="reload_qwen_vit.py",
         description="The vision encoder of Qwen-VL-Chat as a file of its own.",
     )
-    parser.add_argument(
-        "--source", default="pretrained/Qwen-VL-Chat", help="folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", default="pretrained/QwenViT/qwen_vit_G.pt", help="default: %(default)s"
-    )
-    parser.add_argument("--force", action="store_true", help="write over an existing file")
+    add_flags(parser, "reload_qwen_vit.py")
     return run_program(parser, _reload, argv)
 
 

@@ -13,16 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    NamedTuple,
-    Self,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -51,12 +42,7 @@ from seed_multimodal.diffusion.networks import (
 )
 from seed_multimodal.diffusion.objectives import flow_shift, is_flow
 from seed_multimodal.disk import JsonObject, read_json_object
-from seed_multimodal.errors import (
-    CheckpointError,
-    ConfigError,
-    GenerationError,
-    SeedWarning,
-)
+from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, SeedWarning
 from seed_multimodal.nn.pretrained import (
     PretrainedNetwork,
     load_diffusers_network,

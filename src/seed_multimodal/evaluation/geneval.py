@@ -31,12 +31,7 @@ from seed_multimodal.evaluation.text2image import find_clip
 from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
-    from seed_multimodal.evaluation.detection import (
-        ColourClassifier,
-        Detection,
-        Detector,
-        Limits,
-    )
+    from seed_multimodal.evaluation.detection import ColourClassifier, Detection, Detector, Limits
 
 COUNTING = "counting"  # the tag whose detections need the higher confidence
 MAX_OBJECTS = 16  # of a class

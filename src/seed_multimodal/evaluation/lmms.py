@@ -40,9 +40,7 @@ from seed_multimodal.progress import Progress
 
 T = TypeVar("T")
 MODEL = ModelManifest(
-    "seed",
-    simple_class_path=f"{__name__}.SimpleSeedModel",
-    chat_class_path=f"{__name__}.SeedModel",
+    "seed", simple_class_path=f"{__name__}.SimpleSeedModel", chat_class_path=f"{__name__}.SeedModel"
 )
 SETTINGS = {entry.name for entry in fields(GenerationSettings)} - {"do_sample"}
 SAMPLING = ("temperature", "top_p", "top_k")  # often None, or next to do_sample: false

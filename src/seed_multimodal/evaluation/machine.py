@@ -77,10 +77,7 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", folder, *arguments],
-            check=True,
-            capture_output=True,
-            text=True,
+            ["git", "-C", folder, *arguments], check=True, capture_output=True, text=True
         ).stdout
 
     try:

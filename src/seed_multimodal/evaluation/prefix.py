@@ -136,11 +136,7 @@ class _Measures:
     """What measures the prefixes of all tokenizers, on the images of a pass of the first one."""
 
     def __init__(
-        self,
-        settings: PrefixSettings,
-        runtime: Runtime,
-        opened: OpenedTokenizer,
-        encoded: Pass,
+        self, settings: PrefixSettings, runtime: Runtime, opened: OpenedTokenizer, encoded: Pass
     ) -> None:
         self.settings = settings
         self.encoder = opened.target

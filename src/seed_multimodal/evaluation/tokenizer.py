@@ -385,10 +385,7 @@ def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, int | Estimate]:
 
 
 def save_neighbours(
-    file: Path,
-    images: Tensor,
-    matched: tuple[Tensor, Tensor] | None,
-    preprocessing: ImageTransform,
+    file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None, preprocessing: ImageTransform
 ) -> None:
     """A sheet of held-out images above the images nearest to their decoded embeddings.
 

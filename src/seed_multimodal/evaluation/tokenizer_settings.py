@@ -75,8 +75,7 @@ class PrefixSettings(MeasuredImages):
     )
     out: str = setting(help="folder of prefix.json, prefix.md, curves.png and sheet.png")
     judge: str | None = setting(
-        None,
-        help="registered reward, NAME or NAME:MODEL, that scores drawings by labels (nano)",
+        None, help="registered reward, NAME or NAME:MODEL, that scores drawings by labels (nano)"
     )
     probe: str | None = setting(
         None, help="labelled images that train a linear probe, as --data (nano: its split train)"

@@ -307,10 +307,7 @@ class BaseEngine(ABC):
         """Start a request, now or as soon as rows are free."""
 
     def submit(
-        self,
-        prompt: Prompt,
-        settings: GenerationSettings,
-        previews: Sequence[int] = (),
+        self, prompt: Prompt, settings: GenerationSettings, previews: Sequence[int] = ()
     ) -> Request:
         """Start an answer; `should_stop` of its settings raises `Stopped` in its iteration.
 
@@ -323,9 +320,7 @@ class BaseEngine(ABC):
         return request
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        settings: GenerationSettings | Sequence[GenerationSettings],
+        self, prompts: Sequence[Prompt], settings: GenerationSettings | Sequence[GenerationSettings]
     ) -> list[list[int]]:
         """The ids of each answer, with `prompt.answered` and a forced `<img>` first.
 
@@ -338,9 +333,7 @@ class BaseEngine(ABC):
         return answers
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        settings: GenerationSettings | Sequence[GenerationSettings],
+        self, prompts: Sequence[Prompt], settings: GenerationSettings | Sequence[GenerationSettings]
     ) -> list[SampledAnswer]:
         """Answers as by `generate`, with the log-probabilities of their tokens.
 

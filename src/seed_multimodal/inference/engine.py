@@ -56,11 +56,7 @@ class Engine(InboxThread[Request], BaseEngine):
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        tokenizer: TextTokenizer,
-        *,
-        original_constraints: bool = False,
+        self, backend: Backend, tokenizer: TextTokenizer, *, original_constraints: bool = False
     ) -> None:
         size = backend.cache_size
         BaseEngine.__init__(self, tokenizer, backend.context, size.capacity, size.rows)

@@ -131,13 +131,7 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         # Without memory of its own the network takes over the tensors themselves.
         network = without_memory(lambda: cls(config)).cast(dtype)
         network.load_report = assign_strictly(
-            network,
-            state,
-            source,
-            allow_missing,
-            allow_unexpected,
-            foreign=foreign,
-            device=device,
+            network, state, source, allow_missing, allow_unexpected, foreign=foreign, device=device
         )
         return network.to(device).requires_grad_(False).eval()
 

@@ -14,11 +14,7 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import read_answer
 from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart, left_out_note
 from seed_multimodal.language.known_words import read_known_words
-from seed_multimodal.language.messages import (
-    Message,
-    speaks_of_missing_image,
-    without_oldest_turn,
-)
+from seed_multimodal.language.messages import Message, speaks_of_missing_image, without_oldest_turn
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family, Task

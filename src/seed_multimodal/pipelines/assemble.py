@@ -10,12 +10,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from seed_multimodal.disk import (
-    JsonObject,
-    atomic_folder,
-    output_folder,
-    replace_text,
-)
+from seed_multimodal.disk import JsonObject, atomic_folder, output_folder, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.config import SYSTEM, SystemConfig
@@ -103,10 +98,7 @@ def _write_system(
 
 
 def join(
-    config_class: type[SystemConfig],
-    folder: Path,
-    parts: Mapping[str, Path],
-    settings: JsonObject,
+    config_class: type[SystemConfig], folder: Path, parts: Mapping[str, Path], settings: JsonObject
 ) -> None:
     """Copy parts into a system's folder, and write its `system.json` and transformers' files."""
     # 1. The files; a single one as a folder with it.

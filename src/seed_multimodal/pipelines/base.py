@@ -30,12 +30,7 @@ from seed_multimodal.inference.engines import (
     outside_engine,
     torch_engine,
 )
-from seed_multimodal.inference.prompt import (
-    GenerationSettings,
-    Prompt,
-    Stopped,
-    random_seed,
-)
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped, random_seed
 from seed_multimodal.language.answer import Event
 from seed_multimodal.language.messages import (
     Images,
@@ -686,12 +681,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             # All images are decoded together, when the first previews were shown.
             images = images or decode()
             codes = list(inputs[index]) if self.images.has_codes else []
-            yield {
-                "type": "image",
-                "image": images[index],
-                "codes": codes,
-                "answer": answer.answer,
-            }
+            yield {"type": "image", "image": images[index], "codes": codes, "answer": answer.answer}
 
     def _preview(self, codes: Sequence[int], seed: int | None, drawing: Options) -> Image.Image:
         """What the first codes of an image show."""

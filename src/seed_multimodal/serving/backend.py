@@ -31,25 +31,10 @@ from werkzeug.exceptions import NotFound, ServiceUnavailable, TooManyRequests
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.io import (
-    ImageLimits,
-    StoredImage,
-    decode_text,
-    image_to_base64,
-)
+from seed_multimodal.images.io import ImageLimits, StoredImage, decode_text, image_to_base64
 from seed_multimodal.inference.prompt import Stopped, random_seed
-from seed_multimodal.language.answer import (
-    Answer,
-    BrokenImagePart,
-    Event,
-    ImagePart,
-    left_out_note,
-)
-from seed_multimodal.language.messages import (
-    Message,
-    images_before_question,
-    without_oldest_turn,
-)
+from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart, left_out_note
+from seed_multimodal.language.messages import Message, images_before_question, without_oldest_turn
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family

@@ -255,11 +255,7 @@ def chat_tab(
     chatbot.undo(ChatSession.on_undo, [session], outputs, cancels=replies, **hidden)
     new.click(ChatSession.on_new, [session], outputs, cancels=replies, **hidden)
     message.change(
-        ChatSession.on_choose,
-        [session, message],
-        message,
-        trigger_mode="always_last",
-        **hidden,
+        ChatSession.on_choose, [session, message], message, trigger_mode="always_last", **hidden
     )
     return outputs, settings, replies
 

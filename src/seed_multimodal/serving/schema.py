@@ -93,7 +93,9 @@ class Fields(BaseModel):
     def ignored(cls, table: JsonObject = IGNORED) -> dict[str, Any]:
         """Field → its values that change nothing, or "any"; or its advice, of the other `table`."""
         rows = [row for group in cls.groups for row in table[group].items()]
-        return {name: value for name, value in rows if name not in cls.model_fields or value != "any"}
+        return {
+            name: value for name, value in rows if name not in cls.model_fields or value != "any"
+        }
 
     @classmethod
     def names(cls) -> list[list[str]]:

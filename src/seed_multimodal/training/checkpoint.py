@@ -31,12 +31,7 @@ from seed_multimodal.disk import JsonObject, disk_reason, flush
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.fingerprints import fingerprint, same_fingerprint
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.state_dicts import (
-    copy_weights,
-    load_state_dict,
-    save_state_dict,
-    save_torch,
-)
+from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict, save_torch
 from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine

@@ -83,11 +83,7 @@ class CommandLine(NamedTuple):
     original: bool = False
 
 
-def main(
-    program: str,
-    configs: str | Path,
-    argv: Sequence[str] | None = None,
-) -> int:
+def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -> int:
     """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143:
     SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)

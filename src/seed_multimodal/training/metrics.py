@@ -235,12 +235,7 @@ class RunLog:
     """Writes log lines every `logging_steps` steps; every process calls it for every step."""
 
     def __init__(
-        self,
-        task: Logged,
-        step: int,
-        output_dir: Path,
-        group: ProcessGroup,
-        device: torch.device,
+        self, task: Logged, step: int, output_dir: Path, group: ProcessGroup, device: torch.device
     ) -> None:
         """Open the logs and drop lines of a killed run after `step`, at which this one starts.
 

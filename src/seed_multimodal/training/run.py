@@ -13,16 +13,13 @@ from typing import Any, ClassVar, Self, get_type_hints
 import torch
 from omegaconf import OmegaConf
 
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_keys, check_value, read_settings
 from seed_multimodal.training.agreement import agree
-from seed_multimodal.training.config import (
-    ConfigNode,
-    OptimSettings,
-    RunTrainerSettings,
-)
+from seed_multimodal.training.config import ConfigNode, OptimSettings, RunTrainerSettings
 from seed_multimodal.training.distributed import (
     ProcessGroup,
     join_processes,
@@ -34,40 +31,7 @@ from seed_multimodal.training.task import Task
 from seed_multimodal.training.trainer import Trainer, train
 
 # Settings that do not change the training's numbers, or are reported on resume anyway.
-QUIET_KEYS = (
-    "output_dir",
-    "deepspeed",
-    "eval_data",
-    "data.batch_size",
-    "data.held_out",
-    "model.compile",
-    "model.gradient_checkpointing",
-    *(
-        f"trainer.{name}"
-        for name in (
-            "resume",
-            "max_steps",
-            "logging_steps",
-            "save_steps",
-            "save_seconds",
-            "save_total_limit",
-            "async_save",
-            "eval_steps",
-            "eval_batches",
-            "report_to",
-            "curves",
-            "run_name",
-            "dataloader_num_workers",
-            "device",
-            "timeout_minutes",
-            "gradient_accumulation_steps",
-            "gradient_checkpointing",
-            "compile",
-            "save_frozen",
-            "sample_steps",
-        )
-    ),
-)
+QUIET_KEYS: list[str] = read_table(__file__)
 
 
 @dataclass(kw_only=True)

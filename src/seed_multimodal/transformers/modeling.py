@@ -377,9 +377,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def decode_image_tokens(
-        self,
-        image_tokens: Tensor | GeneratedFeatures,
-        **drawing: object,
+        self, image_tokens: Tensor | GeneratedFeatures, **drawing: object
     ) -> Tensor | list[Tensor]:
         """Draw images from what `generate` returns: the first one of each row.
 

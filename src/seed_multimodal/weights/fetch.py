@@ -182,12 +182,7 @@ def list_repository(name: str, patterns: Sequence[str]) -> list[RemoteFile]:
         if path.is_relative_to(folder):
             file_name = str(path.relative_to(folder))
             sha256 = entry.lfs.sha256 if entry.lfs is not None else ""
-            download = partial(
-                hf_hub_download,
-                repo_id,
-                full_name,
-                revision=info.sha,
-            )
+            download = partial(hf_hub_download, repo_id, full_name, revision=info.sha)
             files[file_name] = RemoteFile(file_name, entry.size, sha256, download)
 
     # 2. Those that are needed.
@@ -206,11 +201,7 @@ def look_up_url(name: str, url: str) -> RemoteFile:
 
     # GET without reading the body: presigned links and some mirrors refuse HEAD.
     with http_stream_backoff(
-        "GET",
-        url,
-        headers=AS_IT_IS,
-        timeout=TIMEOUT,
-        retry_on_exceptions=(),
+        "GET", url, headers=AS_IT_IS, timeout=TIMEOUT, retry_on_exceptions=()
     ) as response:
         hf_raise_for_status(response)
     headers = response.headers
@@ -239,13 +230,7 @@ def download_url(url: str, size: int, etag: str, *, local_dir: Path) -> str:
     # A file that changes on its server meanwhile is sent from the start.
     headers = AS_IT_IS | ({"If-Range": etag} if etag else {})
     with open(path, "ab" if n_bytes else "wb") as stream:
-        http_get(
-            url,
-            stream,
-            resume_size=n_bytes,
-            headers=headers,
-            expected_size=size,
-        )
+        http_get(url, stream, resume_size=n_bytes, headers=headers, expected_size=size)
     return str(path)
 
 
@@ -321,11 +306,7 @@ def download(part: Part, label: str, source: str, folder: Path, force: bool) -> 
 
 
 def fetch_parts(
-    parts: Sequence[Part],
-    root: Path,
-    *,
-    mirrors: Sequence[str] = (),
-    force: bool = False,
+    parts: Sequence[Part], root: Path, *, mirrors: Sequence[str] = (), force: bool = False
 ) -> list[str]:
     """Download what is missing of some parts, and of the parts that they need.
 

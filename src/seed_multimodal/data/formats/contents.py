@@ -52,11 +52,7 @@ SUFFIXES = {
     ".tsv": "tsv",
 }
 # Configured format → formats of the files that are read, by their suffixes.
-_ACCEPTED = {
-    "auto": FORMATS,
-    **{name: (name,) for name in FORMATS},
-    "json": ("json", "jsonl"),
-}
+_ACCEPTED = {"auto": FORMATS, **{name: (name,) for name in FORMATS}, "json": ("json", "jsonl")}
 # First bytes of a file → what it is.
 _CONTENTS = {
     b"\x1f\x8b": "gzip",

@@ -67,10 +67,7 @@ class Encoder:
 
 
 def fast_encode(
-    network: nn.Module,
-    dtype: torch.dtype,
-    *,
-    compile: bool = False,
+    network: nn.Module, dtype: torch.dtype, *, compile: bool = False
 ) -> Callable[[Tensor], Tensor]:
     """A faster `network.encode`; the network is changed in place.
 

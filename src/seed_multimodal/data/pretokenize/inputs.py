@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.config import as_mapping, from_compat, load_yaml
-from seed_multimodal.data.formats.record import (
-    JsonObject,
-    RecordFields,
-    RecordFile,
-)
+from seed_multimodal.data.formats.record import JsonObject, RecordFields, RecordFile
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError
@@ -117,9 +113,6 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
 def find_inputs(settings: InputSettings) -> Sequence[RecordFile]:
     """The files, or folders of images. Raises DataError: nothing matches, or several formats."""
     records = open_records(
-        settings.files,
-        format=settings.format,
-        options=settings.format_options,
-        in_order=True,
+        settings.files, format=settings.format, options=settings.format_options, in_order=True
     )
     return records.record_files

@@ -23,12 +23,7 @@ import torch
 
 from seed_multimodal.data.formats.record import BROKEN, BadRecords
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
-from seed_multimodal.data.pretokenize.dataset import (
-    EncodedViews,
-    Task,
-    TaskDecoder,
-    decode_shards,
-)
+from seed_multimodal.data.pretokenize.dataset import EncodedViews, Task, TaskDecoder, decode_shards
 from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
 from seed_multimodal.data.pretokenize.inputs import (
     InputSettings,
@@ -36,11 +31,7 @@ from seed_multimodal.data.pretokenize.inputs import (
     list_shards,
     read_input_settings,
 )
-from seed_multimodal.data.pretokenize.record_types import (
-    RECORD_TYPES,
-    RecordType,
-    replace_images,
-)
+from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES, RecordType, replace_images
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object, replace_text, try_lock, writable_folder
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line, rank_and_world_size
@@ -114,11 +105,7 @@ def run(settings: RunSettings) -> int:
         "views": decoder.views,
         "seed": settings.seed,
         "block": settings.block,
-        "input": {
-            **asdict(source),
-            "fields": record_type.keys(source.fields),
-            "image_root": None,
-        },
+        "input": {**asdict(source), "fields": record_type.keys(source.fields), "image_root": None},
         "bytes": _list_sizes(shards),
         "transform": transform.describe(),
         "tokenizer": encoder.fingerprint,

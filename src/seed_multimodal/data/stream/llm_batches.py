@@ -35,12 +35,7 @@ from seed_multimodal.data.decoders.features import BatchViews
 from seed_multimodal.data.formats.record import BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
-from seed_multimodal.data.stream.mixture import (
-    OpenedSource,
-    ReadResult,
-    merge_counts,
-    open_sources,
-)
+from seed_multimodal.data.stream.mixture import OpenedSource, ReadResult, merge_counts, open_sources
 from seed_multimodal.data.stream.order import Chunks, Order, Span, share, unread
 from seed_multimodal.data.stream.packing import Piece, best_fit, join_views, make_row
 from seed_multimodal.device import copy_to
@@ -413,11 +408,7 @@ class RecordQueues:
     """
 
     def __init__(
-        self,
-        sources: Sequence[OpenedSource],
-        chunks: Sequence[Chunks],
-        order: Order,
-        workers: int,
+        self, sources: Sequence[OpenedSource], chunks: Sequence[Chunks], order: Order, workers: int
     ) -> None:
         self.workers = workers
         self.unread = deepcopy(chunks)

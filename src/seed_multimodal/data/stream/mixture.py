@@ -13,10 +13,7 @@ import numpy as np
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
-from seed_multimodal.data.decoders.features import (
-    FeatureDecoder,
-    ImageSequence,
-)
+from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.record import (
     BROKEN,
     DROPPED,

@@ -471,11 +471,7 @@ class AttentionMasks:
         self._config = config  # the implementation of attention may be changed later
 
     def __call__(
-        self,
-        positions: Tensor,
-        seen: Tensor,
-        dtype: torch.dtype,
-        is_own: Tensor | None = None,
+        self, positions: Tensor, seen: Tensor, dtype: torch.dtype, is_own: Tensor | None = None
     ) -> Tensor | dict[str, Tensor]:
         """Masks `[B, 1, n, K]` of tokens at `positions` `[B, n]`.
 

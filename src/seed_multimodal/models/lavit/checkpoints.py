@@ -45,10 +45,7 @@ TRAINING_STATE = ("quantize.*", "decoder.*")  # next to the codebook's rows
 
 
 def load_dynamic_tokenizer(
-    folder: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> DynamicTokenizer:
     """The tokenizer that computes codes, in eval mode and frozen, from an original folder or ours.
 

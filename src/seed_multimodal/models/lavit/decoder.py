@@ -24,12 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.models.lavit.modeling import NORM_EPSILON, CrossBlock
-from seed_multimodal.nn.layers import (
-    LayerNorm,
-    SdxlHead,
-    checkpoint_layers,
-    task_layer,
-)
+from seed_multimodal.nn.layers import LayerNorm, SdxlHead, checkpoint_layers, task_layer
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import load_state_dict

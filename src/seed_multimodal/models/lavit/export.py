@@ -17,10 +17,7 @@ from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.settings import read_settings
-from seed_multimodal.state_dicts import (
-    assign_strictly,
-    load_state_dict,
-)
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 
 MODEL_TYPE = "lavit_stage1"
 VISION = "tokenizer.encoder."  # beginning of the vision encoder's names

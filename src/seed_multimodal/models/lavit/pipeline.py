@@ -21,10 +21,7 @@ from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.images.io import ImageSource, code_row
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
-from seed_multimodal.language.messages import (
-    Message,
-    user_message,
-)
+from seed_multimodal.language.messages import Message, user_message
 from seed_multimodal.models.lavit.checkpoints import load_tokenizer_pair
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer, LavitSettings
@@ -42,13 +39,7 @@ from seed_multimodal.models.lavit.processing import (
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family, Task, load_language_model
-from seed_multimodal.pipelines.images import (
-    CodeCodec,
-    Encoded,
-    Placement,
-    Seed,
-    seed_per_image,
-)
+from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement, Seed, seed_per_image
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
 
 if TYPE_CHECKING:
@@ -389,11 +380,7 @@ def load_images(config: LavitConfig, placement: Placement) -> LavitImageCodec:
 def _load_decoder(config: LavitConfig, placement: Placement) -> LavitDetokenizer:
     config.require("decoder", "pixels")
     dtype = placement.drawing.dtype
-    decoder = CodeDecoder.from_pretrained(
-        config.path("decoder"),
-        head=config.head,
-        dtype=dtype,
-    )
+    decoder = CodeDecoder.from_pretrained(config.path("decoder"), head=config.head, dtype=dtype)
     return LavitDetokenizer.from_pretrained(
         config.path("pixels"), decoder, dtype=dtype, safety=config.safety
     )

@@ -35,11 +35,7 @@ from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.pipelines.config import write_checkpoint_system
 from seed_multimodal.settings import setting
-from seed_multimodal.state_dicts import (
-    assign_strictly,
-    load_state_dict,
-    save_state_dict,
-)
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
@@ -255,9 +251,7 @@ class PretrainTask(LlmTask):
         load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
 
 
-def _split_visual(
-    weights: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split_visual(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights of `PARTS`, and the others."""
     visual: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}

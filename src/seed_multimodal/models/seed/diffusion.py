@@ -21,11 +21,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import (
-    Conditions,
-    Detokenizer,
-    DrawingSettings,
-)
+from seed_multimodal.diffusion.base import Conditions, Detokenizer, DrawingSettings
 from seed_multimodal.diffusion.conditioner import Generators, seeded_noise
 from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, context_dim
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, Reads
@@ -121,11 +117,7 @@ class UnclipDetokenizer(Detokenizer[UnclipSettings]):
     label = "stable-unCLIP"
     download_hint = download_advice("unclip")
     settings_class = UnclipSettings
-    folders = (
-        *StableDiffusionDetokenizer.folders,
-        "image_normalizer",
-        "image_noising_scheduler",
-    )
+    folders = (*StableDiffusionDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
 
     @property
     def embedding_dim(self) -> int:

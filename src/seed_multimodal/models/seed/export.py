@@ -26,11 +26,7 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.models.seed.checkpoints import (
-    ENCODER_PARTS,
-    VISION,
-    VISION_FILES,
-)
+from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS, VISION, VISION_FILES
 from seed_multimodal.models.seed.configuration import TokenizerConfig
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig

@@ -317,9 +317,7 @@ class Stage2Base(SeedTokenizer):
     options: Stage2TrainingOptions
 
     def __init__(
-        self,
-        config: Seed1Config | Seed2Config,
-        options: Stage2TrainingOptions | None = None,
+        self, config: Seed1Config | Seed2Config, options: Stage2TrainingOptions | None = None
     ) -> None:
         super().__init__(config)
         self.options = options or Stage2TrainingOptions()

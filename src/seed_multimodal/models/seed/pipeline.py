@@ -18,11 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError
 from seed_multimodal.images.io import code_row
-from seed_multimodal.images.transforms import (
-    ImageTransform,
-    get_transform,
-    seed_image_processor,
-)
+from seed_multimodal.images.transforms import ImageTransform, get_transform, seed_image_processor
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes
@@ -34,12 +30,7 @@ from seed_multimodal.models.seed.diffusion import (
     detokenizer_class,
 )
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.models.seed.spec import (
-    BICUBIC,
-    BILINEAR,
-    DETOKENIZER_FOLDER,
-    SeedLlamaConfig,
-)
+from seed_multimodal.models.seed.spec import BICUBIC, BILINEAR, DETOKENIZER_FOLDER, SeedLlamaConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement
@@ -61,10 +52,7 @@ class SeedImageCodec(CodeCodec):
     drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *codec_settings)
 
     def __init__(
-        self,
-        model: SeedTokenizer,
-        transform: ImageTransform,
-        placement: Placement,
+        self, model: SeedTokenizer, transform: ImageTransform, placement: Placement
     ) -> None:
         super().__init__(
             model,
@@ -155,9 +143,7 @@ class SeedImageCodec(CodeCodec):
 
     @torch.inference_mode()
     def draw_batch(
-        self,
-        key: Mapping[str, object],
-        rows: Sequence[tuple[Tensor, Tensor | None, int]],
+        self, key: Mapping[str, object], rows: Sequence[tuple[Tensor, Tensor | None, int]]
     ) -> list[Image.Image]:
         """Codes, negative codes and seed of each image → images.
 

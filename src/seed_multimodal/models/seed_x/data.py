@@ -49,11 +49,7 @@ from seed_multimodal.data.formats.conversations import (
 )
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
-from seed_multimodal.images.views import (
-    ORIGINAL_GRIDS,
-    choose_grid,
-    read_grids,
-)
+from seed_multimodal.images.views import ORIGINAL_GRIDS, choose_grid, read_grids
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, SeedXVocabulary

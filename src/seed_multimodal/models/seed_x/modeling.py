@@ -68,11 +68,7 @@ class ContinuousLVLM(nn.Module):
             self.patch_pos_embed = nn.Parameter(width**-0.5 * torch.randn(4, width))
 
     def embed(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        features: Tensor | None,
-        positions: Tensor | None,
+        self, ids: Tensor, mask: Tensor, features: Tensor | None, positions: Tensor | None
     ) -> Tensor:
         """Tokens [B, L] → embeddings [B, L, D], with those of views at the image tokens.
 

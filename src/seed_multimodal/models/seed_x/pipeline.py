@@ -37,12 +37,7 @@ from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
-from seed_multimodal.language.messages import (
-    ContentPart,
-    Images,
-    Message,
-    flatten_images,
-)
+from seed_multimodal.language.messages import ContentPart, Images, Message, flatten_images
 from seed_multimodal.language.prompts import Turn, interleave, without_verdict
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, Ids
@@ -68,13 +63,7 @@ from seed_multimodal.nn.vision.qwen import (
 )
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Edges, Family, Task
-from seed_multimodal.pipelines.images import (
-    Encoded,
-    ImageCodec,
-    Options,
-    Placement,
-    Seed,
-)
+from seed_multimodal.pipelines.images import Encoded, ImageCodec, Options, Placement, Seed
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
 from seed_multimodal.settings import check_value, read_settings
 
@@ -118,11 +107,7 @@ class SeedXImageCodec(ImageCodec):
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
 
     def __init__(
-        self,
-        model: QwenVit,
-        grids: Sequence[str],
-        edit_grids: Sequence[str],
-        placement: Placement,
+        self, model: QwenVit, grids: Sequence[str], edit_grids: Sequence[str], placement: Placement
     ) -> None:
         size = model.image_size
         longest_side = size * max(max(grid) for grid in read_grids(grids))
@@ -289,9 +274,7 @@ class SeedXImageCodec(ImageCodec):
 
     @torch.inference_mode()
     def draw_batch(
-        self,
-        key: Mapping[str, object],
-        rows: Sequence[tuple[Tensor, Image.Image | None, int]],
+        self, key: Mapping[str, object], rows: Sequence[tuple[Tensor, Image.Image | None, int]]
     ) -> list[Image.Image]:
         """Features, condition and seed of each image → images; the key holds the settings."""
         values, conditions, seeds = zip(*rows, strict=True)

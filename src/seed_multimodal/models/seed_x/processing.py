@@ -24,13 +24,7 @@ from typing import Any
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.prompts import Turn, get_template, merge_text
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
-from seed_multimodal.language.vocabulary import (
-    BOX,
-    BOX_END,
-    BOX_WORDS,
-    Ids,
-    SeedXVocabulary,
-)
+from seed_multimodal.language.vocabulary import BOX, BOX_END, BOX_WORDS, Ids, SeedXVocabulary
 
 GRID = SeedXVocabulary.n_locations
 _LOCATION = re.compile(r"<loc-(\d+)>")

@@ -123,11 +123,6 @@ def _load_clip(
     config = model_class.config_class.from_pretrained(folder)
     config.projection_dim = values.get("projection_dim", config.projection_dim)
     model, _ = load_library_model(
-        model_class,
-        folder,
-        "CLIP",
-        CLIP_ADVICE,
-        config=config,
-        dtype=dtype,
+        model_class, folder, "CLIP", CLIP_ADVICE, config=config, dtype=dtype
     )
     return model.to(device).requires_grad_(False)

@@ -33,12 +33,7 @@ from seed_multimodal.nn.layers import LayerNorm, resize_square
 from seed_multimodal.nn.pretrained import PretrainedNetwork, saved_config
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import setting
-from seed_multimodal.state_dicts import (
-    INDEX_FILES,
-    load_state_dict,
-    save_torch,
-    tensors_below,
-)
+from seed_multimodal.state_dicts import INDEX_FILES, load_state_dict, save_torch, tensors_below
 from seed_multimodal.weights.find import find_file, first_file
 
 FILES = ("model.safetensors", "qwen_vit_G.safetensors", "qwen_vit_G.pt")

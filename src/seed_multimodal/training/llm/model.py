@@ -29,11 +29,7 @@ from seed_multimodal.language.llm import (
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import check_keys
 from seed_multimodal.state_dicts import copy_weights, load_state_dict
-from seed_multimodal.training.llm.config import (
-    ATTENTIONS,
-    LlmModelSettings,
-    project_path,
-)
+from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, project_path
 from seed_multimodal.training.llm.lora import (
     adapter_state,
     add_lora,
@@ -256,10 +252,7 @@ def attention_kind(name: str, device: torch.device, packed: bool, half: bool = T
 
 
 def fit_vocabulary(
-    llama: LlamaForCausalLM,
-    tokenizer: TextTokenizer,
-    seed: int = 0,
-    embedding_init: str = "normal",
+    llama: LlamaForCausalLM, tokenizer: TextTokenizer, seed: int = 0, embedding_init: str = "normal"
 ) -> None:
     """Resize the embeddings to the tokenizer's vocabulary; new rows as
     `LlmModelSettings.embedding_init`.

@@ -24,11 +24,7 @@ MAX_NEW_TOKENS = 48
 
 
 def write_samples(
-    file: Path,
-    llama: LlamaForCausalLM,
-    tokenizer: TextTokenizer,
-    batch: LlmBatch,
-    embeds: Tensor,
+    file: Path, llama: LlamaForCausalLM, tokenizer: TextTokenizer, batch: LlmBatch, embeds: Tensor
 ) -> str:
     """Write and return, for the first sequences of a batch, prompt, model's answer and target.
 

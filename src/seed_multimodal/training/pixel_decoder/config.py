@@ -69,12 +69,7 @@ class ImageData:
     @property
     def view(self) -> TargetView:
         """Target and conditioning crops of an image."""
-        return TargetView(
-            self.resolution,
-            self.encoder_size,
-            self.keep_ratio,
-            self.sizes,
-        )
+        return TargetView(self.resolution, self.encoder_size, self.keep_ratio, self.sizes)
 
 
 @dataclass(kw_only=True)

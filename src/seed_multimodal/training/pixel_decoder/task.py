@@ -51,9 +51,7 @@ from seed_multimodal.training.engine import gather_full_weights
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
-from seed_multimodal.training.pixel_decoder.config import (
-    PixelRunSettings,
-)
+from seed_multimodal.training.pixel_decoder.config import PixelRunSettings
 from seed_multimodal.training.pixel_decoder.encoders import (
     EncodedImages,
     ImageEncoders,
