@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from seed_multimodal.entry import (
+from seed_multimodal.cli.common import add_flags  # noqa: E402
+from seed_multimodal.entry import (  # noqa: E402
     AUTO,
     MAX_RUNNING,
     add_dtype,
-    add_engine,
     add_language_model,
     bounded_int,
     run_program,
-)  # noqa: E402
+)
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # noqa: E402
 from seed_multimodal.pipelines.config import system_names  # noqa: E402
 
@@ -120,7 +120,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
     add_language_model(parser, max_running=False)
-    add_engine(parser)
+    add_flags(parser, "engine")
     # What waits on the CPU until it works; the original's flags accept a value, too.
     parser.add_argument(
         "--offload_encoder",

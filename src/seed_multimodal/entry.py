@@ -187,16 +187,21 @@ def add_debug(parser: ArgumentParser) -> None:
 
 
 def add_device(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
-    """`--device`, and `--dtype` with its default; `meaning` explains the default in the help."""
+    """`--device`, and `--dtype` as of `add_dtype`."""
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
+    add_dtype(parser, dtype, meaning)
+
+
+def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
+    """`--dtype` with its default; `meaning` explains the default in the help."""
     parser.add_argument(
         "--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})"
     )
 
 
-def add_language_model(parser: _ActionsContainer) -> None:
+def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> None:
     """`--quantization`, `--compile`, `--kv-cache` and `--max-running`, for programs that load a
     language model."""
     parser.add_argument(
@@ -218,15 +223,16 @@ def add_language_model(parser: _ActionsContainer) -> None:
         metavar="GIB",
         help="memory for keys and values (default: half of the GPU's free memory, 4 GiB on a CPU)",
     )
-    parser.add_argument(
-        "--max-running",
-        dest="max_running",
-        type=bounded_int(1),
-        default=MAX_RUNNING,
-        metavar="ROWS",
-        help="rows of that cache: sequences at once, fewer if it is too small "
-        "(default: %(default)s)",
-    )
+    if max_running:
+        parser.add_argument(
+            "--max-running",
+            dest="max_running",
+            type=bounded_int(1),
+            default=MAX_RUNNING,
+            metavar="ROWS",
+            help="rows of that cache: sequences at once, fewer if it is too small "
+            "(default: %(default)s)",
+        )
 
 
 def bounded_int(minimum: int) -> Callable[[str], int]:

@@ -36,17 +36,19 @@ def weights_state(module: nn.Module) -> object:
     single numbers through `.data`, and of what hooks hold.
     """
     # 1. Layers, and what can be switched on and off.
-    layers = [module]
+    layers: list[nn.Module | None] = [module]
     tensors: list[Tensor | None] = []
     state: list[object] = []
     for layer in layers:  # which grows
-        layers += [child for child in layer._modules.values() if child is not None]
+        if layer is None:
+            continue
+        layers += layer._modules.values()
         tensors += layer._parameters.values()
         tensors += layer._buffers.values()
-        state += layer._forward_pre_hooks
-        state += layer._forward_hooks
-        if hasattr(type(layer), "disable_adapters"):
-            state.append(str([vars(layer).get(name) for name in ADAPTER_SWITCHES]))
+        if layer._forward_pre_hooks or layer._forward_hooks:
+            state += [*layer._forward_pre_hooks, *layer._forward_hooks]
+        if "_disable_adapters" in layer.__dict__:
+            state.append(str([layer.__dict__.get(name) for name in ADAPTER_SWITCHES]))
     state += map(id, layers)
 
     # 2. Counters and numbers of the tensors; those of a group are joined quickly.
@@ -57,27 +59,28 @@ def weights_state(module: nn.Module) -> object:
             continue
         state.append(tensor.data_ptr())
         state.append(0 if tensor.is_inference() else tensor._version)
-        step = _step(tensor.shape)
-        if step > 1 and tensor.is_contiguous():
-            tensor = tensor.as_strided((math.ceil(tensor.numel() / step),), (step,))
+        samples = _samples(tensor.shape)
+        if samples and tensor.is_contiguous():
+            tensor = tensor.as_strided(*samples)
         elif tensor.ndim != 1:
             tensor = tensor.flatten()
-        groups.setdefault((tensor.device, tensor.dtype, step > 1), []).append(tensor)
+        group = (tensor.get_device(), tensor.dtype, samples is None)
+        groups.setdefault(group, []).append(tensor)
     joined = [torch.cat(samples).view(torch.uint8) for samples in groups.values()]
     return state, [numbers.cpu().numpy().tobytes() for numbers in joined]
 
 
 @functools.cache
-def _step(shape: torch.Size) -> int:
-    """The distance of the sampled numbers of a tensor: all of a vector."""
+def _samples(shape: torch.Size) -> tuple[tuple[int], tuple[int]] | None:
+    """The size and the stride of the sampled numbers of a tensor; None: all of a vector."""
     if len(shape) < 2 or not shape.numel():
-        return 1
+        return None
     # Below both sides, so that no row is left out; prime to the width, so that no column is.
     width = shape[-1]
     step = max(int(SHARE * min(width, shape.numel() // width)), 1)
     while math.gcd(step, width) > 1:
         step -= 1
-    return step
+    return (math.ceil(shape.numel() / step),), (step,)
 
 
 # ---- in files

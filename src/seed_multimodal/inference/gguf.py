@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import atomic_path, read_json_object, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -52,13 +53,7 @@ class Architecture:
     pre_tokenizer: str
 
 
-ARCHITECTURES = {
-    "llama": Architecture("LLAMA", pairs=True, pre_tokenizer="llama-bpe"),
-    "mistral": Architecture("LLAMA", pairs=True, pre_tokenizer="llama-bpe"),
-    "smollm3": Architecture("SMOLLM3", pairs=True, pre_tokenizer="llama-bpe"),
-    "qwen3": Architecture("QWEN3", pairs=False, pre_tokenizer="qwen2"),
-    "phi3": Architecture("PHI3", pairs=False, pre_tokenizer="gpt-4o"),
-}
+ARCHITECTURES = {name: Architecture(**row) for name, row in read_table(__file__).items()}
 NO_POSITIONS_EVERY = 4  # layers of a SmolLM 3 in llama.cpp
 # Kinds of tokens in llama.cpp.
 NORMAL = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,6 @@ from seed_multimodal.training.distributed import (
 from seed_multimodal.training.schedules import optim_learning_rate
 from seed_multimodal.training.task import Task
 from seed_multimodal.training.trainer import Trainer, train
-
-# Settings that do not change the training's numbers, or are reported on resume anyway.
-QUIET_KEYS: list[str] = read_table(__file__)
 
 
 @dataclass(kw_only=True)
@@ -96,7 +93,7 @@ class RunTask(Task):
     name = "train"
     record_file = "summary.json"
     checkpoint_folder = ""
-    quiet_keys = QUIET_KEYS
+    quiet_keys: Sequence[str] = read_table(__file__)
     settings: RunTrainerSettings
     trainer: Trainer
     run_type: ClassVar[type[RunSettings]]
