@@ -38,7 +38,7 @@ class ImageConstraints:
 
     opened: the prompt ends in `<img>`.
     budget: images fit into so many generated tokens; None: unknown. 0: no images, so that the
-    start of one ends the answer by `end_id`, if there is one.
+    start of one behind a text ends the answer by `end_id`, if there is one.
     original: forbid only those of SEED-X's image tokens that the original code forbids.
     """
 
@@ -82,7 +82,8 @@ class ImageConstraints:
         fits = budget is None or budget - length >= vocabulary.image_length
         if vocabulary.image_only_when_forced or not fits:
             forbidden.append(vocabulary.boi_id)
-        if budget == 0 and self.end_id is not None and not vocabulary.image_only_when_forced:
+        ends_at_image = budget == 0 and self.end_id is not None and length > 0
+        if ends_at_image and not vocabulary.image_only_when_forced:
             ends = allowed[[self.end_id, vocabulary.boi_id]]
             allowed[self.end_id] = ends.logsumexp(0)
         forbidden.append(slice(vocabulary.size, None))  # padding rows of the output layer

@@ -75,10 +75,12 @@ def test_an_image_that_may_not_be_drawn_ends_the_answer(tokenizer):
     scores = torch.randn(1, vocabulary.size)
     before = scores[0].exp()
     process = ImageConstraints(vocabulary, budget=0, end_id=end)
-    after = process(torch.zeros(1, 0, dtype=torch.long), scores)[0].exp()
+    empty = process(torch.zeros(1, 0, dtype=torch.long), scores)[0].exp()
+    assert empty[end] == before[end] and empty[vocabulary.boi_id] == 0  # it has a text
+    after = process(torch.tensor([[5]]), scores)[0].exp()
     torch.testing.assert_close(after[end], before[end] + before[vocabulary.boi_id])
     assert after[vocabulary.boi_id] == 0
-    others = [id for id in allowed(vocabulary, [], 0) if id != end]
+    others = [id for id in allowed(vocabulary, [5], 0) if id != end]
     assert torch.equal(after[others], before[others])
 
 
