@@ -1,9 +1,8 @@
-"""Which weights a module has: `weights_state` for what one process caches, `fingerprint` for what a
-run stores."""
+"""Which weights a run began with; `inference.batching.weights_state`: those that a process caches
+results of."""
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 
@@ -13,77 +12,11 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
 
-SHARE = 0.9  # of a matrix's shorter side: the distance of two sampled numbers
-# Attributes of PEFT's layers.
-ADAPTER_SWITCHES = ("_disable_adapters", "_active_adapter", "scaling")
-
 BLOCK = 1 << 22  # numbers: 1,024 rows of a language model with 7B parameters
 SUMS = 8  # of each block, behind its size
 PERIOD = 65521  # of their signs: a prime, so that no exchange of rows keeps a sum
 TOLERANCE = 5e-3  # of the sums of weights that were rounded to bfloat16, relative to their size
 SMALLEST = 1e-7  # float16 rounds smaller numbers to 0
-
-
-# ---- in a process
-
-
-@torch.no_grad()
-def weights_state(module: nn.Module) -> object:
-    """A value that changes with the weights, and that switched adapters and hooks change.
-
-    It has what torch counts (changes in place, other tensors, layers and hooks) and, for changes
-    through `.data`, numbers of each row and each column of every matrix. Not seen are changes of
-    single numbers through `.data`, and of what hooks hold.
-    """
-    # 1. Layers, and what can be switched on and off.
-    layers: list[nn.Module | None] = [module]
-    tensors: list[Tensor | None] = []
-    state: list[object] = []
-    for layer in layers:  # which grows
-        if layer is None:
-            continue
-        layers += layer._modules.values()
-        tensors += layer._parameters.values()
-        tensors += layer._buffers.values()
-        if layer._forward_pre_hooks or layer._forward_hooks:
-            state += [*layer._forward_pre_hooks, *layer._forward_hooks]
-        if "_disable_adapters" in layer.__dict__:
-            state.append(str([layer.__dict__.get(name) for name in ADAPTER_SWITCHES]))
-    state += map(id, layers)
-
-    # 2. Counters and numbers of the tensors; those of a group are joined quickly.
-    groups: dict[object, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor is None or type(tensor) not in (nn.Parameter, Tensor):  # of quantized weights
-            state.append(id(tensor))
-            continue
-        state.append(tensor.data_ptr())
-        state.append(0 if tensor.is_inference() else tensor._version)
-        samples = _samples(tensor.shape)
-        if samples and tensor.is_contiguous():
-            tensor = tensor.as_strided(*samples)
-        elif tensor.ndim != 1:
-            tensor = tensor.flatten()
-        group = (tensor.get_device(), tensor.dtype, samples is None)
-        groups.setdefault(group, []).append(tensor)
-    joined = [torch.cat(samples).view(torch.uint8) for samples in groups.values()]
-    return state, [numbers.cpu().numpy().tobytes() for numbers in joined]
-
-
-@functools.cache
-def _samples(shape: torch.Size) -> tuple[tuple[int], tuple[int]] | None:
-    """The size and the stride of the sampled numbers of a tensor; None: all of a vector."""
-    if len(shape) < 2 or not shape.numel():
-        return None
-    # Below both sides, so that no row is left out; prime to the width, so that no column is.
-    width = shape[-1]
-    step = max(int(SHARE * min(width, shape.numel() // width)), 1)
-    while math.gcd(step, width) > 1:
-        step -= 1
-    return (math.ceil(shape.numel() / step),), (step,)
-
-
-# ---- in files
 
 
 @torch.no_grad()

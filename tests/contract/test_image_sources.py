@@ -346,6 +346,8 @@ WRONG: dict = {
     "normalised for CLIP": np.array([[-0.3, 2.15]]),
     "codes as floats": np.array([[3.0, 8000.0]]),
     "no finite number": np.array([[np.nan, np.inf]]),
+    "an outlier of floats": np.append(np.linspace(0, 1, 200), 2.5)[None],
+    "an outlier of integers": np.append(np.arange(200), 511)[None],
     "a file of another machine": "file://host/a.png",
     "a folder": str(ROOT),
     "a broken array": SimpleNamespace(__array__=5),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import SeedWarning
-from seed_multimodal.fingerprints import fingerprint, same_fingerprint, weights_state
+from seed_multimodal.fingerprints import fingerprint, same_fingerprint
+from seed_multimodal.inference.batching import weights_state
 from seed_multimodal.pipelines.images import open_images
 
 
@@ -50,6 +51,8 @@ def test_what_torch_counts_is_noticed():
         lambda: model.load_state_dict(network().state_dict(), assign=True),
         lambda: model[1].register_forward_hook(print),
         lambda: model[2].running_mean[3].add_(1),
+        lambda: setattr(model[1], "forward", lambda *inputs: inputs),
+        lambda: setattr(model[1], "__class__", type("Other", (type(model[1]),), {})),
     ):
         before = weights_state(model)
         change()

@@ -42,7 +42,7 @@ from seed_multimodal.errors import (
     RequestError,
     short_name,
 )
-from seed_multimodal.images.io import StoredImage, save_image
+from seed_multimodal.images.io import StoredImage, read_string, save_image
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
@@ -328,6 +328,8 @@ def run_command(args: Namespace) -> int:
     out = getattr(args, "out", None) or ""
     for flag, value in vars(args).items():
         for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and path.lower().startswith("file:/"):
+                path = str(read_string(path))
             are_files = isinstance(path, str) and os.path.isfile(path) and os.path.isfile(out)
             if are_files and flag != "out" and os.path.samefile(path, out):
                 raise ConfigError(f"{out}: is {path}, which is used here and would be gone.")

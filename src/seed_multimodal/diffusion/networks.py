@@ -64,7 +64,7 @@ def predict(
         if name in conditions:
             converted[name] = conditions[name].to(denoiser.dtype)
     latents = latents.to(denoiser.dtype)
-    if denoiser_kind(denoiser).folder == "unet":
+    if DENOISERS[type(denoiser).__name__].folder == "unet":
         return denoiser(latents, step, **converted).sample
 
     # A transformer. SANA has a scale; a variance, if it has learned one, is left out.

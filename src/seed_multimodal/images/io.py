@@ -491,8 +491,10 @@ def to_8_bits(levels: np.ndarray) -> np.ndarray:
     elif levels.dtype.name == "uint16":  # in any byte order
         whites = [65535]
     white = next((white for white in whites if high <= 2 * white), None)
+    # A few outliers do not choose a range in which all else is black.
+    is_outlier = white is not None and white > whites[0] and (finite > whites[0]).mean() < 0.01
     is_normalised = 2 < high < 3  # for a model, if there are negative values
-    if white is None or low < (0 if is_normalised else -high / 2):
+    if white is None or is_outlier or low < (0 if is_normalised else -high / 2):
         raise ValueError(f"values from {low:g} to {high:g}")
 
     # 2. Eight bits.

@@ -1,13 +1,15 @@
 """Work of several threads that one thread does: the engine's answers, batches of images.
 
 `InboxThread`: a daemon thread that serves what other threads put into its inbox; `DynamicBatcher`:
-one for the encoding or drawing of images; `ResultCache`.
+one for the encoding or drawing of images; `ResultCache`, and the `weights_state` that it is of.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import math
 import os
 import queue
 import threading
@@ -21,13 +23,16 @@ from concurrent.futures import wait as wait_for
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.device import is_out_of_memory
 from seed_multimodal.inference.prompt import Stopped
 
 POLL_SECONDS = 0.2  # between two looks at `should_stop` while waiting
 CLOSE_SECONDS = 60  # how long the end of a program waits for the thread
+SHARE = 0.9  # of a matrix's shorter side: the distance of two sampled numbers
+# Attributes of PEFT's layers.
+ADAPTER_SWITCHES = ("_disable_adapters", "_active_adapter", "scaling")
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -309,3 +314,64 @@ class ResultCache(Generic[Result]):
         while len(self._results) > self.max_entries:
             self._results.popitem(last=False)
         return results
+
+
+# ---- which weights results are of
+
+
+@torch.no_grad()
+def weights_state(module: nn.Module) -> object:
+    """A value that changes with the weights, and that switched adapters and hooks change.
+
+    It has what torch counts (changes in place, other tensors, layers and hooks) and, for changes
+    through `.data`, numbers of each row and each column of every matrix. Not seen are changes of
+    single numbers through `.data`, of what hooks hold, and of a layer's other attributes.
+    """
+    # 1. Layers, and what can be switched on and off.
+    layers: list[nn.Module | None] = [module]
+    tensors: list[Tensor | None] = []
+    state: list[object] = []
+    for layer in layers:  # which grows
+        if layer is None:
+            continue
+        layers += layer._modules.values()
+        tensors += layer._parameters.values()
+        tensors += layer._buffers.values()
+        if layer._forward_pre_hooks or layer._forward_hooks:
+            state += [*layer._forward_pre_hooks, *layer._forward_hooks]
+        if "_disable_adapters" in layer.__dict__:
+            state.append(str([layer.__dict__.get(name) for name in ADAPTER_SWITCHES]))
+        state.append(layer.__dict__.get("forward"))  # in place of the class's own
+    state += map(id, layers)
+    state += map(type, layers)
+
+    # 2. Counters and numbers of the tensors; those of a group are joined quickly.
+    groups: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is None or type(tensor) not in (nn.Parameter, Tensor):  # of quantized weights
+            state.append(id(tensor))
+            continue
+        state.append(tensor.data_ptr())
+        state.append(0 if tensor.is_inference() else tensor._version)
+        samples = _samples(tensor.shape)
+        if samples and tensor.is_contiguous():
+            tensor = tensor.as_strided(*samples)
+        elif tensor.ndim != 1:
+            tensor = tensor.flatten()
+        group = (tensor.get_device(), tensor.dtype, samples is None)
+        groups.setdefault(group, []).append(tensor)
+    joined = [torch.cat(samples).view(torch.uint8) for samples in groups.values()]
+    return state, [numbers.cpu().numpy().tobytes() for numbers in joined]
+
+
+@functools.cache
+def _samples(shape: torch.Size) -> tuple[tuple[int], tuple[int]] | None:
+    """The size and the stride of the sampled numbers of a tensor; None: all of a vector."""
+    if len(shape) < 2 or not shape.numel():
+        return None
+    # Below both sides, so that no row is left out; prime to the width, so that no column is.
+    width = shape[-1]
+    step = max(int(SHARE * min(width, shape.numel() // width)), 1)
+    while math.gcd(step, width) > 1:
+        step -= 1
+    return (math.ceil(shape.numel() / step),), (step,)

@@ -22,7 +22,6 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, TextTokenizer
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
-from seed_multimodal.nn.pretrained import reading_files
 from seed_multimodal.progress import LOADING
 from seed_multimodal.weights.find import find_path
 
@@ -57,6 +56,8 @@ class HubTokenizer(TextTokenizer):
         # 1. Two tokenizers: of prompts, whose names of special tokens are these tokens, and of
         #    texts, in which they are text.
         self._folder = folder
+        from seed_multimodal.nn.pretrained import reading_files  # with torch
+
         with LOADING, reading_files(folder, "tokenizer", "download its files again"):
             from transformers import PreTrainedTokenizerFast
 

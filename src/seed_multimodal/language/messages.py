@@ -104,7 +104,7 @@ def images_before_question(content: Sequence[Any]) -> tuple[Any, ...]:
     """
     # 1. The images at the end, and the texts before them.
     end = len(content)
-    while end and (not isinstance(content[end - 1], str) or _is_blank(content[end - 1])):
+    while end and not (isinstance(content[end - 1], str) and content[end - 1].strip(BLANK)):
         end -= 1
     start = end
     while start and isinstance(content[start - 1], str):
@@ -218,7 +218,8 @@ def _new_message(role: str, content: Any, index: int) -> Message:
     """A checked message. Raises RequestError: a user's that is empty, or holds codes as text."""
     items = [content] if is_single(content) else content
     message = Message(role, tuple(_item(item, index) for item in items))
-    if role in ("user", "raw") and all(map(_is_blank, message.content)):
+    is_blank = all(isinstance(item, str) and not item.strip(BLANK) for item in message.content)
+    if role in ("user", "raw") and is_blank:
         raise RequestError(f"Message {index} is empty.")
     token = re.search(r"<img_\d+>", message.text) if role == "user" else None
     if token:
@@ -226,11 +227,6 @@ def _new_message(role: str, content: Any, index: int) -> Message:
             f"Message {index} holds {token[0]} as text; send an image as codes, a list of numbers."
         )
     return message
-
-
-def _is_blank(item: ContentPart) -> bool:
-    """Whether `item` is a text of white space and full stops, which are no request."""
-    return isinstance(item, str) and not item.strip(BLANK)
 
 
 def _item(item: object, index: int) -> ContentPart:

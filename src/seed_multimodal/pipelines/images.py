@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
 from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
-from seed_multimodal.fingerprints import weights_state
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, code_row, is_image, open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.inference.batching import DynamicBatcher, ThreadState
@@ -184,10 +183,6 @@ class ImageCodec(ThreadState):
                 if self.compiled:
                     compile_blocks(self._decoder.denoiser)
             return self._decoder
-
-    def encoder_state(self) -> object:
-        """A value that changes with what encoded images depend on."""
-        return self._n_forgotten, self.familiarity, weights_state(self.model)
 
     def forget(self) -> None:
         """Encode all images anew."""

@@ -95,19 +95,22 @@ def test_wrong_files_are_named_before_a_model_loads(run_seed, flags, named):
     assert code and lines == [] and named in errors and "Running on" not in errors
 
 
-@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+@pytest.mark.parametrize("link", [None, os.symlink, os.link, "file URL"])
 @pytest.mark.parametrize(
     "flags", [("tokenize",), ("reconstruct",), ("detect", "fox"), ("edit", "Put it at night.")]
 )
 def test_a_result_never_replaces_its_input(seed, tmp_path, monkeypatch, flags, link):
     monkeypatch.chdir(tmp_path)
     shutil.copy(FOX, "a.png")
+    image = "a.png"
     out = "./a.png"
-    if link is not None:
+    if link == "file URL":
+        image = Path(image).absolute().as_uri()
+    elif link is not None:
         out = "b.png"
-        link("a.png", out)
+        link(image, out)
     command, *text = flags
-    code, _, errors = seed(command, "a.png", *text, "--out", out)
+    code, _, errors = seed(command, image, *text, "--out", out)
     assert code == 2 and "a.png" in errors
     assert Path("a.png").read_bytes() == Path(FOX).read_bytes()
 

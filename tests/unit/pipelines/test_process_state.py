@@ -87,8 +87,9 @@ def results(system):
     question = [{"role": "user", "content": [image, "What is it?"]}]
     codes = system.images.encode([image])
     drawing, copied = system.draw("a fox", seed=1), system.reconstruct([image], seed=1)[0]
+    edited = system.edit(image, "Put it at night.", seed=1).tobytes()
     texts = system.describe(image), system.describe(image, num_beams=2), system.chat(question).text
-    return [*texts, drawing.tobytes(), copied.tobytes(), *codes[0].flatten().tolist()]
+    return [*texts, edited, drawing.tobytes(), copied.tobytes(), *codes[0].flatten().tolist()]
 
 def load():
     return MultimodalSystem.from_pretrained(f"pretrained/{name}", log=None)

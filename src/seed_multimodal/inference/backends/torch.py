@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from seed_multimodal.device import on_device
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.fingerprints import weights_state
 from seed_multimodal.inference.backends.base import (
     GIB,
     CacheSize,
@@ -25,6 +24,7 @@ from seed_multimodal.inference.backends.base import (
     plan_cache,
 )
 from seed_multimodal.inference.base_engine import NO_SCORES, Request
+from seed_multimodal.inference.batching import weights_state
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.inference.sampling import LogitsProcessor, StopTexts
 from seed_multimodal.language.llm import FULL, SLIDING, check_sizes, head_dim, output_scores

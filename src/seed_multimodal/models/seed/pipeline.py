@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CodesError, ConfigError
 from seed_multimodal.images.io import code_row
 from seed_multimodal.images.transforms import ImageTransform, get_transform, seed_image_processor
-from seed_multimodal.inference.batching import ResultCache
+from seed_multimodal.inference.batching import ResultCache, weights_state
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.seed.checkpoints import SEED1
@@ -76,7 +76,8 @@ class SeedImageCodec(CodeCodec):
     def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Encoded]:
         """Pixels [3, S, S] of each image → its codes, with a cache by content."""
         encode = partial(super().encode_batch, key)
-        return self._cache.of(rows, encode, self.encoder_state())
+        state = (self._n_forgotten, self.familiarity, weights_state(self.model))
+        return self._cache.of(rows, encode, state)
 
     def embed(self, codes: Sequence[Tensor]) -> Tensor:
         return self.model.decode(torch.stack([*codes]).to(self.device))

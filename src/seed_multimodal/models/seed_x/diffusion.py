@@ -172,6 +172,6 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
             shape = (self.vae.config.latent_channels, height // self.factor, width // self.factor)
             return torch.zeros(shape, dtype=torch.float32, device=self.device)
         image = resize_passes(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-        pixels = to_bytes(image) / 127.5 - 1.0
+        pixels = to_bytes(image).float() / 127.5 - 1.0
         moments = encode_moments(self.vae, pixels[None].to(self.device))
         return moments.chunk(2, dim=1)[0][0]

@@ -31,7 +31,7 @@ from seed_multimodal.images.views import (
 )
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import Request
-from seed_multimodal.inference.batching import ResultCache
+from seed_multimodal.inference.batching import ResultCache, weights_state
 from seed_multimodal.inference.prompt import Prompt, PromptImage
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
@@ -131,8 +131,12 @@ class SeedXImageCodec(ImageCodec):
     @torch.inference_mode()
     def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[Encoded]:
         """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
-        state = (self.encoder_state(), self.model.preprocessing)
+        state = (self.encoder_state(), self.familiarity, self.model.preprocessing)
         return self._cache.of(rows, self._encode_new, state)
+
+    def encoder_state(self) -> object:
+        """A value that changes with what features of images depend on."""
+        return self._n_forgotten, weights_state(self.model)
 
     def _encode_new(self, rows: list[Tensor]) -> list[Encoded]:
         dtype = next(self.model.parameters()).dtype
