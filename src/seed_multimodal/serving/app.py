@@ -192,17 +192,23 @@ def read_body() -> Any:
     if request.is_json:
         abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
     # What a browser's form left empty is absent: texts, and files without a name.
-    fields: JsonObject = {name: text for name, text in request.form.items() if text}
-    for name in filter(IMAGE_FIELD.fullmatch, fields):
-        raise RequestError("It is a text; send each image as a file of the form.", name)
+    fields: JsonObject = {}
+    for name, text in request.form.items(multi=True):
+        if not text:
+            continue
+        if IMAGE_FIELD.fullmatch(name) or name in fields:
+            raise RequestError("Send a text once, and each image as a file of the form.", name)
+        fields[name] = text.strip()
     for name, file in request.files.items(multi=True):
         content = file.read()
         if not content and not file.filename:
             continue
         if IMAGE_FIELD.fullmatch(name):
             fields.setdefault("image", []).append(content)
+        elif name in model.model_fields:
+            raise RequestError("It is a file; send a text.", name)
         else:
-            fields[name] = "a file"
+            fields[name] = content  # an unknown field
     return schema.read_request(model, fields)
 
 

@@ -72,7 +72,8 @@ class Connection(HTTPChannel):
         try:
             if self.is_half_closed:
                 with self.outbuf_lock:
-                    if not self.is_stream and not self.is_probed:
+                    # Clients of HTTP/1.0 do not skip it.
+                    if self.requests[0].version == "1.1" and not (self.is_stream or self.is_probed):
                         self.is_probed = bool(self.socket.send(CONTINUE))
                 self.socket.getpeername()
         except OSError:  # the connection was reset

@@ -10,8 +10,8 @@ import ipaddress
 import re
 from collections.abc import Collection, Mapping
 
-# A host with or without its port; neither blanks nor a user's name, which no browser sends.
-ADDRESS = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+?)\.?(:\d*)?")
+# A scheme, a host and perhaps its port; browsers send nothing else.
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+?)\.?(:[0-9]*)?")
 
 
 def is_loopback(host: str) -> bool:
@@ -40,7 +40,7 @@ def problem(bound_host: str, headers: Mapping[str, str], origins: Collection[str
     if origin and origin.lower() not in allowed and not is_loopback(_host_of(origin)):
         return f"The web page {origin!r:.99} is not allowed; allow its origin by --allow-origin."
     allowed_hosts = [_host_of(item) for item in allowed]
-    name = _host_of(host)
+    name = _host_of(f"http://{host}")
     if host and not is_loopback(name) and (not name or name not in allowed_hosts):
         return (
             f"{host!r:.99} is not this machine's own address, on which this program listens: use "
@@ -49,7 +49,7 @@ def problem(bound_host: str, headers: Mapping[str, str], origins: Collection[str
     return ""
 
 
-def _host_of(address: str) -> str:
-    """The host of an origin or of a `Host` header, in lower case; "" for another text."""
-    match = ADDRESS.fullmatch(address.lower().rpartition("://")[2])
+def _host_of(origin: str) -> str:
+    """The host of an origin, in lower case; "" for another text."""
+    match = ORIGIN.fullmatch(origin.lower())
     return match[1] if match else ""

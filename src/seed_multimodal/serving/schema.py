@@ -61,9 +61,17 @@ MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes
 IGNORED = read_table(Path(__file__).with_name("fields.yaml"))
 ADVICE = IGNORED.pop("advice")
 
-# An image in a text. Its parts are bounded: no text takes long.
-MARKDOWN_IMAGE = re.compile(
-    r"!\[[^\[\]]{0,500}\]\(<?(data:image/[\w.+;=-]*,[\w+/=%-]+)[^)]{0,500}\)", re.IGNORECASE
+# An image in a text: in Markdown, in HTML, or its URL alone. In the first two the URL may have line
+# breaks. No repetition is tried twice (`+` behind it), nor goes on over the next beginning: no text
+# takes long.
+HEAD = r"\bdata:image/[\w.+;=%-]*+,"
+LINE = r"[\w+/=%-]++"
+LINES = rf"({HEAD}\s*+{LINE}(?:\r?\n\s*+{LINE})*+)"
+TEXT_IMAGE = re.compile(
+    # ![alt [text]](<URL> "title")
+    rf"(?ai)!\[(?:[^\[\]]|\[[^\[\]]*+\])*+\]\(\s*+<?{LINES}(?:\"[^\"]*+\"|'[^']*+'|[^)\"'\[])*+\)"
+    rf"|<img\b[^<>]*?\bsrc\s*+=\s*+[\"']?\s*+{LINES}[^<>]*+>"
+    rf"|<?({HEAD}{LINE})>?"
 )
 
 
@@ -250,9 +258,13 @@ class Part(Fields):
 
 
 def text_and_images(text: str) -> list[MessagePart]:
-    """The texts and images of a text in Markdown, in which clients keep drawings."""
-    pieces = MARKDOWN_IMAGE.split(text)
-    return [ImageUrl(url=piece) if index % 2 else piece for index, piece in enumerate(pieces)]
+    """The texts that are not empty and the images of a text, in which clients keep drawings."""
+    # Of the three groups of each image, one matches.
+    return [
+        ImageUrl(url=piece) if index % 4 else piece
+        for index, piece in enumerate(TEXT_IMAGE.split(text))
+        if piece
+    ]
 
 
 class ChatMessage(Fields):

@@ -267,11 +267,23 @@ def test_images_in_messages_are_read(client, route, name, part):
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_images_in_markdown_are_read_in_order(client, role):
+@pytest.mark.parametrize(
+    "form",
+    [
+        "![image]( %s )",
+        "![a [b] c](\n<%s>\n'a (b)')",
+        f"![{'long ' * 999}](%s)",
+        '<IMG width=9\nsrc = "%s" alt="a"/>',
+        "<%s>",
+        "%s",
+    ],
+)
+def test_images_in_texts_are_read_in_order(client, role, form):
     # Clients keep drawings in a text, of which the base64 would be read as words.
     images = [noise(0), noise(1)]
     url, other = (f"data:image/png;base64,{image_to_base64(image)}" for image in images)
-    text = f'A ![x y]({url}) and ![]({other} "title"), ![no](http://127.0.0.1/a.png).'
+    other = re.sub(".{76}", r"\g<0>\r\n", other)  # as in e-mails
+    text = f'A {form % url} and ![]({other} "title"), ![no](http://127.0.0.1/a.png).'
     parts = user("A ", images[0], " and ", images[1], ", ![no](http://127.0.0.1/a.png).")["content"]
     answers = [
         chat(client, [user("Hi"), {"role": role, "content": content}, *ASK], max_tokens=4)
@@ -282,7 +294,7 @@ def test_images_in_markdown_are_read_in_order(client, role):
 
 def test_markdown_without_an_end_is_read_at_once(client):
     # Each beginning would otherwise be searched to the end of the text.
-    for text in ("![", "![](data:image/", "![](data:image/png;base64,"):
+    for text in ("![[] ", "![](data:image/", '![](data:image/a,A "', "<img src=data:image/a,A "):
         refusal(post(client, RESPONSES, input=text * 200_000))
 
 
@@ -367,6 +379,8 @@ REFUSED = r"""
 /v1/images/tokens {"images": ["aGk="]} -> 'images'
 /v1/images/edits {"image": []} -> image:
 /v1/images/edits {"prompt": ""} -> prompt:
+/v1/images/edits {"prompt": ["a fish", "a cat"]} -> prompt:
+/v1/images/edits {"seed": ["", 3, 4]} -> seed:
 /v1/images/edits {"image": "aGk="} -> image:
 /v1/images/edits {"image[]": "aGk="} -> image[]:
 # Values out of range.
@@ -478,6 +492,7 @@ REQUESTS = {
     "no image of an edit": (EDIT, {"image": [b"no image"]}, "image 0"),
     "a mask": (EDIT, {"mask": [b"a file"]}, "mask:"),
     "markup": (EDIT, {"markup": [b"a file"]}, "markup:"),
+    "a prompt's file": (EDIT, {"prompt": [b"a fish"]}, "prompt:"),
     "a picture of the system": (RESPONSES, {"instructions": f"![]({URL})"}, "Message 0"),
     "pictures in Markdown": (CHAT, {"messages": [user(f"![a]({URL})" * 17)]}, "17 images"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),

@@ -24,6 +24,9 @@ localhost@evil.example  -                               -                       
 evil.example@localhost  -                               -                        refused
 localhost,evil.example  -                               -                        refused
 localhost/evil.example  -                               -                        refused
+://localhost            -                               -                        refused
+http://localhost        -                               -                        refused
+evil.example#.localhost -                               -                        refused
 10.0.0.5:7890           -                               -                        refused
 0.0.0.0:7890            -                               -                        refused
 [::2]:80                -                               -                        refused
@@ -35,6 +38,12 @@ localhost               http://localhost@evil.example   -                       
 localhost               http://evil.example@localhost   -                        refused
 localhost               http://evil.example/localhost   -                        refused
 localhost               http://localhost,http://a.b     -                        refused
+localhost               http://evil.example://localhost -                        refused
+localhost               http://evil.a#://localhost      -                        refused
+localhost               http://evil.a?.localhost        -                        refused
+localhost               http://evil.a,http://localhost  -                        refused
+localhost               ://localhost                    -                        refused
+localhost               localhost                       -                        refused
 localhost               null                            https://seed.example     refused
 localhost               https://seed.example:8443       https://seed.example     refused
 """
