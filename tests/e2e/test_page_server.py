@@ -136,6 +136,15 @@ def test_strangers_get_no_file_of_the_pages_machine(backend, tmp_path, tiny):
     assert not [*tmp_path.glob("seed_chat_*/**/*.*")]
 
 
+def test_uploads_are_no_pages(page):
+    assert not requests.get(f"{page.address}/openapi.json", timeout=60).ok
+    api = f"{page.address}/gradio_api"
+    for name in "a.html a.svg a.js a.xml".split():
+        (path,) = requests.post(f"{api}/upload", files={"files": (name, "")}, timeout=60).json()
+        answer = requests.get(f"{api}/file={path}", timeout=60)
+        assert "attachment" in str(answer.headers)
+
+
 def test_a_page_on_loopback_refuses_other_hosts_and_web_pages(page):
     # A name that points to 127.0.0.1, or a form of another web page, would use it as its user.
     allowed = [{}, {"Host": "localhost:1"}, {"Host": "seed.example.org", "Origin": PROXY}]

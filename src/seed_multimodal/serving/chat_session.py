@@ -14,7 +14,6 @@ import logging
 import os
 import random
 import shutil
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +45,9 @@ from seed_multimodal.serving.turns import (
 logger = logging.getLogger(__name__)
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
+VISITS = "visits"  # the folder of the visitors' folders, beside their uploads
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
+DRAWINGS = io.ImageLimits(max_pixels=2048**2)  # also of stored images, which browsers may forge
 MAX_UPLOADS = 64  # of a visitor that are kept
 MAX_RESTORED = 500  # images of a conversation that a browser sends back
 LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
@@ -109,7 +110,8 @@ class ChatSession:
     def save_image(self, image: Image.Image, url: str = "") -> Picture:
         """Store an image in the visitor's folder; only here images get their path."""
         if not self.folder:
-            self.folder = tempfile.mkdtemp(prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"])
+            self.folder = f"{os.environ['GRADIO_TEMP_DIR']}/{VISITS}/{uuid.uuid4().hex}"
+            os.makedirs(self.folder)
         picture = Picture(url=url)
         picture.path = f"{self.folder}/{uuid.uuid4().hex}.png"
         with writing(picture.path, RequestError):
@@ -118,7 +120,7 @@ class ChatSession:
 
     def save_data(self, data: str) -> Picture:
         """Store an image of base64 or a data URL; in a thread: it takes long."""
-        return self.save_image(io.open_image(io.decode_text(data)).image)
+        return self.save_image(io.open_image(io.decode_text(data), limits=DRAWINGS).image)
 
     def store_upload(self, upload: str | None) -> Picture:
         """Check an uploaded image and store it in the model's size; in a thread: it takes long."""
@@ -474,11 +476,11 @@ class ChatSession:
         """Draw the newest images of a restored conversation from their codes; others are stored."""
         pictures = [picture for turn in self.turns for picture in turn.pictures][-MAX_RESTORED:]
         coded = [picture for picture in pictures if picture.codes]
+        stored = [picture for picture in pictures if not picture.codes][-MAX_UPLOADS:]
         with warn_about_errors():
-            for picture in pictures:
-                if not picture.codes:
-                    data = picture.url or picture.stored_url
-                    picture.path = (await asyncio.to_thread(self.save_data, data)).path
+            for picture in stored:
+                data = picture.url or picture.stored_url
+                picture.path = (await asyncio.to_thread(self.save_data, data)).path
             for start in range(0, len(coded), TOKENS_AT_ONCE):
                 batch = coded[start : start + TOKENS_AT_ONCE]
                 body = {"codes": [picture.codes for picture in batch]}

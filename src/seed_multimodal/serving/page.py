@@ -23,7 +23,7 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import ModelCard
 from seed_multimodal.proxies import without_proxy
-from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, ChatSession
+from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, VISITS, ChatSession
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
 from seed_multimodal.serving.origin import problem
@@ -434,7 +434,7 @@ def launch(
     async def check_request(request: fastapi.Request) -> None:
         """Refuse other hosts and web pages, and downloads, which Gradio makes for visitors."""
         sentence = problem(server_name, request.headers, origins)
-        if "://" in request.url.path:
+        if "://" in request.scope["path"]:
             sentence = "The page downloads nothing."
         if sentence:
             raise fastapi.HTTPException(403, sentence)
@@ -446,7 +446,8 @@ def launch(
         tempfile.TemporaryDirectory(prefix="seed_chat_", ignore_cleanup_errors=True) as folder,
     ):
         os.environ["GRADIO_TEMP_DIR"] = folder
-        gr.set_static_paths([folder, IMAGES])  # served from these folders, not copied
+        # Served from these folders, whatever they hold, and not copied: no uploads.
+        gr.set_static_paths([f"{folder}/{VISITS}", IMAGES])
         page = build([ModelClient(address, card) for address in addresses], log)
         theme = gr.themes.Soft(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
@@ -464,7 +465,10 @@ def launch(
                     theme=theme,
                     css=CSS,
                     enable_monitoring=False,
-                    app_kwargs={"dependencies": [fastapi.Depends(check_request)]},
+                    app_kwargs={
+                        "dependencies": [fastapi.Depends(check_request)],
+                        "openapi_url": None,  # no dependency would check it
+                    },
                     footer_links=[],
                     run_history=False,  # it would keep all messages in the browser once more
                     max_file_size=UPLOADS.max_bytes,

@@ -33,7 +33,8 @@ SHORT_URL = 20_000
 STORED_CHARACTERS = 1_000_000
 DROPPED = "(an image too many for the browser's storage)"
 
-CHECKED = ConfigDict(extra="forbid", validate_assignment=True)
+# A limit makes pydantic refuse halves of surrogate pairs, too, which have no JSON.
+CHECKED = ConfigDict(extra="forbid", validate_assignment=True, str_max_length=MAX_CHARACTERS)
 DataUrl = Annotated[str, Field(pattern="^(data:image/|$)")]
 
 

@@ -272,6 +272,7 @@ PARTS = """\
 {"codes": [-1]}
 {"url": "README.md"}
 {"stored_url": "file:///README.md"}
+"half of a pair: \\ud800"
 {"description": {"path": "README.md", "meta": {"_type": "gradio.FileData"}}}"""
 LONG = [json.dumps({"codes": [0] * 5000}), json.dumps("x" * 5_000_000)]
 
