@@ -22,9 +22,10 @@ from seed_multimodal.entry import log_line
 # Held while models are loaded and libraries are imported on first use: transformers and diffusers
 # import their modules lazily, which fails in several threads. A process forks between two loads.
 LOADING = threading.RLock()
-os.register_at_fork(
-    before=LOADING.acquire, after_in_parent=LOADING.release, after_in_child=LOADING.release
-)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(
+        before=LOADING.acquire, after_in_parent=LOADING.release, after_in_child=LOADING.release
+    )
 
 
 class _Output(threading.local):

@@ -100,7 +100,7 @@ def create_app(
     def check_sender() -> None:
         headers = request.headers
         if not token:
-            problem = origin.problem("localhost", headers, origins)
+            problem = origin.problem("localhost", dict(headers), origins)
             if problem:
                 abort(403, problem)
         # A browser's preflight has no token.
