@@ -43,7 +43,6 @@ class Progress(tqdm):
 
     start: initial progress.
     every: seconds between two lines.
-    delay: seconds before the bar is shown.
     log: receives the lines; None: no output.
     unit_scale: thousands as k, M, G.
     """
@@ -56,14 +55,14 @@ class Progress(tqdm):
         *,
         start: float = 0,
         every: float = 30.0,
-        delay: float = 0.5,
         log: Callable[[str], None] | None = log_line,
         unit_scale: bool = False,
     ) -> None:
         on_terminal = log in (log_line, print) and sys.stderr.isatty()
         self.log = None if on_terminal else log
-        # As a bar, shown after `delay` seconds.
+        # As a bar, shown after half a second.
         file = None
+        delay = 0.5
         interval = 0.1
         line_format = None
         if self.log is not None:

@@ -19,7 +19,6 @@ from seed_multimodal.data.decoders.base import Decoder, SeededRandom
 from seed_multimodal.data.formats.record import BROKEN, BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import OpenedSource, open_sources
-from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
@@ -123,7 +122,7 @@ def check_sources(settings: LlmDataSettings, tokenizer_dir: str, records: int) -
         size = source.size
         count = min(size, records)
         report = SourceReport(source.name, size, count)
-        with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
+        with Progress(source.name, count, "record") as bar:
             for index in range(count):
                 _check_record(source, index * size // count, tokenizer, report)
                 bar.update()

@@ -212,7 +212,7 @@ def run_in_processes(
     context = multiprocessing.get_context("spawn")  # threads do not survive a fork
     with (
         ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool,
-        Progress(name, len(jobs), "file", log=log_line) as bar,
+        Progress(name, len(jobs), "file") as bar,
     ):
         try:
             results = pool.map(work, jobs) if processes > 1 else map(work, jobs)
