@@ -95,7 +95,9 @@ def third_party(sources: Iterable[Path]) -> dict[str, str]:
 def test_imports_are_declared_and_extras_named():
     # A user without the extra must read its name, not a traceback of a missing module.
     named = {
-        package_of(module).lower(): extra for extra, modules in EXTRAS.items() for module in modules
+        package_of(module).lower(): extra
+        for extra, modules in EXTRAS.items()
+        for module in modules.split()
     }
     used = third_party(SOURCES)
     assert {name: used[name] for name in used.keys() - packages("") - named.keys()} == {}

@@ -11,32 +11,13 @@ import re
 
 # Modules of each extra of pyproject.toml; a module of several extras is listed once.
 EXTRAS = {
-    "train": (
-        "deepspeed",
-        "torchdata",
-        "hydra",
-        "peft",
-        "tensorboard",
-        "pyarrow",
-        "cv2",
-        "matplotlib",
-    ),
-    "demo": (
-        "gradio",
-        "httpx",
-        "flask",
-        "flask_cors",
-        "werkzeug",
-        "waitress",
-        "requests",
-        "prometheus_client",
-        "bitsandbytes",
-        "torchao",
-    ),
-    "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
-    "lavit": ("spacy",),
-    "laptop": ("llama_cpp", "gguf"),
-    "harness": ("lmms_eval",),
+    "train": "deepspeed torchdata hydra peft tensorboard pyarrow cv2 matplotlib",
+    "demo": "gradio httpx flask flask_cors werkzeug waitress requests prometheus_client "
+    "bitsandbytes torchao",
+    "eval": "torchmetrics torch_fidelity pycocoevalcap",
+    "lavit": "spacy",
+    "laptop": "llama_cpp gguf",
+    "harness": "lmms_eval",
 }
 # Packages whose name differs from the module.
 PACKAGES = {
@@ -174,7 +155,7 @@ def install_hint(*modules: str) -> str:
     """`bash install.sh --extras demo, or pip install gradio`, for modules of one extra; else ""."""
     top = modules[0].partition(".")[0]
     for extra, extra_modules in EXTRAS.items():
-        if top in extra_modules:
+        if top in extra_modules.split():
             packages = " ".join(map(package_of, modules))
             return f"bash install.sh --extras {extra}, or pip install {packages}"
     return ""

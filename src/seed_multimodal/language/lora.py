@@ -58,23 +58,10 @@ _MERGE_FIELDS = (
 # Further fields that merging follows by the names of the tensors, or that do not change the weights
 # of a trained adapter.
 _OTHER_FIELDS = (
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "bias",
-    "lora_dropout",
-    "ensure_weight_tying",
-    "task_type",
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "runtime_config",
-)
+    "target_modules exclude_modules modules_to_save layers_to_transform layers_pattern bias "
+    "lora_dropout ensure_weight_tying task_type peft_type peft_version auto_mapping "
+    "base_model_name_or_path revision inference_mode runtime_config"
+).split()
 # Initial matrices that were subtracted from the base's weights.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
