@@ -70,33 +70,13 @@ ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)
 # `open_images`.
 LOADING_FLAGS = ("device", "dtype", "offload")
 LANGUAGE_MODEL_FLAGS = (
-    "image_dtype",
-    "quantization",
-    "compiled",
-    "kv_cache",
-    "max_running",
-    "engine",
-    "url",
-    "gguf",
+    "image_dtype quantization compiled kv_cache max_running engine url gguf".split()
 )
 # Flags that are keyword arguments of a system's methods.
 SETTINGS = (
-    # of generation
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "num_beams",
-    "guidance",
-    # of drawing
-    "num_inference_steps",
-    "guidance_scale",
-    "image_guidance_scale",
-    "ratio",
-    "height",
-    "width",
-    "preset",
-)
+    "max_new_tokens temperature top_p top_k num_beams guidance "  # of generation
+    "num_inference_steps guidance_scale image_guidance_scale ratio height width preset"
+).split()
 
 
 # ---- flags

@@ -28,30 +28,14 @@ if TYPE_CHECKING:
 UNSMOOTHED = ("lr", "loss_scale")
 # Numbers of a log line that its text leaves out or formats itself.
 NOT_LISTED = (
-    "step",
-    "samples_per_s",
-    "seconds_per_step",
-    "eta_seconds",
-    "peak_memory_mib",
-    "wait_share",
-    "tflops",
-    "mfu",
+    "step samples_per_s seconds_per_step eta_seconds peak_memory_mib wait_share tflops mfu".split()
 )
 BAR_WIDTH = 20  # characters of the progress bar
 
 
 Metrics = Mapping[str, Tensor | float]  # scalars to log
 # A language model's metrics, summed over micro-steps and processes.
-SUMMED = (
-    "loss",
-    "text_sum",
-    "text_count",
-    "image_sum",
-    "image_count",
-    "tokens",
-    "positions",
-    "squares",
-)
+SUMMED = "loss text_sum text_count image_sum image_count tokens positions squares".split()
 
 
 class TokenFlops(NamedTuple):
