@@ -70,8 +70,6 @@ def marked_unfinished(folder: Path, label: str) -> Iterator[Path]:
     """Context that leaves its mark in the folder unless it ends without an error: a folder for
     unfinished files."""
     marker = folder / f"{UNFINISHED}{label}"
-    if marker.is_file():  # of an earlier version
-        marker.unlink()
     marker.mkdir(parents=True, exist_ok=True)
     yield marker
     shutil.rmtree(marker)

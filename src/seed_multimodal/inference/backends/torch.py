@@ -202,9 +202,8 @@ class TorchBackend:
         pieces = [chunk.prompt_input[chunk.start : chunk.stop] for chunk in chunks]
         embeddings = torch.cat(pieces)[None]  # [1, n, D]
         device = embeddings.device
-        table = torch.tensor([rows, positions], dtype=torch.long, device=device)[
-            :, None
-        ]  # [2, 1, n]
+        table = torch.tensor([rows, positions], dtype=torch.long, device=device)
+        table = table[:, None]  # [2, 1, n]
         seen = torch.tensor([seen_rows, seen_positions], dtype=torch.long, device=device)[:, None]
 
         # 2. The model.
