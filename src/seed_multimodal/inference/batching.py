@@ -334,14 +334,16 @@ def weights_state(module: nn.Module) -> object:
     for layer in layers:  # which grows
         if layer is None:
             continue
-        layers += layer._modules.values()
-        tensors += layer._parameters.values()
-        tensors += layer._buffers.values()
+        own = layer.__dict__
+        layers += own["_modules"].values()
+        tensors += own["_parameters"].values()
+        tensors += own["_buffers"].values()
         if layer._forward_pre_hooks or layer._forward_hooks:
             state += [*layer._forward_pre_hooks, *layer._forward_hooks]
-        if "_disable_adapters" in layer.__dict__:
-            state.append(str([layer.__dict__.get(name) for name in ADAPTER_SWITCHES]))
-        state.append(layer.__dict__.get("forward"))  # in place of the class's own
+        if "_disable_adapters" in own:
+            state.append(str([own.get(name) for name in ADAPTER_SWITCHES]))
+        if "forward" in own:  # in place of the class's own
+            state.append(own["forward"])
     state += map(id, layers)
     state += map(type, layers)
 
@@ -370,7 +372,7 @@ def _samples(shape: torch.Size) -> tuple[tuple[int], tuple[int]] | None:
     if len(shape) < 2 or not shape.numel():
         return None
     # Below both sides, so that no row is left out; prime to the width, so that no column is.
-    width = shape[-1]
+    width = max(shape[-1], shape.numel() // shape[0], key=lambda n: min(n, shape.numel() // n))
     step = max(int(SHARE * min(width, shape.numel() // width)), 1)
     while math.gcd(step, width) > 1:
         step -= 1
