@@ -135,6 +135,8 @@ def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limi
     """A value converted to the type `hint`, within limits as in `setting`. Raises ConfigError."""
     from pydantic import ValidationError
 
+    if hint in (int, float) and isinstance(value, bool | str):
+        raise ConfigError(f"{label} must be a number, not {value!r}.")
     try:
         converted = adapter(hint).validate_python(value)
     except ValidationError as error:

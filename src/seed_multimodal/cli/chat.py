@@ -57,7 +57,6 @@ class Conversation:
             [*self.messages, message],
             stream=True,
             previews=(),
-            stop_after=self.system.tasks.answer_after,
             seed=self.args.seed,
             force_image=force_image,
             **chosen_settings(self.args),

@@ -31,6 +31,8 @@ from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.sampling import read_answer
+from seed_multimodal.language.answer import Answer
 from seed_multimodal.language.messages import input_images, user_message
 from seed_multimodal.models.lavit.decoder import DecodedCodes
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
@@ -38,8 +40,8 @@ from seed_multimodal.models.lavit.pipeline import Lavit, LavitFamily, LavitImage
 from seed_multimodal.models.lavit.processing import QUESTION, LavitTokenizer, QuestionProcessor
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.config import system_names
-from seed_multimodal.pipelines.family import Task
 from seed_multimodal.pipelines.images import open_images
+from seed_multimodal.pipelines.tasks import TaskKind
 from seed_multimodal.weights.catalogue import catalogue
 from seed_multimodal.weights.find import download_part, is_hub_name, locate
 
@@ -174,7 +176,7 @@ class _Model(nn.Module):
     def _draw(self, codes: Sequence[Tensor], **options: Any) -> list[Image.Image]:
         return self.images.draw(codes, seeds=_seeds(len(codes)), **options)
 
-    def _settings(self, task: Task, options: Mapping[str, object]) -> GenerationSettings:
+    def _settings(self, task: TaskKind, options: Mapping[str, object]) -> GenerationSettings:
         """Settings of a task, by the original's names or ours."""
         values = dict(LavitFamily.defaults[task])
         for name, value in options.items():
@@ -239,7 +241,7 @@ class LaVITforUnderstanding(_Model):
         return self._texts(samples["image"], texts, "ask", options)
 
     def _texts(
-        self, image: ImagesOrPixels, texts: Texts, task: Task, options: Mapping[str, object]
+        self, image: ImagesOrPixels, texts: Texts, task: TaskKind, options: Mapping[str, object]
     ) -> list[str]:
         # 1. A conversation for each image: the image, and a text if there is one.
         if isinstance(image, Tensor):
@@ -259,12 +261,14 @@ class LaVITforUnderstanding(_Model):
         seeds = _seeds(len(images))
         prompts = self.system.family.prompts(conversations, task, seeds=seeds)
         settings = self._settings(task, options)
-        answers = []
-        for ids in self.system.engine.generate(
-            prompts, [replace(settings, seed=seed) for seed in seeds]
-        ):
-            answer = self.system.read_answer(ids, settings)
-            answers.append(self.system.family.text(answer, task))
+        rows = [replace(settings, seed=seed) for seed in seeds]
+        requests = self.system.engine.run(prompts, rows)
+        answers: list[str] = []
+        for request in requests:
+            for ids in request.answers:
+                reader = read_answer(self.system.tokenizer, ids, settings)
+                answer = Answer(tuple(reader.parts), answer_after=self.system.tasks.answer_after)
+                answers.append(self.system.family.text(answer, task))
         return answers
 
 

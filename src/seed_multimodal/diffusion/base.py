@@ -201,6 +201,7 @@ class Detokenizer(Generic[Settings]):
         self.device = torch.device(self.denoiser.device)
         self.factor = spatial_factor(self.vae)  # pixels of a latent's side
         self.size_unit = size_unit(self.denoiser, self.vae)
+        self.reads_sizes = self.denoiser.config.get("addition_embed_type") == "text_time"  # SDXL
         self._hooks: list[OffloadHook] = []
 
     @property
@@ -224,7 +225,7 @@ class Detokenizer(Generic[Settings]):
         self,
         embeds: Any,
         negatives: Tensor | None,
-        time_ids: Tensor,
+        time_ids: Tensor | None,
         settings: Settings,
         generators: Generators,
     ) -> Conditions:
@@ -232,7 +233,7 @@ class Detokenizer(Generic[Settings]):
 
         embeds: of `read`.
         negatives: unconditional embeddings, B rows; None: the family's.
-        time_ids: `[B, 6]`, see `size_ids`.
+        time_ids: `[B, 6]` where the denoiser reads them, see `size_ids`.
         """
         raise NotImplementedError
 
@@ -398,7 +399,7 @@ class Detokenizer(Generic[Settings]):
             start = self.conditioner.warm_latents(
                 features, generators, self.scheduler, condition, latent_size
             )
-        time_ids = self.time_ids(settings, len(embeds))
+        time_ids = self.time_ids(settings, len(embeds)) if self.reads_sizes else None
         conditions, null = self.conditions(read, negatives, time_ids, settings, generators)
         n_runs, guide = self.guide(settings)
         if n_runs > 1:

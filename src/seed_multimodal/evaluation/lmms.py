@@ -13,6 +13,7 @@ force_image    false: the system decides whether it draws (default: every answer
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.messages import Message, read_messages
 from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.tasks import Task
 from seed_multimodal.progress import Progress
 
 T = TypeVar("T")
@@ -113,13 +115,12 @@ class SeedModel(lmms):  # type: ignore[misc]
         options = generation_settings(self._options(requests[0]))
         settings = self.system.settings("ask", **options)
         conversations = [self._conversation(request) for request in requests]
-        answers = self.system.generate_answers(
-            conversations, "ask", settings, batch_size=self.batch
-        )
+        tasks = [Task("ask", conversation, settings) for conversation in conversations]
         results: list[GenerationResult] = []
-        for generated in answers:
-            text = self.system.family.text(generated.answer, "ask").strip()
-            counts = TokenCounts(len(generated.prompt), len(generated.answer.ids))
+        batches = self.system.generate(tasks, batch_size=self.batch)
+        for item in itertools.chain.from_iterable(batches):
+            text = self.system.family.text(item.answer, "ask").strip()
+            counts = TokenCounts(len(item.prompt), len(item.answer.ids))
             results.append(GenerationResult(text, counts))
         return results
 

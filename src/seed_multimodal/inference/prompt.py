@@ -36,8 +36,9 @@ class Stopped(Exception):  # noqa: N818 (a signal, not an error)
 class GenerationSettings:
     """Generation settings; defaults of SEED-LLaMA's scripts, with well-formed images.
 
-    They are checked where a system reads them (`AnswerGenerator.settings`).
+    They are checked where a system reads them (`Family.generation_settings`).
 
+    min_new_tokens: no end token before; a text of `stop` ends an answer at any time.
     temperature, top_p: 0 means greedy.
     seed: None draws one from the operating system.
     guidance: classifier-free guidance against `Prompt.negative`; 1 is off (LaVIT's drawings).
@@ -102,7 +103,6 @@ class Prompt:
     images: the backend replaces the ids at their positions by embeddings of their features.
     answered: last tokens of the prompt that are part of the answer.
     negative: unconditional prompt for guidance, including `<img>`; None: `<img>` alone.
-    note: for `Answer`.
     source: the image that is edited.
     """
 
@@ -110,7 +110,6 @@ class Prompt:
     images: Sequence[PromptImage] = ()
     answered: Sequence[int] = ()
     negative: Sequence[int] | None = None
-    note: str = ""
     source: Any = None
 
     def __len__(self) -> int:

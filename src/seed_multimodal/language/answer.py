@@ -3,10 +3,11 @@
 An image is `min_codes` to `tokens_per_image` codes between `<img>` and `</img>` (optional if their
 number is variable); a malformed image becomes a `BrokenImagePart`, and parsing continues.
 
-Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL,
-"codes": […]}`, `{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer":
-Answer}`; where previews are requested, `{"type": "image_preview", "image": PIL, "codes": […]}` with
-the first codes of an image and what they show.
+Events: `{"type": "text", "text": …}`, before it `reasoning` (see `Answer`) in the same form;
+`{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […], "part": ImagePart}`,
+`{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer, "notes":
+[…]}`; where previews are requested, `{"type": "image_preview", "image": PIL, "codes": […]}` with
+the first codes of an image and what they show. Drawings of several images have an `index`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Literal, Required, TypedDict
 
 from PIL import Image
 
-from seed_multimodal.language.prompts import without_verdict
+from seed_multimodal.language.prompts import verdict_of, without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
 
@@ -67,11 +68,23 @@ class Answer:
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()  # the generated tokens
-    note: str = ""  # note about unknown words or dropped turns
+    notes: Sequence[str] = ()  # sentences about the request and the answer, see `pipelines.tasks`
     answer_after: str = ""  # of `TaskPrompts`; a verdict is in `parts`, not in `text`
     prompt_tokens: int = field(default=0, compare=False)  # of `chat`
     # "stop"; "length": no end within the tokens; "cancelled"
     finish_reason: str = field(default="stop", compare=False)
+
+    @property
+    def note(self) -> str:
+        """All notes."""
+        return " ".join(self.notes)
+
+    @property
+    def reasoning(self) -> str:
+        """What the model wrote before the answer: a verdict (see `TaskPrompts`), or nothing."""
+        texts = [part for part in self.parts if isinstance(part, str)]
+        verdicts = [verdict_of(text.strip(), self.answer_after) for text in texts]
+        return " ".join(filter(None, verdicts))
 
     @property
     def text(self) -> str:
@@ -113,16 +126,21 @@ class Answer:
 
 
 class Event(TypedDict, total=False):
-    """One step of a streamed answer; `part` is replaced by `image` before callers see it."""
+    """One step of an answer."""
 
-    type: Required[Literal["text", "image_start", "image_preview", "image", "image_broken", "done"]]
+    type: Required[
+        Literal[
+            "text", "reasoning", "image_start", "image_preview", "image", "image_broken", "done"
+        ]
+    ]
     text: str
     codes: list[int]
     image: Image.Image | None
     part: ImagePart
     reason: str
     answer: Answer
-    notes: list[str]  # of the server, in its last event
+    notes: list[str]
+    index: int
 
 
 class _RunningText:

@@ -121,14 +121,16 @@ def user_message(content: Sequence[object], index: int = 0) -> list[Message]:
     return [_new_message("user", content, index)]
 
 
-def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
-    """A conversation without its first turn; unchanged if there is only one."""
-    roles = [message.role for message in conversation]
-    users = [index for index, role in enumerate(roles) if role == "user"]
-    if len(users) < 2:
+def without_oldest_rounds(conversation: Sequence[Message], count: int) -> list[Message]:
+    """A conversation without its first rounds, of a user's message and its answers each; system
+    messages at its beginning and the last round stay."""
+    users = [index for index, message in enumerate(conversation) if message.role == "user"]
+    count = min(count, len(users) - 1)
+    if count <= 0:
         return list(conversation)
+    roles = [message.role for message in conversation]
     n_system = next(index for index, role in enumerate(roles) if role != "system")
-    return [*conversation[:n_system], *conversation[users[1] :]]
+    return [*conversation[:n_system], *conversation[users[count] :]]
 
 
 def speaks_of_missing_image(conversation: Sequence[Message]) -> bool:

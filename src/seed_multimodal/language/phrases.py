@@ -6,7 +6,19 @@ phrases.contradictions(["a dog and a cat"], "A dog and two cats at night.")  # [
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+
+BACKGROUND = "background"  # a table of attributes
+# Of requests: what they remove, replace without naming it, and say of a background.
+_REMOVES = re.compile(r"\b(?:remove|delete|erase|get rid of|take away)\b", re.I)
+_REPLACES_UNNAMED = re.compile(
+    r"\b(?:remove|delete|erase|rid of|take|replace|swap|exchange|turn|change|make)\b[^.]*"
+    r"\b(?:it|them|this|that|these|those|everything|all|both|one)\b",
+    re.I,
+)
+_BACKGROUNDS = (BACKGROUND, "scene", "place", "colour", "color")
+_WORDS = re.compile(r"[a-z]+")
 
 ByValue = Mapping[str, Sequence[str]]  # a value → the phrases that mean it
 
@@ -25,6 +37,7 @@ class Phrases:
             for value, phrases in values.items():
                 self.meanings |= dict.fromkeys(phrases, (table, value))
         self.single = {phrases[0] for phrases in tables.get("things", {}).values()}
+        self.backgrounds = tables.get(BACKGROUND, {})
         # The longest phrase matches: a hot dog is no dog.
         longest_first = sorted(self.meanings, key=len, reverse=True)
         any_phrase = "|".join(map(re.escape, longest_first)) or "(?!)"  # none matches nothing
@@ -55,6 +68,14 @@ class Phrases:
             facts["relation"] = f"{first} {relation[1]} {second}"
         return [thing for thing in things if facts[thing] != "0"], facts
 
+    def words_of_background(self, value: str) -> set[str]:
+        """Words of requests that ask for a background: of its phrases alone, or of any change."""
+        counts = Counter[str]()
+        for phrases in self.backgrounds.values():
+            counts.update({word for phrase in phrases for word in phrase.split()})
+        words = {word for phrase in self.backgrounds[value] for word in phrase.split()}
+        return {word for word in words if counts[word] == 1} | {*_BACKGROUNDS}
+
     def contradictions(self, requests: Sequence[str], description: str) -> list[str]:
         """What a description says otherwise than the first of some texts that names a thing."""
         # 1. The request. Without a known thing in it there is nothing to compare.
@@ -81,8 +102,29 @@ class Phrases:
         return differences
 
     def unasked_changes(self, before: str, request: str, after: str) -> list[str]:
-        """Things that an edit does not show as asked, by descriptions of its images: named, but in
-        neither; or new, but not named."""
-        old, named, new = (self.read(text)[0] for text in (before, request, after))
-        missing = [f"no {thing}" for thing in named if thing not in (*old, *new)]
-        return missing + [f"also {thing}" for thing in new if thing not in (*old, *named)]
+        """What an edit does not show as asked, by descriptions of its images.
+
+        Things that are named, but in neither; new, but not named; gone, but neither named nor
+        replaced; to be removed, but as many as before. A background that was not asked for.
+        """
+        # 1. Things.
+        old, old_facts = self.read(before)
+        named, _ = self.read(request)
+        new, new_facts = self.read(after)
+        differences = [f"no {thing}" for thing in named if thing not in (*old, *new)]
+        if not _REPLACES_UNNAMED.search(request):
+            gone = [thing for thing in old if thing not in (*named, *new)]
+            differences += [f"no {thing}" for thing in gone]
+        if _REMOVES.search(request):
+            kept = [thing for thing in named if thing in old and thing in new]
+            kept = [thing for thing in kept if old_facts[thing] == new_facts[thing]]
+            differences += [f"still {thing}" for thing in kept]
+        differences += [f"also {thing}" for thing in new if thing not in (*old, *named)]
+
+        # 2. The background.
+        was = old_facts.get(BACKGROUND)
+        now = new_facts.get(BACKGROUND)
+        words = {*_WORDS.findall(request.lower())}
+        if was and now and was != now and not words & self.words_of_background(now):
+            differences.append(f"{BACKGROUND} {now}, not {was}")
+        return differences

@@ -324,6 +324,14 @@ class TaskPrompts:
         return self.qa_prefix + question + self.qa_suffix
 
 
+def verdict_of(text: str, answer_after: str) -> str:
+    """The verdict that a text begins with (see `TaskPrompts`), or nothing."""
+    if not answer_after:
+        return ""
+    verdict, _, answer = text.partition(answer_after)
+    return verdict if answer else ""
+
+
 def without_verdict(text: str, answer_after: str, grows: bool = False) -> str:
     """The text behind a verdict (see `TaskPrompts`), else all of it.
 

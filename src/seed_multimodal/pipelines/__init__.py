@@ -3,8 +3,9 @@
 config     `SystemConfig`: keys of `system.json`, and where the parts are
 images     devices of the parts, and `ImageCodec`: image encoder and decoder
 family     `Family`: the loaded parts, and what differs between families
-answers    `AnswerGenerator`: conversations as prompts, and their answers in batches
-read_back  a system's description of its drawings, and notes
+tasks      `Task`: a request with its settings and its notes
+run        tasks as events: prompts, answers, images
+read_back  what a system's description of its drawing contradicts
 base       `MultimodalSystem`, for every family
 assemble   writing of a system's folder
 """

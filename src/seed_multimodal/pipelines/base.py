@@ -8,7 +8,8 @@ system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,8 +31,7 @@ from seed_multimodal.inference.engines import (
     outside_engine,
     torch_engine,
 )
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped, random_seed
-from seed_multimodal.language.answer import Event
+from seed_multimodal.inference.prompt import random_seed
 from seed_multimodal.language.messages import (
     Images,
     Message,
@@ -44,20 +44,19 @@ from seed_multimodal.language.messages import (
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.pretrained import HubUpload
-from seed_multimodal.pipelines.answers import BATCH, AnswerGenerator, GeneratedAnswer
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.family import Family, Task
+from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import (
     DRAWING_BATCH,
     OFFLOADABLE,
-    ImageInput,
     Log,
     Options,
     Placement,
     Seed,
     seed_per_image,
 )
-from seed_multimodal.pipelines.read_back import NOTE, add_descriptions, edited_image
+from seed_multimodal.pipelines.run import BATCH, TaskRunner
+from seed_multimodal.pipelines.tasks import Drawing, Notes, Task, TaskKind
 from seed_multimodal.progress import LOADING
 from seed_multimodal.settings import check_value
 
@@ -66,6 +65,8 @@ TextOrList = Any  # str
 ImageOrList = Any  # Image.Image
 AnswerOrEvents = Any  # `Answer`, or with `stream` an iterator of `Event`
 
+# What a note about one of several drawings begins with.
+IMAGE_NUMBER = re.compile(r"Image \d+ may")
 # Decoding of further images of one request where the settings are greedy. The judge finds every
 # label right in 0.94 of nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of
 # nano-lavit's (greedy: 0.93; temperature 1: 0.73).
@@ -78,7 +79,7 @@ VARIATION: Options = {
 }
 
 
-class MultimodalSystem(AnswerGenerator, HubUpload):
+class MultimodalSystem(TaskRunner, HubUpload):
     """A loaded system, see `from_pretrained`.
 
     Methods accept `GenerationSettings` and settings of the de-tokenizer (`num_inference_steps`, …)
@@ -249,9 +250,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         prompt: replaces the default prompt.
         """
-        if prompt is None:
-            prompt = self.tasks.describe
-        return self._answer_texts(images, prompt, "describe", batch_size, options)
+        texts = self.tasks.describe if prompt is None else prompt
+        conversations, single = image_conversations(images, texts)
+        return self._texts("describe", conversations, single, batch_size, options)
 
     def ask(
         self,
@@ -270,7 +271,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """
         request_texts(question)
         as_request = self.tasks.question if short else str
-        return self._answer_texts(images, question, "ask", batch_size, options, as_request)
+        conversations, single = image_conversations(images, question, as_request)
+        return self._texts("ask", conversations, single, batch_size, options)
 
     def likelihoods(
         self,
@@ -305,27 +307,25 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         is_tuned = self.config.tuned
         as_request = self.tasks.detect_request if is_tuned else str
         conversations, single = image_conversations(images, phrase, as_request)
-        self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
 
-        # 1. Boxes are in pixels of the stored images, of which prompts may have smaller copies.
-        opened: list[list[Message]] = []
+        # Boxes are in pixels of the stored images, of which prompts may have smaller copies.
+        stored: list[list[Message]] = []
         for (message,) in conversations:
             content = [
                 open_image(part).image if is_image(part) else part for part in message.content
             ]
-            opened.append([Message(message.role, tuple(content))])
-
-        # 2. The answers, and the boxes in them.
-        settings = self.settings("detect", **options)
-        answers = self.generate_answers(opened, "detect", settings, batch_size=batch_size)
+            stored.append([Message(message.role, tuple(content))])
         detections: list[Any] = []
-        for (message,), generated in zip(opened, answers, strict=True):
-            ids = generated.answer.ids
+        tasks = self._text_tasks("detect", stored, options)
+        for (message,), (task, event) in zip(
+            stored, self.run(tasks, batch_size=batch_size), strict=True
+        ):
+            ids = event["answer"].ids
             detection = self.family.detection(message.images[-1], ids, opened=not is_tuned)
-            notes = [generated.answer.note, *detection.problems]
-            generated.answer = replace(generated.answer, note=" ".join(filter(None, notes)))
+            task.notes.add(*detection.problems)
             detections.append(detection)
-        self._log_image_notes(answers)
+        if self.log:
+            self._log_notes(tasks)
         return detections[0] if single else detections
 
     def draw(
@@ -343,9 +343,10 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         seed: one for all texts, or one each; image n has `seed` + n, and from the second on sampled
         codes where the settings are greedy (`VARIATION`).
         verbatim: `text` is the complete prompt.
-        options: also `stream` and `previews`, as of `chat`: events of one image after the other;
-        and `read_back`: the system describes what it drew, in `info["description"]` of the image,
-        and logs what contradicts the text (`info["note"]`). By default as in `system.json`.
+        options: also `stream` and `previews`, as of `chat`: the previews of all images, then the
+        images, whose events have their `index`, their `answer` and its `notes`; and `read_back`:
+        the system describes what it drew, in `info["description"]` of the image, and logs what
+        contradicts the text (`info["note"]`). By default as in `system.json`.
         Raises GenerationError: no image. RequestError: an empty text.
         """
         single = isinstance(text, str)
@@ -353,7 +354,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
         conversations = [user_message([request], index) for index, request in enumerate(texts)]
-        return self._draw(conversations, single, "draw", seed, num_images, batch_size, options)
+        return self._draw("draw", conversations, single, seed, num_images, batch_size, options)
 
     def edit(
         self,
@@ -369,7 +370,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         texts = request_texts(instruction)
         each = instruction if isinstance(instruction, str) else texts
         conversations, single = image_conversations(images, each)
-        return self._draw(conversations, single, "edit", seed, num_images, batch_size, options)
+        return self._draw("edit", conversations, single, seed, num_images, batch_size, options)
 
     def compose(
         self, parts: Sequence[object], seed: Seed = 0, *, num_images: int = 1, **options: object
@@ -378,7 +379,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         num_images: with more than one the result is a list.
         """
-        return self._draw([user_message(parts)], True, "edit", seed, num_images, BATCH, options)
+        return self._draw("edit", [user_message(parts)], True, seed, num_images, BATCH, options)
 
     def reconstruct(
         self, images: Images, seed: Seed = 0, *, batch_size: int = 8, **drawing: Any
@@ -411,6 +412,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         images: str = "auto",
         force_image: bool = False,
         previews: Sequence[int] | None = None,
+        notes: Iterable[str] = (),
         **options: object,
     ) -> AnswerOrEvents:
         """The `Answer` to the last message of a conversation (form: see `language.messages`).
@@ -419,42 +421,158 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         images: "auto", "forced": answer with an image, as by `force_image`; "never": without.
         previews: numbers of codes after which a stream shows an image so far; None: the defaults of
         `system.json`.
+        notes: of the caller about this request; they come first.
         options: also `read_back`, see `draw`.
         """
         # 1. The settings.
         if force_image and images == "never":
             raise RequestError("force_image and images='never' ask for opposite things.")
+        if previews and not stream:
+            raise ConfigError("The option 'previews' is of streams.")
         if force_image:
             images = "forced"
         conversation = read_messages(messages, images_first=self.config.tuned)
-        task, conversation = self.family.read_chat(conversation, images == "forced")
-        drawing, reads_back = self._pop_drawing_options(options)
+        kind, conversation = self.family.read_chat(conversation, images == "forced")
+        drawing_options, reads_back = self._pop_drawing_options(options)
         if stream:
             options.setdefault("num_beams", 1)
-        settings = self.settings(task, images=images, **options)
+        settings = self.family.generation_settings(kind, {"images": images, **options})
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
-        if drawing and self.images.can_draw:
-            self.images.check_drawing(**drawing)
-        drawing["should_stop"] = settings.should_stop
-        preview_lengths = self._preview_lengths(previews)
+        drawing = None
+        if self.images.can_draw:
+            if drawing_options:
+                self.images.check_drawing(**drawing_options)
+            drawing_options["should_stop"] = settings.should_stop
+            lengths = self._preview_lengths(previews)
+            drawing = Drawing([settings.seed or 0], drawing_options, lengths, reads_back)
 
-        # 2. The prompt; a forced image follows the task's response.
+        # 2. The answer; a forced image follows the task's response.
         opening = ""
         if settings.images == "forced":
             is_text = all(message.is_text for message in conversation)
-            tasks = self.tasks
-            opening = tasks.draw_response if is_text else tasks.edit_response
-        prompt = self._fitting_prompt(conversation, task, opening, settings)
-
-        # 3. The answer, whose images are decoded as soon as they are complete.
-        turns = conversation if reads_back else None
-        events = self._events(prompt, settings, drawing, preview_lengths, turns)
+            opening = self.tasks.draw_response if is_text else self.tasks.edit_response
+        task = Task(kind, conversation, settings, opening, drawing=drawing)
+        task.notes.add(*notes)
+        events = (event for _, event in self.run([task], live=True))
         if stream:
             return events
-        return next(event["answer"] for event in events if event["type"] == "done")
+        *_, done = events
+        return done["answer"]
 
-    # ---- answers
+    # ---- tasks of methods
+
+    def _texts(
+        self,
+        kind: TaskKind,
+        conversations: Sequence[Sequence[Message]],
+        single: bool,
+        batch_size: int,
+        options: Options,
+    ) -> TextOrList:
+        """The text of the answer to each conversation; images in it are not drawn."""
+        tasks = self._text_tasks(kind, conversations, options)
+        events = self.run(tasks, batch_size=batch_size)
+        texts = [self.family.text(event["answer"], kind) for _, event in events]
+        if self.log:
+            self._log_notes(tasks)
+        return texts[0] if single else texts
+
+    def _text_tasks(
+        self, kind: TaskKind, conversations: Sequence[Sequence[Message]], options: Options
+    ) -> list[Task]:
+        """Tasks with equal settings, but for a list of seeds."""
+        seeds: Seed = None
+        if isinstance(options.get("seed"), (list, tuple, range)):
+            seeds = options.pop("seed")
+        settings = self.family.generation_settings(kind, options)
+        tasks = [Task(kind, conversation, settings) for conversation in conversations]
+        if seeds is not None:
+            for task, seed in zip(tasks, seed_per_image(seeds, len(tasks)), strict=True):
+                task.generation = replace(settings, seed=seed)
+        for task, conversation in zip(tasks, conversations, strict=True):
+            task.notes.add(self.unknown_words(conversation[-1]))
+        return tasks
+
+    def _draw(
+        self,
+        kind: TaskKind,
+        conversations: Sequence[Sequence[Message]],
+        single: bool,
+        seed: Seed,
+        num_images: int,
+        batch_size: int,
+        options: Options,
+    ) -> ImageOrList:
+        """`num_images` images of each conversation, one after the other; or with `stream` their
+        events."""
+        # 1. Settings of the drawing; a missing de-tokenizer is reported before generation.
+        check_value(int, num_images, "num_images", minimum=1)
+        if "images" in options:
+            raise ConfigError("The option 'images' is of chats; a drawing is always an image.")
+        stream = options.pop("stream", False)
+        previews = options.pop("previews", None)
+        if previews and not stream:
+            raise ConfigError("The option 'previews' is of streams.")
+        negatives = options.pop("negative_prompt", None)
+        if negatives is None or isinstance(negatives, str):
+            negatives = [negatives] * len(conversations)
+        drawing, reads_back = self._pop_drawing_options(options)
+        self.images.check_drawing(**drawing)
+        drawing["should_stop"] = options.get("should_stop")
+        drawing["batch_size"] = min(batch_size, DRAWING_BATCH)
+        lengths = self._preview_lengths(previews) if stream else ()
+
+        # 2. Of greedy settings, further images are sampled.
+        options["images"] = "forced"
+        settings = self.family.generation_settings(kind, options)
+        varied = settings
+        if num_images > 1 and not settings.samples and not VARIATION.keys() & options.keys():
+            varied = self.family.generation_settings(kind, {**options, **VARIATION})
+
+        # 3. A task for each image; where no answer can vary, one for all images of a request.
+        # Sampling changes codes; SEED-X's images depend only on the text before them.
+        announces = self.family.tokens_before_image(kind) > 0
+        can_vary = varied.samples and (self.images.has_codes or announces)
+        seeds = seed_per_image(seed, len(conversations))
+        tasks: list[Task] = []
+        for conversation, first_seed, negative in zip(conversations, seeds, negatives, strict=True):
+            notes = Notes()
+            notes.add(self.unknown_words(conversation[-1], drawing=True))
+            image_seeds = [(first_seed + index) % 2**63 for index in range(num_images)]
+            for index in range(num_images if can_vary else 1):
+                base = varied if index else settings
+                generation = replace(base, seed=image_seeds[index])
+                task_seeds = [image_seeds[index]] if can_vary else image_seeds
+                task = self.image_task(
+                    kind, conversation, generation, options.get("max_new_tokens")
+                )
+                task.notes = notes
+                task.negative = negative
+                task.drawing = Drawing(task_seeds, drawing, lengths, reads_back)
+                tasks.append(task)
+
+        # 4. The images.
+        events = self.run(tasks, batch_size=batch_size)
+        if stream:
+            return (event for _, event in events if event["type"] != "done")
+        images = [event["image"] for _, event in events if event["type"] == "image"]
+        if self.log:
+            self._log_notes(tasks)
+        return images[0] if single and num_images == 1 else images
+
+    def _log_notes(self, tasks: Sequence[Task]) -> None:
+        """Log what should be known about requests: once what is true of all."""
+        assert self.log is not None
+        requests = [*{id(task.notes): task.notes for task in tasks}.values()]
+        sentences = dict.fromkeys(sentence for notes in requests for sentence in notes)
+        for sentence in sentences:
+            of_requests = [index for index, notes in enumerate(requests) if sentence in notes]
+            if len(of_requests) == len(requests) or IMAGE_NUMBER.match(sentence):
+                self.log(sentence)
+                continue
+            for index in of_requests:
+                self.log(f"Request {index}: {sentence}")
 
     def _preview_lengths(self, previews: Sequence[int] | None) -> Sequence[int]:
         """Numbers of codes after which an unfinished image is shown; `previews`: as of `chat`."""
@@ -472,234 +590,3 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         if read_back is None:
             read_back = self.config.read_back
         return drawing, check_value(bool, read_back, "read_back")
-
-    def _read_back(
-        self,
-        image_inputs: Sequence[ImageInput],
-        images: Sequence[Image.Image],
-        conversations: Sequence[Sequence[Message]],
-        answer_texts: Sequence[str],
-    ) -> None:
-        """Describe drawings by their codes, or where prompts hold features by themselves; of edits
-        the image before, too.
-
-        conversations: of each drawing. answer_texts: before each drawing.
-        """
-        # 1. The drawings, and what edits had to change.
-        reads_codes = self.family.prompts_are_ids
-        shown: list[Any] = [*(image_inputs if reads_codes else images)]
-        edits: list[int] = []
-        for index, conversation in enumerate(conversations):
-            image_before = edited_image(conversation[-1], reads_codes)
-            if image_before is not None:
-                edits.append(index)
-                shown.append(image_before)
-
-        # 2. As `describe`, without its notes.
-        requests, _ = image_conversations(shown, self.tasks.describe)
-        answers = self.generate_answers(requests, "describe", self.settings("describe"))
-        descriptions = [self.family.text(generated.answer, "describe") for generated in answers]
-        before = dict(zip(edits, descriptions[len(images) :], strict=True))
-        add_descriptions(
-            images,
-            descriptions,
-            before,
-            conversations,
-            answer_texts,
-            self.tasks,
-            self.config.known_words,
-        )
-
-    def _answer_texts(
-        self,
-        images: Images,
-        texts: str | Sequence[str],
-        task: Task,
-        batch_size: int,
-        options: Options,
-        as_request: Callable[[str], str] = str,
-    ) -> TextOrList:
-        """The text of the answer about each image; images in it are not drawn.
-
-        texts: one for all images, or one each. as_request: a text → the request that is sent.
-        """
-        # 1. The settings; `seed` may be a list with one for each image.
-        conversations, single = image_conversations(images, texts, as_request)
-        seeds: Seed = None
-        if isinstance(options.get("seed"), (list, tuple, range)):
-            seeds = options.pop("seed")
-        common = self.settings(task, **options)
-        settings = [common] * len(conversations)
-        if seeds is not None:
-            seeds = seed_per_image(seeds, len(conversations))
-            settings = [replace(common, seed=seed) for seed in seeds]
-
-        # 2. The answers.
-        self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
-        answers = self.generate_answers(conversations, task, settings, batch_size=batch_size)
-        self._log_image_notes(answers)
-        displayed = [self.family.text(generated.answer, task) for generated in answers]
-        return displayed[0] if single else displayed
-
-    def _events(
-        self,
-        prompt: Prompt,
-        settings: GenerationSettings,
-        drawing: Options,
-        previews: Sequence[int],
-        read_back_to: Sequence[Message] | None = None,
-    ) -> Iterator[Event]:
-        """Events of one answer, with decoded images; the last is `done` with the `Answer`.
-
-        drawing: settings of its images, with `should_stop`.
-        previews: numbers of codes after which an unfinished image is shown.
-        read_back_to: the conversation, if the images are described.
-        """
-        # Beams have no unfinished images: their tokens come at the end.
-        request = self.engine.submit(prompt, settings, previews if settings.num_beams == 1 else ())
-
-        def with_images(events: Iterable[Event]) -> Iterator[Event]:
-            for event in events:
-                if event["type"] == "image_preview":
-                    event["image"] = self._preview(event["codes"], settings.seed, drawing)
-                part = event.pop("part", None)  # of an image
-                if part is not None:
-                    event["image"] = part.image = None
-                    if self.images.can_draw:
-                        inputs = self.family.image_inputs([part], request)
-                        images = self.decode_images(inputs, [prompt], [settings.seed or 0], drawing)
-                        event["image"] = part.image = images[0]
-                        if read_back_to is not None:
-                            text = request.reader.text_before(part)
-                            self._read_back(inputs, images, [read_back_to], [text])
-                yield event
-
-        try:
-            yield from with_images(request.events())
-        except Stopped:  # before a token, or before the drawing of an image
-            yield from (event for event in request.reader.close() if event["type"] == "text")
-        answer = self._answer(request.reader, prompt, request.finish_reason)
-        notes = [answer.note, *(image.info.get(NOTE) for image in answer.images)]
-        yield {"type": "done", "answer": replace(answer, note=" ".join(filter(None, notes)))}
-
-    # ---- drawings
-
-    def _draw(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        single: bool,
-        task: Task,
-        seed: Seed,
-        num_images: int,
-        batch_size: int,
-        options: Options,
-    ) -> ImageOrList:
-        """`num_images` images of each conversation, one after the other.
-
-        single: whether the caller gave one request, not a list of one.
-        """
-        # 1. The settings; a missing de-tokenizer is reported before generation.
-        check_value(int, num_images, "num_images", minimum=1)
-        if "images" in options:
-            raise ConfigError("The option 'images' is of chats; a drawing is always an image.")
-        stream = options.pop("stream", False)
-        previews = options.pop("previews", None)
-        if stream:
-            previews = self._preview_lengths(previews)
-        conversations = self.family.drawing_requests(conversations, options)
-        drawing, reads_back = self._pop_drawing_options(options)
-        self.images.check_drawing(**drawing)
-        drawing["should_stop"] = options.get("should_stop")
-        drawing["batch_size"] = min(batch_size, DRAWING_BATCH)
-        seeds: list[int] = []
-        for first_seed in seed_per_image(seed, len(conversations)):
-            seeds += [(first_seed + index) % 2**63 for index in range(num_images)]
-
-        # 2. Of greedy settings, further images are sampled; where nothing can vary, they repeat the
-        # first one's answer.
-        options["images"] = "forced"
-        settings = self.settings(task, **options)
-        varied = settings
-        if num_images > 1 and not settings.samples and not VARIATION.keys() & options.keys():
-            varied = self.settings(task, **{**options, **VARIATION})
-        # Sampling changes codes; SEED-X's images depend only on the text before them.
-        has_codes = not self.tokenizer.vocabulary.fixed_image_order
-        can_vary = varied.samples and (has_codes or self._text_tokens_before_image(task) > 0)
-        images_per_answer = 1 if can_vary else num_images
-        rows = range(0, len(seeds), images_per_answer)  # those that get an answer of their own
-        row_settings: list[GenerationSettings] = []
-        for row in rows:
-            base = varied if row % num_images else settings
-            row_settings.append(replace(base, seed=seeds[row]))
-
-        # 3. The answers.
-        requests = [turns[-1] for turns in conversations]
-        self._log_note(self.unknown_words_note(*requests, drawing=True))
-        generated = self.generate_image_answers(
-            [conversations[row // num_images] for row in rows],
-            task,
-            row_settings,
-            options.get("max_new_tokens"),
-            batch_size=batch_size,
-        )
-        answers = [generated[row // images_per_answer] for row in range(len(seeds))]
-        self._log_image_notes(answers[::num_images])
-
-        # 4. Their images.
-        def decode() -> list[Image.Image]:
-            inputs = [answer.single_image() for answer in answers]
-            prompts = [answer.prompt for answer in answers]
-            images = self.decode_images(inputs, prompts, seeds, drawing)
-            if reads_back:
-                answered = [conversations[row // num_images] for row in range(len(answers))]
-                self._read_back(inputs, images, answered, [item.answer.text for item in answers])
-                for image in images:
-                    self._log_note(image.info[NOTE])
-            return images
-
-        if stream:
-            return self._drawing_events(answers, seeds, drawing, previews, decode)
-        images = decode()
-        return images[0] if single and num_images == 1 else images
-
-    def _drawing_events(
-        self,
-        answers: Sequence[GeneratedAnswer],
-        seeds: Sequence[int],
-        drawing: Options,
-        preview_lengths: Sequence[int],
-        decode: Callable[[], list[Image.Image]],
-    ) -> Iterator[Event]:
-        """The image of each answer, behind what its first codes show; `decode`: all images."""
-        inputs = [answer.single_image() for answer in answers]
-        images: list[Image.Image] = []
-        for index, answer in enumerate(answers):
-            for length in preview_lengths:
-                codes = list(inputs[index][:length])
-                image = self._preview(codes, seeds[index], drawing)
-                yield {"type": "image_preview", "codes": codes, "image": image}
-            # All images are decoded together, when the first previews were shown.
-            images = images or decode()
-            codes = list(inputs[index]) if self.images.has_codes else []
-            yield {"type": "image", "image": images[index], "codes": codes, "answer": answer.answer}
-
-    def _preview(self, codes: Sequence[int], seed: int | None, drawing: Options) -> Image.Image:
-        """What the first codes of an image show."""
-        settings = {**drawing, "codes": len(codes)}
-        if self.config.preview_inference_steps is not None:
-            settings["num_inference_steps"] = self.config.preview_inference_steps
-        return self.images.draw([codes], seeds=[seed or 0], **settings)[0]
-
-    def decode_images(
-        self,
-        image_inputs: Sequence[ImageInput],
-        prompts: Sequence[Prompt],
-        seeds: Sequence[int],
-        drawing: Options,
-    ) -> list[Image.Image]:
-        """An image of each input.
-
-        prompts: those that the images answer. drawing: settings of the codec's `draw`.
-        """
-        settings = {**drawing, **self.family.drawing_conditions(prompts)}
-        return self.images.draw(image_inputs, seeds=seeds, **settings)

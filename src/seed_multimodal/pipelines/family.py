@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import embed_prompt, joined
 from seed_multimodal.inference.base_engine import Request
-from seed_multimodal.inference.prompt import ImageFeatures, Prompt
+from seed_multimodal.inference.prompt import GenerationSettings, ImageFeatures, Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.llm import check_vocab_size
@@ -33,12 +34,17 @@ from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import Encoded, ImageInput, Options, Placement
 from seed_multimodal.pipelines.known_images import unknown_images_note
+from seed_multimodal.pipelines.tasks import DRAWING_KINDS, Notes, TaskKind
+from seed_multimodal.settings import check_value, nearest
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
 
-Task = Literal["describe", "ask", "detect", "draw", "edit", "chat"]
 Edges = tuple[float, ...]  # of a box: left, top, right, bottom
+
+SAMPLING = {"temperature", "top_p", "top_k"}
+OF_FAMILIES = ("stop_after",)  # settings that only families set
+OF_BEAMS = ("length_penalty", "early_stopping")
 
 
 class Family:
@@ -84,6 +90,8 @@ class Family:
         """Write conversations in a template, whose texts then end answers."""
         self.template = template
         self.stops = template.stop_sequences if template else ()
+        words = (template.user_prefix.strip(), template.user_suffix.strip()) if template else ()
+        self.template_words = [word for word in words if word]
 
     # ---- loading
 
@@ -124,7 +132,82 @@ class Family:
         generation = self.config.generation
         return {**generation, "stop": (*self.stops, *generation.get("stop", ()))}
 
-    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
+    def generation_settings(self, kind: str, options: Options) -> GenerationSettings:
+        """The defaults of a task, overridden by `options`; `stop` is added to the task's.
+
+        A temperature, top_p or top_k enables sampling (without beams), unless `do_sample` is set. A
+        forced image raises `max_new_tokens`, unless the caller sets it; it is all of a drawing.
+        Raises ConfigError: an unknown option (with the nearest), one that the task does not read;
+        several answers; a limit below a forced image.
+        """
+        # 1. Names.
+        names = [
+            entry.name for entry in fields(GenerationSettings) if entry.name not in OF_FAMILIES
+        ]
+        drawing_names = self.images.drawing_settings
+        for name in options:
+            if name in drawing_names:
+                raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
+            if name not in names:
+                suggestion = nearest(name, [*names, *drawing_names])
+                raise ConfigError(f"Unknown option {name!r}{suggestion}.")
+
+        # 2. Values: later mappings override earlier ones.
+        given = dict(options)
+        if "do_sample" not in given and SAMPLING & given.keys():
+            given = {"do_sample": True, "num_beams": 1, **given}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        family_values = self.settings(kind)
+        values = {
+            "max_new_tokens": 256,
+            "do_sample": False,
+            **self.defaults.get(kind, {}),
+            **family_values,
+            **given,
+        }
+        settings: GenerationSettings = check_value(GenerationSettings, values, "Generation setting")
+
+        # 3. What this task does not read, or what would contradict another option.
+        if settings.num_return_sequences > 1:
+            raise ConfigError(
+                "num_return_sequences: each request gets one answer; for several, repeat the "
+                "request with other seeds (draw and edit: num_images)."
+            )
+        if settings.images == "never" and not settings.constrain:
+            raise ConfigError("images='never' needs constrain: else the model may draw.")
+        vocabulary = self.tokenizer.vocabulary
+        has_fixed_length = vocabulary.min_codes == vocabulary.tokens_per_image
+        unread: dict[str, str] = {}
+        if kind in ("describe", "ask", "detect"):
+            unread["guidance"] = "it is of answers that are drawn"
+        if settings.num_beams == 1:
+            unread |= dict.fromkeys(OF_BEAMS, "it is of beams (num_beams)")
+        if kind in DRAWING_KINDS and has_fixed_length:
+            unread["min_new_tokens"] = f"an image has {vocabulary.tokens_per_image} codes"
+        defaults = GenerationSettings()
+        for name in unread.keys() & options.keys():
+            if options[name] != getattr(defaults, name):
+                raise ConfigError(f"The option {name!r} has no effect on {kind}: {unread[name]}.")
+
+        # 4. Texts that end the answer, and tokens of a forced image: its codes and `</img>`.
+        stop = settings.stop
+        if "stop" in given:
+            stop = (*family_values["stop"], *stop)
+
+        limit = settings.max_new_tokens
+        if settings.images == "forced":
+            needed = vocabulary.min_codes + 1
+            if "max_new_tokens" in given and limit < needed:
+                raise ConfigError(
+                    f"An image needs {needed} new tokens, but max_new_tokens is {limit}."
+                )
+            limit = max(limit, needed)
+            if kind in DRAWING_KINDS:
+                limit = min(limit, vocabulary.tokens_per_image + 1)
+        return replace(settings, stop=stop, max_new_tokens=limit)
+
+    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[TaskKind, list[Message]]:
         """A conversation as the model was trained to read it, and its task.
 
         Images alone are described. draws: whether the answer must be an image.
@@ -135,13 +218,17 @@ class Family:
             last = replace(last, content=(*last.content, self.tasks.describe))
         return "chat", [*earlier, last]
 
-    def drawing_requests(
-        self, conversations: Sequence[Sequence[Message]], options: Options
-    ) -> Sequence[Sequence[Message]]:
-        """Conversations of drawings, with what a family takes out of `options` for its prompts."""
-        return conversations
+    def tokens_before_image(self, task: TaskKind) -> int:
+        """Tokens in which the model may say what an image will show, before the image is forced."""
+        if task == "edit":
+            return self.tasks.edit_words
+        return self.tasks.draw_words if self.config.tuned else 0
 
-    def text(self, answer: Answer, task: Task) -> str:
+    def negative_ids(self, text: str) -> list[int]:
+        """The unconditional prompt of a drawing that shall not show `text`."""
+        raise ConfigError(f"{self.config.name} has no negative_prompt; nano-lavit and LaVIT have.")
+
+    def text(self, answer: Answer, task: TaskKind) -> str:
         """The displayed text of an answer."""
         return answer.text
 
@@ -157,21 +244,30 @@ class Family:
         """Input of `images.draw` for images of a request's answer."""
         return [part.codes for part in parts]
 
-    def drawing_conditions(self, prompts: Sequence[Prompt]) -> Options:
-        """Further settings of `images.draw` for images that answer these prompts, one each."""
-        return {}
+    def draw(
+        self,
+        inputs: Sequence[ImageInput],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        settings: Options,
+    ) -> list[Image.Image]:
+        """An image of each input, which answers its prompt; settings: of `images.draw`."""
+        images: list[Image.Image] = self.images.draw(inputs, seeds=seeds, **settings)
+        return images
 
     # ---- prompts
 
     def prompts(
         self,
         conversations: Sequence[Sequence[Message]],
-        task: Task,
+        task: TaskKind,
         seeds: Sequence[int | None] | None = None,
+        notes: Sequence[Notes] = (),
     ) -> list[Prompt]:
         """Conversations as prompts.
 
         seeds: of stochastic encoders (LaVIT's).
+        notes: of each conversation, which get what is unusual about its images.
         """
         # 1. Words in capitals, where the system learned them in lower case.
         if self.config.known_words is not None:
@@ -196,7 +292,8 @@ class Family:
         prompts = [self.prompt(conversation, task, values) for conversation in conversations]
 
         # 3. Unknown images of a last message are noted; earlier ones were, when they were the last.
-        for conversation, prompt in zip(conversations, prompts, strict=True):
+        known = self.config.known_images
+        for conversation, own_notes in zip(conversations, notes, strict=False):
             latest: list[float | None] = []
             for message in conversation:
                 inputs = [item for item in message.content if not isinstance(item, str)]
@@ -204,19 +301,20 @@ class Family:
                 for item in inputs:
                     is_new = is_image(item)
                     latest.append(next(distances) if is_new else getattr(item, "distance", None))
-            if latest:
-                known = self.config.known_images
-                prompt.note = unknown_images_note(latest, known, self.config.notice)
+            if any(distance is not None for distance in latest):
+                own_notes.add(unknown_images_note(latest, known, self.config.notice))
         return prompts
 
     def encode(
-        self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
+        self, images: Sequence[ImageSource], task: TaskKind, seeds: Sequence[int | None]
     ) -> list[Encoded]:
         """Images as `prompt` reads them: codes, or features; and their distances."""
         encoded = self.images.read(images, seed=seeds)
         return [image._replace(value=image.value.tolist()) for image in encoded]
 
-    def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
+    def prompt(
+        self, conversation: Sequence[Message], task: TaskKind, encoded: Iterator[Any]
+    ) -> Prompt:
         """A conversation as a prompt; `encoded` yields its images in order."""
         # 1. The turns, and the texts of all system messages.
         turns: list[Turn] = []

@@ -2,71 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from PIL import Image
-
-from seed_multimodal.language.known_words import read_known_words
-from seed_multimodal.language.phrases import Phrases
-from seed_multimodal.language.prompts import without_verdict
 
 if TYPE_CHECKING:  # the command line imports this module before torch
     from seed_multimodal.language.messages import ContentPart, Message
-    from seed_multimodal.language.prompts import TaskPrompts
+    from seed_multimodal.language.phrases import Phrases
 
 DESCRIPTION = "description"  # in `Image.info`
 NOTE = "note"
+NO_CHANGE = "Nothing has changed."
+NOTHING_READ: tuple[list[str], dict[str, str]] = ([], {})  # of a text without known phrases
+
+# Requests that change the picture of an earlier message, and those that ask for a new one.
+_CHANGES = re.compile(
+    r"^\W*(?:and|now|also|then|but)\b|\b(?:add|remove|delete|erase|put|place|move|shift|make|turn|"
+    r"change|replace|swap|exchange|take|get rid|without|instead|another|more|less|fewer|bigger|"
+    r"larger|smaller|it|them|its|their)\b",
+    re.I,
+)
+_DRAWS = re.compile(r"\b(?:draw|paint|sketch|generate|create|(?:picture|image|drawing) of)\b", re.I)
 
 
-def claims_of(conversation: Sequence[Message], answer_text: str, answer_after: str) -> list[str]:
-    """Texts that may say what an image shows: its answer's before it, without a verdict about an
-    earlier image (see `without_verdict`), and a request that has no image to change."""
-    answer_text = without_verdict(answer_text, answer_after)
-    is_text = all(message.is_text for message in conversation)
-    return [answer_text, conversation[-1].text] if is_text else [answer_text]
-
-
-def edited_image(message: Message, reads_codes: bool) -> ContentPart | None:
-    """The image that a message asks to change: its only one.
+def picture_to_change(conversation: Sequence[Message], reads_codes: bool) -> ContentPart | None:
+    """The picture that the last message asks to change: its only one, or the last one before it,
+    given or drawn; None: it asks for a new picture.
 
     reads_codes: whether the system can describe codes, as servers have them.
     """
-    if not reads_codes:
-        images: Sequence[ContentPart] = message.images
-    else:
-        images = [part for part in message.content if not isinstance(part, str)]
-    return images[0] if len(images) == 1 else None
+    *earlier, last = conversation
+    pictures = _pictures(last, reads_codes)
+    if pictures or not last.is_text:
+        return pictures[0] if len(pictures) == 1 else None
+    if _DRAWS.search(last.text) or not _CHANGES.search(last.text):
+        return None
+    for message in reversed(earlier):
+        pictures = _pictures(message, reads_codes)
+        if pictures:
+            return pictures[-1]
+    return None
 
 
-def add_descriptions(
-    images: Sequence[Image.Image],
-    descriptions: Sequence[str],
-    before: Mapping[int, str],
-    conversations: Sequence[Sequence[Message]],
-    answer_texts: Sequence[str],
-    tasks: TaskPrompts,
-    known_words: Path | None,
-) -> None:
-    """Set `info["description"]` of drawings, and `info["note"]`, empty if nothing contradicts.
+def _pictures(message: Message, reads_codes: bool) -> list[ContentPart]:
+    """The pictures of a message in a form that the system can describe."""
+    if reads_codes:
+        return [part for part in message.content if not isinstance(part, str)]
+    drawn: list[ContentPart] = []
+    for part in message.content:
+        image = getattr(part, "image", None)
+        if image is not None:
+            drawn.append(image)
+    return [*message.images] or drawn
 
-    before: of drawings that are edits, the description of the image before.
-    answer_texts: texts before the drawings, see `claims_of`; the first text that names a known
-    thing counts.
+
+def note_of(
+    phrases: Phrases, which: str, request: str, claim: str, before: str | None, after: str
+) -> str:
+    """A note about a drawing that does not show what was asked for, or empty.
+
+    which: the drawing, as "The image". claim: what the model said before it.
+    before, after: descriptions of the picture that had to be changed, if any, and of the drawing.
     """
-    phrases = read_known_words(known_words).compared if known_words else Phrases({})
-    for index, image in enumerate(images):
-        conversation = conversations[index]
-        description = descriptions[index]
-        claims = claims_of(conversation, answer_texts[index], tasks.answer_after)
-        differences = phrases.contradictions(claims, description)
-        if index in before:
-            request = conversation[-1].text
-            differences += phrases.unasked_changes(before[index], request, description)
-        note = ""
-        if differences:
-            which = f"Image {index}" if len(images) > 1 else "The image"
-            named = "; ".join(dict.fromkeys(differences))
-            note = f"{which} may not show what was asked for ({named})."
-        image.info |= {DESCRIPTION: description, NOTE: note}
+    # 1. Of a new picture, the first text that names a known thing says what it shows.
+    claims = [claim, request] if before is None else [claim]
+    differences = phrases.contradictions(claims, after)
+
+    # 2. A change.
+    note = ""
+    if before is not None:
+        differences += phrases.unasked_changes(before, request, after)
+        says_same = phrases.read(before) == phrases.read(after) != NOTHING_READ
+        if says_same and _CHANGES.search(request):
+            note = NO_CHANGE
+    if not differences:
+        return note
+    named = "; ".join(dict.fromkeys(differences))
+    return f"{which} may not show what was asked for ({named}). {note}".rstrip()

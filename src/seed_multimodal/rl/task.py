@@ -198,7 +198,7 @@ class RlTask(LanguageModelTask):
             (part,) = [part for part in request.reader.parts if isinstance(part, ImagePart)]
             inputs.append(part.codes[: self.run.data.rewarded_codes])
         drawing = {**self.drawing, "batch_size": DRAWN_AT_ONCE}
-        images = system.decode_images(inputs, prompts, seeds, drawing)
+        images = system.family.draw(inputs, prompts, seeds, drawing)
 
         # 3. The weighted sum of the rewards.
         totals = torch.zeros(len(records))

@@ -34,12 +34,12 @@ from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageLimits, StoredImage, decode_text, image_to_base64
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart, left_out_note
-from seed_multimodal.language.messages import Message, images_before_question, without_oldest_turn
+from seed_multimodal.language.messages import Message, images_before_question, without_oldest_rounds
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.images import MeasuredCodes
-from seed_multimodal.pipelines.read_back import DESCRIPTION, NOTE
+from seed_multimodal.pipelines.read_back import DESCRIPTION
 from seed_multimodal.serving.responses import completion, response_events
 from seed_multimodal.serving.schema import (
     MAX_IMAGES,
@@ -334,7 +334,7 @@ class Backend:
             parts: list[Any] = [part for turn in turns for part in turn.content]
             n_characters = sum(len(part) for part in parts if isinstance(part, str))
             images = [part for part in parts if not isinstance(part, str)]
-            shorter = without_oldest_turn(turns)
+            shorter = without_oldest_rounds(turns, 1)
             is_fitting = len(images) <= MAX_IMAGES and n_characters <= MAX_TEXT
             if is_fitting or len(shorter) == len(turns):
                 break
@@ -380,7 +380,11 @@ class Backend:
         is_first = True
         # `deadline` is asked before each token.
         for event in self.system.chat(
-            conversation.messages, stream=True, should_stop=deadline, **options
+            conversation.messages,
+            stream=True,
+            should_stop=deadline,
+            notes=conversation.notes,
+            **options,
         ):
             if is_first:
                 self.first.observe(deadline.elapsed())
@@ -392,7 +396,6 @@ class Backend:
                 self.tokens.labels("prompt").inc(answer.prompt_tokens)
                 self.tokens.labels("completion").inc(len(answer.ids))
                 self.images.labels("drawn").inc(len(answer.images))
-                event["notes"] = [*conversation.notes, *filter(None, [answer.note])]
                 if deadline.elapsed() > deadline.seconds:
                     sentence = f"The answer was cut off after {self.limits.seconds:g} seconds."
                     event["notes"].append(sentence)
@@ -574,8 +577,7 @@ class Backend:
         # 3. Their events, with notes about words that nano was not trained on and about images that
         #    do not show what was asked for; `index`: of the image, where there are several. Without
         #    a stream, one object has all images.
-        note = self.system.unknown_words_note(Message("user", (request.prompt,)), drawing=True)
-        notes = [*self._model_notes(request.model), *filter(None, [note])]
+        notes = self._model_notes(request.model)
         data: list[JsonObject] = []
         n_previews = 0
         for event in events:
@@ -587,7 +589,7 @@ class Backend:
                 "background": "opaque",
             }
             content = {"b64_json": encoded(image, request), **revised_prompt(image)}
-            common = {**content, "created_at": int(time.time()), **form, "index": len(data)}
+            common = {**content, "created_at": int(time.time()), **form, "index": event["index"]}
             if event["type"] == "image_preview":
                 partial = {"type": f"{kind}.partial_image", "partial_image_index": n_previews}
                 yield {**partial, **common}
@@ -595,9 +597,7 @@ class Backend:
                 continue
             n_previews = 0
             data.append(content)
-            for note in (event["answer"].note, image.info.get(NOTE)):
-                if note and note not in notes:
-                    notes.append(note)
+            notes += [note for note in event["notes"] if note not in notes]
             self.images.labels("drawn").inc()
             if request.stream:
                 usage = usage_of(event["answer"], "input", "output")

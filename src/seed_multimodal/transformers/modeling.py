@@ -1,7 +1,7 @@
 """Models: the language model of a `MultimodalSystem`, generating texts, images or both.
 
 text and interleaved   transformers' `generate`, with images kept well-formed by a logits processor
-image                  `MultimodalSystem.generate_image_answers`: what its `draw` and `edit` do
+image                  `MultimodalSystem.generate`: as its `draw` and `edit`
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, read
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.family import Task
+from seed_multimodal.pipelines.tasks import TaskKind
 from seed_multimodal.state_dicts import tensors_below
 from seed_multimodal.transformers.configuration import SeedMultimodalConfig
 from seed_multimodal.transformers.systems import remember
@@ -248,7 +248,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prompts: Sequence[Any] = (),
-        task: Task | Sequence[Task] | None = None,
+        task: TaskKind | Sequence[TaskKind] | None = None,
         generation_mode: str = "text",
         **options: Any,
     ) -> Any:
@@ -278,7 +278,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self._generate_texts(embeds, attention_mask, tasks[0] or "chat", options)
 
     def _generate_texts(
-        self, embeds: Tensor, attention_mask: Tensor, task: Task, options: dict[str, Any]
+        self, embeds: Tensor, attention_mask: Tensor, task: TaskKind, options: dict[str, Any]
     ) -> Any:
         """Answers by transformers' `generate`, cut at their ends."""
         if task in ("draw", "edit"):
@@ -337,12 +337,12 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     def _generate_images(
-        self, prompts: Sequence[Prompt], tasks: Sequence[Task | None], options: dict[str, Any]
+        self, prompts: Sequence[Prompt], tasks: Sequence[TaskKind | None], options: dict[str, Any]
     ) -> Tensor | GeneratedFeatures:
         """The ids or features of one image for each prompt."""
         # 1. What the prompts ask for.
         vocabulary = self.system.tokenizer.vocabulary
-        row_tasks: list[Task] = [
+        row_tasks: list[TaskKind] = [
             task or ("edit" if _has_image(prompt, vocabulary) else "draw")
             for prompt, task in zip(prompts, tasks, strict=True)
         ]
@@ -360,12 +360,11 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for task in sorted({*row_tasks}):
             rows = [row for row, row_task in enumerate(row_tasks) if row_task == task]
             settings = self.system.settings(task, seed=seed, images="forced", **options)
-            answers = self.system.generate_image_answers(
-                [prompts[row] for row in rows],
-                task,
-                [settings] * len(rows),
-                options.get("max_new_tokens"),
-            )
+            limit = options.get("max_new_tokens")
+            image_tasks = [
+                self.system.image_task(task, prompts[row], settings, limit) for row in rows
+            ]
+            answers = [item for batch in self.system.generate(image_tasks) for item in batch]
             images |= zip(rows, [answer.single_image() for answer in answers], strict=True)
 
         # 3. In the order of the prompts.
@@ -394,13 +393,13 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             inputs = list(image_tokens.features.cpu())
             prompts = [Prompt(source=source) for source in image_tokens.sources]
-        images = self.system.decode_images(inputs, prompts, [seed] * len(inputs), settings)
+        images = self.system.family.draw(inputs, prompts, [seed] * len(inputs), settings)
         pixels = [torch.from_numpy(np.array(image)) for image in images]
         if len({rows.shape for rows in pixels}) == 1:
             return torch.stack(pixels)
         return pixels
 
-    def _generation_config(self, task: Task) -> GenerationConfig:
+    def _generation_config(self, task: TaskKind) -> GenerationConfig:
         """A task's settings of `system.json` in transformers' form."""
         settings = self.system.settings(task)
         names = [*SHARED_SETTINGS]

@@ -25,7 +25,8 @@ from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import is_image
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
-from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.inference.sampling import read_answer
+from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.messages import Message, input_images, is_single, read_messages
 from seed_multimodal.language.prompts import interleave
@@ -34,7 +35,7 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.pipelines.assemble import PROCESSOR_CONFIG, write_processor
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SYSTEM
-from seed_multimodal.pipelines.family import Task
+from seed_multimodal.pipelines.tasks import TaskKind
 from seed_multimodal.transformers.systems import open_system
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
@@ -141,7 +142,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
         # 2. Their prompts.
         prompts: list[Prompt] = []
-        tasks: list[Task] = []
+        tasks: list[TaskKind] = []
         texts: list[str] = []
         for messages in conversations:
             # The text with which the answer begins.
@@ -192,7 +193,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         if len(groups) != len(texts):
             raise RequestError(f"{len(texts)} texts were given with {len(groups)} lists of images.")
         prompts: list[Prompt] = []
-        tasks: list[Task] = []
+        tasks: list[TaskKind] = []
         for single_text, group in zip(texts, groups, strict=True):
             inputs = input_images(group)
             task, _ = self._read_chat([Message("raw", (single_text, *inputs))], generation_mode)
@@ -202,7 +203,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
     def _read_chat(
         self, conversation: list[Message], mode: str | None
-    ) -> tuple[Task, list[Message]]:
+    ) -> tuple[TaskKind, list[Message]]:
         """The task of a conversation, and how the model reads it, as of the system's methods."""
         if mode not in MODES:
             raise ConfigError(f"generation_mode is {mode!r}; use 'text' or 'image'.")
@@ -235,7 +236,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         return "".join(texts)
 
     def _continued(
-        self, text: str, images: Sequence[Any], task: Task, add_special_tokens: bool
+        self, text: str, images: Sequence[Any], task: TaskKind, add_special_tokens: bool
     ) -> Prompt:
         """The prompt of a text and its images, without a template."""
         # 1. The tokens and features of each image.
@@ -267,7 +268,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         return Prompt(ids, prompt_images, source=source)
 
     def _features(
-        self, prompts: Sequence[Prompt], tasks: Sequence[Task], return_tensors: str | None
+        self, prompts: Sequence[Prompt], tasks: Sequence[TaskKind], return_tensors: str | None
     ) -> BatchFeature:
         """Prompts as tensors, padded at the left."""
         if return_tensors not in TENSORS:
@@ -332,7 +333,8 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
     def _read(self, ids: Tensor | Sequence[int]) -> Any:
         """The answer of a row of generated ids, which `generate` has cut at its end."""
-        return self.system.read_answer([int(id) for id in ids], GenerationSettings())
+        reader = read_answer(self.system.tokenizer, [*map(int, ids)], GenerationSettings())
+        return Answer(tuple(reader.parts), answer_after=self.system.tasks.answer_after)
 
 
 def _check_options(options: Mapping[str, object]) -> None:

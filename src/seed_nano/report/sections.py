@@ -19,7 +19,7 @@ from seed_multimodal.errors import pluralize
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap, codebook_statistics
 from seed_multimodal.evaluation.vqa import vqa_answer
 from seed_multimodal.images.sheet import Cell, Row, draw_boxes
-from seed_multimodal.pipelines.answers import GeneratedAnswer
+from seed_multimodal.pipelines.run import GeneratedAnswer
 from seed_nano.report import scoring
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import SEED, Samples

@@ -22,8 +22,9 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.models.lavit.pipeline import LavitFamily
-from seed_multimodal.pipelines.answers import GeneratedAnswer
 from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.run import GeneratedAnswer
+from seed_multimodal.pipelines.tasks import Task
 
 Images = Sequence[Image.Image]
 Boxes = Sequence[tuple[int, int, int, int]]  # left, top, right, bottom in pixels
@@ -92,7 +93,7 @@ class System:
         if not complete:
             return [None] * len(answers)
         images = iter(
-            self.inner.decode_images(
+            self.inner.family.draw(
                 [answer.single_image() for answer in complete],
                 [answer.prompt for answer in complete],
                 [self.seed] * len(complete),
@@ -161,13 +162,14 @@ class System:
 
     def _generate(self, contents: Sequence[Sequence[Any]], task: Any) -> list[Any]:
         settings = self.inner.settings(task, images="forced")
-        answers = self.inner.generate_image_answers(
-            [user_message(content) for content in contents],
-            task,
-            [replace(settings, seed=seed) for seed in self.seeds(len(contents))],
-            batch_size=self.batch,
-        )
-        return [answer if len(answer.image_inputs) == 1 else None for answer in answers]
+        tasks: list[Task] = []
+        for content, seed in zip(contents, self.seeds(len(contents)), strict=True):
+            generation = replace(settings, seed=seed)
+            tasks.append(self.inner.image_task(task, user_message(content), generation))
+        answers: list[GeneratedAnswer | None] = []
+        for batch in self.inner.generate(tasks, batch_size=self.batch):
+            answers += [item if len(item.inputs) == 1 else None for item in batch]
+        return answers
 
 
 def load_system(model: str | Path, *, batch: int = 64, seed: int = 0, **options: Any) -> System:

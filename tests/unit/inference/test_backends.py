@@ -196,7 +196,7 @@ def test_completion_server_receives_ids_and_settings(nano, server, remote):
     assert str(nano.tokenizer.vocabulary.boi_id) in body["logit_bias"]
     assert remote.engine.generate(asked, sampled) == first
     with pytest.raises(ConfigError, match="--engine torch"):
-        remote.describe(IMAGES[0], guidance=2.0)
+        remote.chat([{"role": "user", "content": "Hello"}], guidance=2.0)
 
 
 def test_completion_server_is_left_at_a_stop(nano, server, remote):

@@ -20,7 +20,7 @@ from seed_multimodal.language.messages import (
     read_messages,
     request_texts,
     speaks_of_missing_image,
-    without_oldest_turn,
+    without_oldest_rounds,
 )
 
 IMAGE = noise(1, (3, 2))
@@ -110,8 +110,12 @@ def test_read_messages_names_the_message_it_refuses(messages, named):
         read_messages(messages)
 
 
-@given(turns=st.lists(st.integers(0, 2), min_size=1, max_size=5), system=st.booleans())
-def test_without_oldest_turn_drops_a_question_and_its_answers(turns, system):
+@given(
+    turns=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    system=st.booleans(),
+    count=st.integers(0, 6),
+)
+def test_without_oldest_rounds_drops_questions_and_their_answers(turns, system, count):
     """turns: the number of answers behind each question."""
     conversation = [Message("system", ("Be kind.",))] * system
     drawn = []
@@ -119,9 +123,9 @@ def test_without_oldest_turn_drops_a_question_and_its_answers(turns, system):
         answers = [Message("assistant", (f"answer {index}",))] * n_answers
         drawn.append([Message("user", (f"question {index}",)), *answers])
         conversation += drawn[-1]
-    kept = drawn[1:] if len(drawn) > 1 else drawn
+    kept = drawn[min(count, len(drawn) - 1) :]
     expected = conversation[:system] + [message for turn in kept for message in turn]
-    assert without_oldest_turn(conversation) == expected
+    assert without_oldest_rounds(conversation, count) == expected
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,12 @@ def test_conversation_with_images_in_both_directions(client_of, request, name):
 @pytest.mark.parametrize("name", ["tiny", "tiny_x"])
 def test_generate_continues_a_text_without_template(client_of, request, name):
     from seed_multimodal.language.messages import Message
+    from seed_multimodal.pipelines.tasks import Task
 
     system = request.getfixturevalue(name)
     message = Message("raw", ("Question: ", noise(1), "What is this?\nAnswer:"))
-    (expected,) = system.generate_answers([[message]], "chat", system.settings(**SETTINGS))
+    task = Task("chat", [message], system.settings(**SETTINGS))
+    [[expected]] = system.generate([task])
     text = "Question: <image>What is this?\nAnswer:"
     answer = generate(client_of(system), text, noise(1), **SETTINGS)
     assert answer["text"] == str(expected.answer)

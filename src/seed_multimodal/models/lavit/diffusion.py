@@ -159,7 +159,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
         self,
         embeds: DecodedCodes,
         negatives: Tensor | None,
-        time_ids: Tensor,
+        time_ids: Tensor | None,
         settings: LavitSettings,
         generators: Generators,
     ) -> Conditions:

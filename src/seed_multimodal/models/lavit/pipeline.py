@@ -9,7 +9,7 @@ It is not trained for conversations: `chat` answers single messages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -38,9 +38,10 @@ from seed_multimodal.models.lavit.processing import (
 )
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.family import Family, Task, load_language_model
+from seed_multimodal.pipelines.family import Family, load_language_model
 from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement, Seed, seed_per_image
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
+from seed_multimodal.pipelines.tasks import TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,10 +54,6 @@ DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "m
 DRAWING_TASKS = ("draw", "edit")
 
 Encode = Callable[..., list[Any]]  # pixels, `mode` and `generator` → what it computes of each
-
-
-class NegativePrompt(str):
-    """A part of a message that guidance steers away from."""
 
 
 # ---- images
@@ -242,13 +239,13 @@ class LavitFamily(Family):
                 settings["min_new_tokens"] = 1
         return settings
 
-    def text(self, answer: Answer, task: Task) -> str:
+    def text(self, answer: Answer, task: TaskKind) -> str:
         if task != "ask":
             return answer.text
         self.lemmatizer = self.lemmatizer or Lemmatizer()
         return self.lemmatizer(answer.text)
 
-    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
+    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[TaskKind, list[Message]]:
         if len(conversation) > 1:
             raise RequestError(
                 "LaVIT answers single messages, it was not trained to converse: start over "
@@ -268,32 +265,21 @@ class LavitFamily(Family):
         # A question follows its images, in the template.
         return "ask", user_message([*message.images, self.tasks.question(message.text)])
 
-    def drawing_requests(
-        self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]
-    ) -> Sequence[Sequence[Message]]:
-        """Messages with their `negative_prompt`: one for all conversations, or one each."""
-        negatives = options.pop("negative_prompt", None)
-        if not negatives:
-            return conversations
-        if isinstance(negatives, str):
-            negatives = [negatives] * len(conversations)
-        requests: list[Sequence[Message]] = []
-        for conversation, negative in zip(conversations, negatives, strict=True):
-            message = conversation[-1]
-            content = (*message.content, NegativePrompt(negative))
-            requests.append([replace(message, content=content)])
-        return requests
+    def negative_ids(self, text: str) -> list[int]:
+        return [*self.tokenizer.text_ids(text), self.tokenizer.vocabulary.boi_id]
 
     # ---- prompts
 
     def encode(
-        self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
+        self, images: Sequence[ImageSource], task: TaskKind, seeds: Sequence[int | None]
     ) -> list[Encoded]:
         if task in DRAWING_TASKS:
             return super().encode(images, task, seeds)
         return self.images.read(images, seed=seeds, features=True)
 
-    def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
+    def prompt(
+        self, conversation: Sequence[Message], task: TaskKind, encoded: Iterator[Any]
+    ) -> Prompt:
         vocabulary = self.tokenizer.vocabulary
         message = conversation[-1]
 
@@ -309,15 +295,12 @@ class LavitFamily(Family):
 
         # 2. Prompts for an image hold codes.
         ids: list[int] = []
-        negative = None
         for part in self._parts(message, encoded):
-            if isinstance(part, NegativePrompt):
-                negative = [*self.tokenizer.text_ids(part), vocabulary.boi_id]
-            elif isinstance(part, str):
+            if isinstance(part, str):
                 ids += self.tokenizer.text_ids(part.strip())
             else:
                 ids += vocabulary.code_to_id(part)
-        return Prompt(ids, negative=negative)
+        return Prompt(ids)
 
 
 class Lavit(MultimodalSystem):

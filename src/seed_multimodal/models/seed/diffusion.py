@@ -85,7 +85,7 @@ class StableDiffusionDetokenizer(Detokenizer[StableDiffusionSettings]):
         self,
         embeds: Tensor,
         negatives: Tensor | None,
-        time_ids: Tensor,
+        time_ids: Tensor | None,
         settings: StableDiffusionSettings,
         generators: Generators,
     ) -> Conditions:
@@ -127,7 +127,7 @@ class UnclipDetokenizer(Detokenizer[UnclipSettings]):
         self,
         embeds: Tensor,
         negatives: Tensor | None,
-        time_ids: Tensor,
+        time_ids: Tensor | None,
         settings: UnclipSettings,
         generators: Generators,
     ) -> Conditions:
@@ -208,7 +208,7 @@ class CodesDetokenizer(Detokenizer[CodesSettings]):
         self,
         embeds: Tensor,
         negatives: Tensor | None,
-        time_ids: Tensor,
+        time_ids: Tensor | None,
         settings: CodesSettings,
         generators: Generators,
     ) -> Conditions:

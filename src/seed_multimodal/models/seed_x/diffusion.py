@@ -121,7 +121,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         self,
         embeds: Tensor,
         negatives: Tensor | None,
-        time_ids: Tensor,
+        time_ids: Tensor | None,
         settings: SdxlSettings,
         generators: Generators,
     ) -> Conditions:

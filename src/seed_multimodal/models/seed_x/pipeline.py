@@ -62,9 +62,10 @@ from seed_multimodal.nn.vision.qwen import (
     ResamplerConfig,
 )
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.family import Edges, Family, Task
+from seed_multimodal.pipelines.family import Edges, Family
 from seed_multimodal.pipelines.images import Encoded, ImageCodec, Options, Placement, Seed
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
+from seed_multimodal.pipelines.tasks import TaskKind
 from seed_multimodal.settings import check_value, read_settings
 
 BOX_SIDE = 10**6  # pixels of a square on which boxes are computed and then divided by
@@ -329,7 +330,7 @@ class SeedXFamily(Family):
         settings = super().settings(task)
         return settings if self.config.tuned else {**settings, "stop": ()}
 
-    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
+    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[TaskKind, list[Message]]:
         """As tuned models learned it (`data.Chat`): images of answers are output tokens."""
         task, conversation = super().read_chat(conversation, draws)
         if not self.config.tuned:
@@ -348,7 +349,7 @@ class SeedXFamily(Family):
             messages.append(Message(role, tuple(content)))
         return task, messages
 
-    def text(self, answer: Answer, task: Task) -> str:
+    def text(self, answer: Answer, task: TaskKind) -> str:
         return without_tags(answer.text).strip()
 
     def boxes(self, answer: Answer) -> tuple[list[Edges], list[str]]:
@@ -381,21 +382,27 @@ class SeedXFamily(Family):
         with torch.inference_mode():
             return list(self.agent.output_features(torch.stack(image_states)).cpu())
 
-    def drawing_conditions(self, prompts: Sequence[Prompt]) -> Options:
+    def draw(
+        self,
+        inputs: Sequence[Tensor],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        settings: Options,
+    ) -> list[Image.Image]:
         # A second stage also reads the image that is edited.
-        if not self.images.decoder.reads_condition:
-            return {}
-        return {"conditions": [prompt.source for prompt in prompts]}
+        if self.images.decoder.reads_condition:
+            settings = {**settings, "conditions": [prompt.source for prompt in prompts]}
+        return super().draw(inputs, prompts, seeds, settings)
 
     # ---- prompts
 
     def encode(
-        self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
+        self, images: Sequence[ImageSource], task: TaskKind, seeds: Sequence[int | None]
     ) -> list[Encoded]:
         return self.images.read(images, editing=task == "edit")
 
     def prompt(
-        self, conversation: Sequence[Message], task: Task, encoded: Iterator[EncodedImage]
+        self, conversation: Sequence[Message], task: TaskKind, encoded: Iterator[EncodedImage]
     ) -> Prompt:
         if not self.config.tuned and task == "edit":
             raise ConfigError(
