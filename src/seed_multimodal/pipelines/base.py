@@ -440,6 +440,8 @@ class MultimodalSystem(TaskRunner, HubUpload):
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
         drawing = None
+        for name in drawing_options if images == "never" else ():
+            raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
         if self.images.can_draw:
             if drawing_options:
                 self.images.check_drawing(**drawing_options)

@@ -123,6 +123,8 @@ def test_first_use_in_threads(systems):
 
 
 @pytest.mark.nightly
+@pytest.mark.process
+@pytest.mark.timeout(3600)
 def test_first_use_in_threads_is_right_each_time():
     rounds = [run(FIRST_USE, systems, str(FOX)) for systems in ("loaded", "unloaded") * 10]
     assert rounds == ["right"] * 20
