@@ -81,7 +81,8 @@ def chat(client, messages: list, **fields) -> dict:
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     *chunks, last_chunk = events(client.post(CHAT, json=body))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+    for name in ("content", "reasoning_content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == message.get(name, "")
     for name in ("images", "boxes", "notes"):
         assert [item for delta in deltas for item in delta.get(name, [])] == message[name]
     *before, last = [chunk["choices"][0]["finish_reason"] for chunk in chunks]

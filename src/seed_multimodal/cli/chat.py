@@ -50,8 +50,7 @@ class Conversation:
     def send(self, text: str, force_image: bool = False) -> None:
         """Send `text` with the attached images, print the answer as it is generated, save its
         images, and keep both messages."""
-        # Streams decode an image when its codes are complete; previews are for pages. Verdicts are
-        # not printed, the answer keeps them.
+        # Streams decode an image when its codes are complete; previews are for pages.
         message = {"role": "user", "content": [*self.images, text]}
         events = self.system.chat(
             [*self.messages, message],
@@ -68,8 +67,10 @@ class Conversation:
         self.messages += [message, {"role": "assistant", "content": answer}]
         if self.args.json:
             record = {"message": text, "answer": parts}
-            if answer.note:
-                record["note"] = answer.note
+            # What is not printed: the model's comparison before its answer.
+            for name in ("reasoning", "note"):
+                if getattr(answer, name):
+                    record[name] = getattr(answer, name)
             emit(self.args, record, "")
 
     def _follow(self, events: Iterable[Event]) -> tuple[list[JsonObject], Answer]:

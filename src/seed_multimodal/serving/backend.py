@@ -13,8 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,7 @@ from seed_multimodal.pipelines.read_back import DESCRIPTION
 from seed_multimodal.serving.responses import completion, response_events
 from seed_multimodal.serving.schema import (
     MAX_IMAGES,
+    MAX_MESSAGES,
     MAX_TEXT,
     ChatRequest,
     EditsRequest,
@@ -70,20 +70,8 @@ POLL_SECONDS = 0.2  # between two looks at the connection of a waiting request
 CANNOT_DRAW = "This system cannot draw."
 
 SentImage = str | bytes | list[int]  # base64 or a data URL, a file, codes
+ReadImage = Image.Image | list[int]
 Options = dict[str, Any]  # keyword arguments of a system's methods
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation as the system reads it.
-
-    images: of the request, opened or as codes.
-    notes: about what is left out.
-    """
-
-    messages: list[Message]
-    images: Sequence[Image.Image | list[int]]
-    notes: list[str]
 
 
 class Deadline:
@@ -256,9 +244,7 @@ class Backend:
 
     # ---- images of a request
 
-    def read_images(
-        self, items: Sequence[SentImage], deadline: Deadline
-    ) -> list[Image.Image | list[int]]:
+    def read_images(self, items: Sequence[SentImage], deadline: Deadline) -> list[ReadImage]:
         """The images of a request, opened; for SEED-LLaMA their codes.
 
         items: codes among them stay.
@@ -270,11 +256,17 @@ class Backend:
         if len(items) > MAX_IMAGES:
             raise RequestError(f"The request has {len(items)} images; {MAX_IMAGES} are allowed.")
 
-        # 1. Files, and their pixels as the headers say.
+        # 1. Files, and their pixels as the headers say; codes, perhaps of an earlier request's
+        #    image, as the page's are.
+        inputs: list[Any] = [*items]
         files: dict[int, StoredImage] = {}
         n_pixels = 0
         for index, item in enumerate(items):
             if isinstance(item, list):
+                known = self._measured.get(tuple(item))
+                if known:
+                    inputs[index] = known
+                    self._remember([known])
                 continue
             name = f"image {index}"
             content = item if isinstance(item, bytes) else decode_text(item, name, limits)
@@ -286,15 +278,7 @@ class Backend:
                     f"have {limits.max_pixels / 1e6:g}."
                 )
 
-        # 2. Codes, perhaps of an earlier request's image, as the page's are.
-        inputs: list[Any] = [*items]
-        for index, item in enumerate(items):
-            known = self._measured.get(tuple(item)) if isinstance(item, list) else None
-            if known:
-                inputs[index] = known
-                self._remember([known])
-
-        # 3. Opened images, which need much more memory.
+        # 2. Opened images, which need much more memory.
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
             images: list[Any] = [
@@ -323,69 +307,61 @@ class Backend:
 
     # ---- conversations
 
-    def _conversation(self, turns: Sequence[Message], deadline: Deadline) -> Conversation:
-        """The turns of a request as messages of the system, with their images opened.
+    def _conversation(
+        self, turns: Sequence[Message], deadline: Deadline
+    ) -> tuple[list[Message], list[ReadImage], list[str]]:
+        """The turns of a request as messages of the system, their images opened or as codes, and
+        notes about what is left out.
 
         turns: their content is as it was sent, see `MessagePart`.
         """
-        # 1. The oldest turns are dropped where there is too much of them.
-        n_sent = len(turns)
-        while True:
-            parts: list[Any] = [part for turn in turns for part in turn.content]
-            n_characters = sum(len(part) for part in parts if isinstance(part, str))
-            images = [part for part in parts if not isinstance(part, str)]
-            shorter = without_oldest_rounds(turns, 1)
-            is_fitting = len(images) <= MAX_IMAGES and n_characters <= MAX_TEXT
-            if is_fitting or len(shorter) == len(turns):
-                break
-            turns = shorter
+        # 1. The images of the newest turns that are not too much for a request.
+        notes: list[str] = []
+        newest = newest_turns(turns)
+        if len(newest) < len(turns):
+            limit = f"{MAX_MESSAGES} messages, {MAX_IMAGES} images and {MAX_TEXT} characters"
+            notes.append(left_out_note(len(turns) - len(newest), limit))
+        parts: list[Any] = [part for turn in newest for part in turn.content]
+        n_characters = sum(len(part) for part in parts if isinstance(part, str))
         if n_characters > MAX_TEXT:
             raise RequestError(
                 f"The message has {n_characters} characters; {MAX_TEXT} are allowed."
             )
-        sent = [part.url if isinstance(part, ImageUrl) else part for part in images]
-        conversation = Conversation([], self.read_images(sent, deadline), [])
-        if len(turns) < n_sent:
-            limit = f"{MAX_IMAGES} images and {MAX_TEXT} characters"
-            conversation.notes.append(left_out_note(n_sent - len(turns), limit))
+        parts = [part for part in parts if not isinstance(part, str)]
+        sent = [part.url if isinstance(part, ImageUrl) else part for part in parts]
+        images = self.read_images(sent, deadline)
 
-        # 2. The messages. SEED-X's own images have no codes, but stand where it generated some.
-        next_images = iter(conversation.images)
+        # 2. Their contents. SEED-X's own images have no codes, but stand where it generated some.
+        next_images = iter(images)
         n_codes = self.vocabulary.tokens_per_image
-        for turn in turns:
+        contents: list[tuple[str, list[Any]]] = []
+        for turn in newest:
             is_answer = turn.role == "assistant"
-            content: list[Any] = []
+            # An answer may be sent back in several items.
+            if not is_answer or not contents or contents[-1][0] != turn.role:
+                contents.append((turn.role, []))
+            content = contents[-1][1]
             for part in turn.content:
                 image = part if isinstance(part, str) else next(next_images)
                 if isinstance(image, list) and len(image) < self.vocabulary.min_codes:
                     problem = f"An image broke off after {len(image)} of {n_codes} codes"
                     if not is_answer:
                         raise RequestError(f"{problem}; send all of them, or the image.")
-                    conversation.notes.append(f"{problem} and was left out.")
+                    notes.append(f"{problem} and was left out.")
                 elif isinstance(image, Image.Image) and is_answer and not self.has_codes:
                     content.append(ImagePart(list(range(n_codes)), image=image))
                 elif image != "":
                     content.append(image)
-            # An answer may be sent back in several items.
-            messages = conversation.messages
-            if is_answer and messages and messages[-1].role == turn.role:
-                content = [*messages.pop().content, *content]
-            messages.append(Message(turn.role, tuple(content)))
-        return conversation
+        messages = [Message(role, tuple(content)) for role, content in contents]
+        return messages, images, notes
 
     def _events(
-        self, conversation: Conversation, deadline: Deadline, options: Options
+        self, messages: Sequence[Message], deadline: Deadline, options: Options
     ) -> Iterator[Event]:
-        """Events of the answer to a conversation, counted in the metrics; the last has `notes`."""
+        """Events of the answer to a conversation, counted in the metrics."""
         is_first = True
         # `deadline` is asked before each token.
-        for event in self.system.chat(
-            conversation.messages,
-            stream=True,
-            should_stop=deadline,
-            notes=conversation.notes,
-            **options,
-        ):
+        for event in self.system.chat(messages, stream=True, should_stop=deadline, **options):
             if is_first:
                 self.first.observe(deadline.elapsed())
                 is_first = False
@@ -410,37 +386,34 @@ class Backend:
         if not texts:
             text = request.text.rstrip() if request.force_boi else request.text
             texts = [("raw" if self.template else "user", text)]
-        images = iter(request.image_parts)
+        urls_and_codes = (
+            ImageUrl(url=item) if isinstance(item, str) else item for item in request.images
+        )
         turns: list[Message] = []
         for role, text in texts:
-            turn_images: list[Any] = [*islice(images, text.count(PLACEHOLDER))]
+            turn_images: list[Any] = [*islice(urls_and_codes, text.count(PLACEHOLDER))]
             turns.append(Message(role, tuple(interleave(text, turn_images))))
-        conversation = self._conversation(turns, deadline)
+        messages, images, notes = self._conversation(turns, deadline)
 
         # 2. Settings; LaVIT's own defaults stay where the request does not set them.
         options = request.model_dump(exclude_none=True, exclude_unset=self.template is None)
         if request.force_boi and "max_new_tokens" in options:
             min_new_tokens = self.vocabulary.min_codes + 1
             options["max_new_tokens"] = max(request.max_new_tokens, min_new_tokens)
-        images_option = "forced" if request.force_boi else "auto"
-        options = {"images": images_option, "previews": (), "read_back": False, **options}
+        options["images"] = "forced" if request.force_boi else "auto"
+        options |= {"previews": (), "read_back": False, "notes": notes}
 
         # 3. The last event has the answer.
-        *_, done = self._events(conversation, deadline, options)
-        codes = [image if isinstance(image, list) else None for image in conversation.images]
-        yield self._generate_response(done["answer"], codes, done["notes"]).model_dump()
+        *_, done = self._events(messages, deadline, options)
+        yield self._generate_response(done, images).model_dump()
 
-    def _generate_response(
-        self, answer: Answer, codes: Sequence[list[int] | None], notes: Sequence[str]
-    ) -> GenerateResponse:
-        """The answer with the original's fields.
-
-        codes: of the request's images, None for one without.
-        """
+    def _generate_response(self, done: Event, images: Sequence[ReadImage]) -> GenerateResponse:
+        """The answer with the original's fields; `images`: of the request."""
         # The answer's images follow those of the request; a broken one has empty entries.
-        response = GenerateResponse(images_ids=[*codes], error_msg=[*notes])
+        codes = [image if isinstance(image, list) else None for image in images]
+        response = GenerateResponse(images_ids=codes, error_msg=done["notes"])
         texts: list[str] = []
-        for part in answer.parts:
+        for part in done["answer"].parts:
             if isinstance(part, str):  # the model may spell the placeholder in ordinary letters
                 texts.append(part.replace(PLACEHOLDER, "<image >").strip())
                 continue
@@ -482,24 +455,30 @@ class Backend:
             parts: Sequence[Any] = message.parts
             if message.role == "user" and self.system.config.tuned:
                 parts = images_before_question(parts)
+            # Another model wrote what this one never does.
+            separator = self.system.tasks.answer_after
+            if message.reasoning and separator and message.role == "assistant":
+                parts = [message.reasoning + separator, *parts]
             turns.append(Message(message.role.replace("developer", "system"), tuple(parts)))
-        conversation = self._conversation(turns, deadline)
-        conversation.notes.extend(self._model_notes(request.model))
+        messages, images, notes = self._conversation(turns, deadline)
+        notes += self._model_notes(request.model)
 
         # 2. The settings that differ from the system's.
         options = request.model_dump(exclude_none=True)
-        options |= self._drawing_options(request.image_options, request.ratio)
-        options |= {"images": request.images, "previews": ()}
+        form = request.image_options
+        options |= self._drawing_options(form, request.ratio)
+        options |= {"images": request.images, "previews": (), "notes": notes}
         if request.stream:
-            lengths = self._preview_lengths(request.image_options)
-            options["previews"] = None if request.previews else lengths
+            options["previews"] = None if request.previews else self._preview_lengths(form)
 
         # 3. Texts and images while they are generated.
         index = 0  # of the current image
         offset = 0  # characters of the text so far
         follows_image = False
-        for event in self._events(conversation, deadline, options):
-            if event["type"] == "text":
+        for event in self._events(messages, deadline, options):
+            if event["type"] == "reasoning":
+                yield {"reasoning_content": event["text"]}
+            elif event["type"] == "text":
                 # Without blanks at the beginning, and with one behind an image.
                 text = event["text"]
                 if offset == 0:
@@ -509,30 +488,32 @@ class Backend:
                 follows_image = False
                 offset += len(text)
                 yield {"content": text}
-                continue
-            # An image; previews have the index of the image that replaces them.
-            follows_image = True
-            is_complete = event["type"] in ("image", "image_broken")
-            if event.get("image") is not None:
-                yield {"images": [self._image_part(event, index, offset, request.image_options)]}
-            elif is_complete:
-                yield {"notes": [event.get("reason", CANNOT_DRAW)]}
-            index += is_complete
+            else:
+                # An image; previews have the index of the image that replaces them.
+                follows_image = True
+                is_complete = event["type"] in ("image", "image_broken")
+                if event.get("image") is not None:
+                    yield {"images": [self._image_part(event, index, offset, form)]}
+                elif is_complete:
+                    yield {"notes": [event.get("reason", CANNOT_DRAW)]}
+                index += is_complete
 
         # 4. What is known at the end: the last event has the answer.
         answer = event["answer"]
         edges_of_boxes, problems = self.system.family.boxes(answer)
         # They are on the last image; boxes of a text alone have none to be drawn on.
-        last_image = len(conversation.images) - 1
-        boxes = [{"image": last_image, "box": edges} for edges in edges_of_boxes if last_image >= 0]
+        last_image = len(images) - 1
+        boxes = [{"image": last_image, "box": edges} for edges in edges_of_boxes if images]
         n_tokens = len(answer.ids)
         needed = 0 if self.vocabulary.image_only_when_forced else self.vocabulary.image_length
-        if answer.finish_reason == "length" and n_tokens < needed and not answer.codes:
+        is_cut_off = answer.finish_reason == "length" and n_tokens < needed
+        if is_cut_off and request.images != "never":
             problems.append(
                 f"The answer was cut off after {n_tokens} tokens; an image needs {needed}."
             )
-        yield {"boxes": boxes, "notes": event["notes"] + problems}
         yield {
+            "boxes": boxes,
+            "notes": event["notes"] + problems,
             "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
             "usage": usage_of(answer, *request.usage_names),
         }
@@ -574,12 +555,9 @@ class Backend:
         else:
             events = self.system.draw([request.prompt], seed, **options)
 
-        # 3. Their events, with notes about words that nano was not trained on and about images that
-        #    do not show what was asked for; `index`: of the image, where there are several. Without
-        #    a stream, one object has all images.
+        # 3. Their events; without a stream, one object has all images and their notes.
         notes = self._model_notes(request.model)
         data: list[JsonObject] = []
-        n_previews = 0
         for event in events:
             image = event["image"]
             form = {
@@ -591,11 +569,9 @@ class Backend:
             content = {"b64_json": encoded(image, request), **revised_prompt(image)}
             common = {**content, "created_at": int(time.time()), **form, "index": event["index"]}
             if event["type"] == "image_preview":
-                partial = {"type": f"{kind}.partial_image", "partial_image_index": n_previews}
-                yield {**partial, **common}
-                n_previews += 1
+                count = previews.index(len(event["codes"]))
+                yield {"type": f"{kind}.partial_image", **common, "partial_image_index": count}
                 continue
-            n_previews = 0
             data.append(content)
             notes += [note for note in event["notes"] if note not in notes]
             self.images.labels("drawn").inc()
@@ -654,6 +630,22 @@ class Backend:
                 rows = self.system.images.encode(rows, seed=request.seed)
             data = [{"codes": [int(code) for code in row]} for row in rows]
         yield {"created": int(time.time()), "data": data}
+
+
+def newest_turns(turns: Sequence[Message]) -> Sequence[Message]:
+    """A conversation without as many of its oldest rounds as are too much for a request."""
+    # The messages that stay anyway, then the newest ones.
+    system = [*takewhile(lambda turn: turn.role == "system", turns)]
+    n_images = n_characters = n_rounds = 0
+    for index, turn in enumerate([*system, *reversed(turns[len(system) :])]):
+        texts = [part for part in turn.content if isinstance(part, str)]
+        n_images += len(turn.content) - len(texts)
+        n_characters += sum(map(len, texts))
+        if index == MAX_MESSAGES or n_images > MAX_IMAGES or n_characters > MAX_TEXT:
+            n_users = sum(turn.role == "user" for turn in turns)
+            return without_oldest_rounds(turns, max(n_users - n_rounds, 1))
+        n_rounds += turn.role == "user"
+    return turns
 
 
 def encoded(image: Image.Image, options: ImageOptions) -> str:

@@ -246,15 +246,16 @@ class ChatSession:
                 picture.url = url
                 picture.description = image.get("revised_prompt", "")
             answer.parts = [*answer.sent_parts, picture]  # in place of a preview
+        answer.reasoning += change.get("reasoning_content", "")
         if change.get("content"):
             answer.add_text(change["content"])
         if change.get("boxes"):
             marked = image_with_boxes(self.turns, change["boxes"])
             answer.parts = [*answer.parts, self.save_image(marked)]
         notes = change.get("notes", [])
-        if any(map(LEFT_OUT.search, itertools.chain(*(turn.notes for turn in self.turns[:-1])))):
-            notes = [LEFT_OUT.sub("", note) for note in notes]  # once a conversation
-        answer.notes = [*answer.notes, *filter(None, notes)]
+        if any(map(LEFT_OUT.match, itertools.chain(*(turn.notes for turn in self.turns[:-1])))):
+            notes = [note for note in notes if not LEFT_OUT.match(note)]  # once a conversation
+        answer.notes = [*answer.notes, *notes]
 
     def request(
         self,
@@ -366,21 +367,17 @@ class ChatSession:
 
     def displayed(self) -> list[JsonObject]:
         """The conversation as messages of Gradio's Chatbot; the last offers what may follow."""
-        answer_after = self.model.card.tasks.answer_after
-        growing = None if self.before is None else self.turns[-1]
-        messages: list[JsonObject] = []
-        for turn in self.turns:
-            messages += turn.displayed(answer_after, grows=turn is growing)
+        messages = [message for turn in self.turns for message in turn.displayed()]
         if self.before is None and (texts := self.follow_ups()):
             messages[-1]["options"] = [{"value": text} for text in texts]
         return messages
 
     def turn_index(self, event: gr.EventData) -> int:
-        """The turn of a displayed message; notes are messages of their own."""
+        """The turn of a displayed message; reasoning and notes are messages of their own."""
         index = event.index
         position = int(index[0] if isinstance(index, list | tuple) else index)
-        messages = self.displayed()[: position + 1]
-        return sum("metadata" not in message for message in messages) - 1
+        turns = [turn for turn, items in enumerate(self.turns) for _ in items.displayed()]
+        return turns[position]
 
     async def add_to_log(self, kind: str, turns: Sequence[Turn]) -> None:
         """Log a conversation, if there is a log; in a thread. Raises DataError: disk error."""
@@ -564,8 +561,7 @@ class ChatSession:
         """The image with boxes around what a phrase names."""
         with warn_about_errors():
             # The tuned request, greedy.
-            tasks = self.model.card.tasks
-            question = tasks.detect_request(not_empty(phrase))
+            question = self.model.card.tasks.detect_request(not_empty(phrase))
             turn = user_turn(question, [await asyncio.to_thread(self.store_upload, upload)])
             body = {
                 "messages": [turn.message()],
@@ -576,7 +572,7 @@ class ChatSession:
             response = await self.model.post("/v1/chat/completions", json=body)
             answer = response["choices"][0]["message"]
             marked = self.save_image(image_with_boxes([turn], answer["boxes"]))
-            caption = shown_text(answer["content"], tasks.answer_after) or phrase
+            caption = shown_text(answer["content"]) or phrase
             return [(marked.path, caption)], " ".join(answer["notes"])
         return [], ""
 

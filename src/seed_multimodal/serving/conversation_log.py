@@ -5,7 +5,8 @@
 
 Keys of the original: `tstamp`, `type` ("common" for an answer, "upvote", "downvote"), `state` (the
 conversation) and `ip`, which stays empty: visitors' addresses are not logged. Further keys: `model`
-and `settings` of the last answer, and the type "withdrawn" for a vote that was taken back.
+and `settings` of the last answer, `reasoning` of a message, and the type "withdrawn" for a vote
+that was taken back.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class ConversationLog:
                     text += PLACEHOLDER
                     images.append(self._store_image(Path(part.path)))
                     codes.append(part.codes)
-            message = {"text": text, "images": images, "images_ids": codes}
+            message: JsonObject = {"text": text, "images": images, "images_ids": codes}
+            if turn.reasoning:
+                message["reasoning"] = turn.reasoning
             messages.append({"role": ROLES[turn.role], "message": message})
         return {
             "system": "",

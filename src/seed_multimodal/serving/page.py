@@ -72,7 +72,8 @@ body:not(.dark) {--body-text-color-subdued: var(--neutral-500)}
     padding: 0 8px; border: none; border-left: 3px solid var(--color-accent); border-radius: 0;
     background: none
 }
-#chat .thought-group :is(.arrow, .content) {display: none}
+/* Notes have a title only. */
+#chat .thought-group:has([aria-busy="true"]) :is(.arrow, .content) {display: none}
 /* Gradio loses the end of a conversation; the browser keeps it in view once it is. */
 #chat .bubble-wrap * {overflow-anchor: none}
 #chat .bubble-wrap:has(.message)::after {

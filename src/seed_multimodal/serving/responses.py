@@ -13,6 +13,8 @@ from seed_multimodal.serving.schema import JSON, ChatRequest, ResponsesRequest
 
 NamedFields = tuple[str, JsonObject]  # of an event
 ECHOED = ("instructions", "temperature", "top_p", "tools", "tool_choice")
+TEXTS = {"reasoning_content": "reasoning", "content": "message"}  # fields of changes → items
+PREFIXES = {"reasoning": "rs", "message": "msg", "image_generation_call": "ig"}  # of their ids
 USAGE_DETAILS = {
     "input_tokens_details": {"cached_tokens": 0},
     "output_tokens_details": {"reasoning_tokens": 0},
@@ -40,7 +42,7 @@ def completion(
         finish_reason = change.pop("finish_reason", None)
         usage = change.pop("usage", None)
         for name, value in change.items():
-            message[name] += value
+            message[name] = message[name] + value if name in message else value
         if request.stream:
             choice = {"index": 0, "delta": {**role, **change}, "finish_reason": finish_reason}
             yield {**head, "choices": [choice]}
@@ -80,15 +82,16 @@ def _events(response: JsonObject, changes: Iterator[JsonObject]) -> Iterator[Nam
     """Names of events with their fields; fills the response."""
     yield "created", {"response": response}
 
-    # 1. Each item of the output is made of pieces that follow each other: of a text, or of an
-    #    image (its previews and itself), which have its index.
+    # 1. Each item of the output is made of pieces that follow each other: of a text or of the
+    #    reasoning before it, or of an image (its previews and itself), which have its index.
     output: list[JsonObject] = response["output"]
     for index, pieces in itertools.groupby(_pieces(response, changes), itemgetter("index")):
-        prefix = "msg" if index is None else "ig"
-        item: JsonObject = {"id": f"{prefix}_{secrets.token_hex(12)}", "status": "in_progress"}
-        of_item = {"item_id": item["id"], "output_index": len(output)}
+        kind = TEXTS.get(index, "image_generation_call")
+        item_id = f"{PREFIXES[kind]}_{secrets.token_hex(12)}"
+        item: JsonObject = {"id": item_id, "type": kind, "status": "in_progress"}
+        of_item = {"item_id": item_id, "output_index": len(output)}
         output.append(item)
-        events_of = _text if index is None else _image
+        events_of = _text if index in TEXTS else _image
         for name, fields in events_of(item, pieces):
             yield name, {**of_item, **fields}
         broke_off = item.get("result", "") is None
@@ -103,8 +106,8 @@ def _events(response: JsonObject, changes: Iterator[JsonObject]) -> Iterator[Nam
 def _pieces(response: JsonObject, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
     """The texts and images of changes; what is no piece of the output is added to the response."""
     for change in changes:
-        if "content" in change:
-            yield {"index": None, "text": change["content"]}
+        for name in TEXTS.keys() & change.keys():
+            yield {"index": name, "text": change[name]}
         yield from change.get("images", ())
         for name in ("boxes", "notes"):
             response[name] += change.get(name, [])
@@ -116,22 +119,27 @@ def _pieces(response: JsonObject, changes: Iterator[JsonObject]) -> Iterator[Jso
 
 
 def _text(item: JsonObject, pieces: Iterator[JsonObject]) -> Iterator[NamedFields]:
-    item |= {"type": "message", "role": "assistant", "content": []}
+    item["content"] = []
+    if item["type"] == "message":
+        item["role"] = "assistant"
+        part: JsonObject = {"type": "output_text", "text": "", "annotations": []}
+    else:
+        item["summary"] = []
+        part = {"type": "reasoning_text", "text": ""}
     yield "output_item.added", {"item": item}
-    part: JsonObject = {"type": "output_text", "text": "", "annotations": []}
     item["content"].append(part)
     of_part = {"content_index": 0, "part": part}
     yield "content_part.added", of_part
     for piece in pieces:
         part["text"] += piece["text"]
         delta = {"content_index": 0, "delta": piece["text"], "logprobs": []}
-        yield "output_text.delta", delta
-    yield "output_text.done", {"content_index": 0, "text": part["text"], "logprobs": []}
+        yield f"{part['type']}.delta", delta
+    yield f"{part['type']}.done", {"content_index": 0, "text": part["text"], "logprobs": []}
     yield "content_part.done", of_part
 
 
 def _image(item: JsonObject, pieces: Iterator[JsonObject]) -> Iterator[NamedFields]:
-    item |= {"type": "image_generation_call", "result": None}
+    item["result"] = None
     yield "output_item.added", {"item": item}
     yield "image_generation_call.generating", {}
     for count, piece in enumerate(pieces):

@@ -7,6 +7,7 @@ a model are followed, those of `fields.yaml` are ignored, others are refused by 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from seed_multimodal.settings import nearest
 
 VALIDATION: Literal["validation"] = "validation"  # the schemas of requests, not of their dumps
 
+MAX_MESSAGES = 4096  # of a request
 MAX_IMAGES = 16  # of a request
 MAX_TEXT = 32_000  # characters of a request
 MAX_VALUES = 200_000  # of a body: parsing needs fifty times the bytes
@@ -98,14 +100,17 @@ class Fields(BaseModel):
     groups: ClassVar[Sequence[str]] = ("messages",)
 
     @classmethod
-    def ignored(cls, table: JsonObject = IGNORED) -> dict[str, Any]:
-        """Field → its values that change nothing, or "any"; or its advice, of the other `table`."""
+    @functools.cache
+    def ignored(cls, advice: bool = False) -> dict[str, Any]:
+        """Field → its values that change nothing, or "any"; or its `advice`."""
+        table = ADVICE if advice else IGNORED
         rows = [row for group in cls.groups for row in table[group].items()]
         return {
             name: value for name, value in rows if name not in cls.model_fields or value != "any"
         }
 
     @classmethod
+    @functools.cache
     def names(cls) -> list[list[str]]:
         """The names of each field in a request."""
         names: list[list[str]] = []
@@ -184,10 +189,6 @@ class GenerateRequest(Fields):
     top_p: Share = 0.5
     force_boi: NotSetting[bool] = False
     seed: Seed | None = None
-
-    @property
-    def image_parts(self) -> list[MessagePart]:
-        return [ImageUrl(url=item) if isinstance(item, str) else item for item in self.images]
 
     @model_validator(mode="after")
     def _count(self) -> Self:
@@ -268,12 +269,13 @@ def text_and_images(text: str) -> list[MessagePart]:
 
 
 class ChatMessage(Fields):
-    """As OpenAI's; an assistant's may have the `images` of an earlier answer."""
+    """As OpenAI's; an assistant's may have the `images` and the reasoning of an earlier answer."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | list[Part] = ""
     images: list[Part] = []
+    reasoning: str = Field("", validation_alias=AliasChoices("reasoning_content", "reasoning"))
 
     @property
     def parts(self) -> list[MessagePart]:
@@ -283,7 +285,7 @@ class ChatMessage(Fields):
         parts: list[MessagePart] = []
         if isinstance(self.content, str):
             text = self.content
-        elif self.content is not None:
+        else:
             for part in self.content:
                 is_new_image = self.role == "user" and part.url.url
                 parts.append(part.url if is_new_image else part.value)
@@ -305,6 +307,7 @@ class ImageCall(Fields):
     """An image of an earlier response; `codes` are read instead of `result`."""
 
     role: ClassVar[str] = "assistant"
+    reasoning: ClassVar[str] = ""
 
     type: Literal["image_generation_call"]
     result: str = ""
@@ -313,6 +316,29 @@ class ImageCall(Fields):
     @property
     def parts(self) -> list[MessagePart]:
         return [self.codes or ImageUrl(url=self.result)]
+
+
+class ReasoningText(Fields):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(Fields):
+    """What the model wrote before an earlier response."""
+
+    groups = ("messages", "reasoning")
+    role: ClassVar[str] = "assistant"
+    parts: ClassVar[Sequence[MessagePart]] = ()
+
+    type: Literal["reasoning"]
+    content: list[ReasoningText] = []
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
+InputItem: TypeAlias = ChatMessage | ImageCall | ReasoningItem
 
 
 class ImageOptions(Fields):
@@ -384,7 +410,7 @@ class ChatRequest(AnswerRequest):
     force_image: NotSetting[bool] = False
 
     @property
-    def conversation(self) -> Sequence[ChatMessage | ImageCall]:
+    def conversation(self) -> Sequence[InputItem]:
         return self.messages
 
     @property
@@ -408,7 +434,7 @@ class ResponsesRequest(AnswerRequest):
     groups = ("every request", "answers", "/v1/responses")
     usage_names = ("input", "output")
 
-    input: NotSetting[str | list[ChatMessage | ImageCall]]
+    input: NotSetting[str | list[InputItem]]
     instructions: NotSetting[str] = ""
     max_new_tokens: NewTokens | None = Field(
         None, validation_alias=AliasChoices("max_output_tokens")
@@ -417,7 +443,7 @@ class ResponsesRequest(AnswerRequest):
     tool_choice: NotSetting[Literal["auto", "none", "required"] | ImageTool] = "auto"
 
     @property
-    def conversation(self) -> Sequence[ChatMessage | ImageCall]:
+    def conversation(self) -> Sequence[InputItem]:
         items = self.input
         if isinstance(items, str):
             items = [ChatMessage(role="user", content=items)]
@@ -525,7 +551,7 @@ def unknown_field(model: type[Fields], names: Sequence[str]) -> str:
     """What to do instead of sending a field, as a sentence."""
     values = model.ignored().get(".".join(names))
     exception = f", except {json.dumps(values)}" if values else ""
-    advice = model.ignored(ADVICE).get(names[-1], "")
+    advice = model.ignored(advice=True).get(names[-1], "")
     similar = ""
     if not values and not advice:
         document = model.model_json_schema()

@@ -18,7 +18,6 @@ from pydantic.dataclasses import dataclass
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_to_base64, open_image
-from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
 from seed_multimodal.serving.schema import Codes, Fields, read_request
 
@@ -81,13 +80,14 @@ class Turn:
     """A message of the user or an answer.
 
     Attributes:
-        notes: sentences about an answer.
+        notes: sentences about an answer. reasoning: what its model wrote before it.
         settings: of its request.
     """
 
     role: Literal["user", "assistant"]
     parts: list[str | Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reasoning: str = ""
     settings: JsonObject = field(default_factory=dict, init=False)
 
     @property
@@ -119,32 +119,33 @@ class Turn:
             {"type": "text", "text": part} if isinstance(part, str) else part.sent()
             for part in self.sent_parts
         ]
-        return {"role": self.role, "content": content}
+        message: JsonObject = {"role": self.role, "content": content}
+        return {**message, "reasoning_content": self.reasoning} if self.reasoning else message
 
-    def displayed(self, answer_after: str = "", grows: bool = False) -> list[JsonObject]:
-        """As messages of Gradio's Chatbot: the texts, images and notes.
-
-        answer_after: see `shown_text`. grows: the last part is not complete.
-        """
+    def displayed(self) -> list[JsonObject]:
+        """As messages of Gradio's Chatbot: the reasoning, the texts and images, the notes."""
         content: list[str | JsonObject] = []
         for part in self.parts:
             if isinstance(part, str):
-                text = shown_text(part, answer_after, grows and part is self.parts[-1])
+                text = shown_text(part)
                 content += [text] if text else []
             elif part.path:
                 content.append({"path": part.path, "alt_text": part.description or "image"})
                 if part.description:
                     content.append(f"read back: {part.description}")
         messages: list[JsonObject] = [{"role": self.role, "content": content or ["…"]}]
+        if self.reasoning:
+            folded = {"title": "Reasoning", "status": "done"}
+            messages.insert(0, {"role": self.role, "content": self.reasoning, "metadata": folded})
         if self.notes:
             note = {"title": " ".join(self.notes)}
             messages.append({"role": self.role, "content": "", "metadata": note})
         return messages
 
 
-def shown_text(text: str, answer_after: str, grows: bool = False) -> str:
-    """Without words for boxes, and without a verdict, see `without_verdict`."""
-    return without_verdict(BOX_WORDS.sub(" ", text), answer_after, grows).strip()
+def shown_text(text: str) -> str:
+    """Without words for boxes."""
+    return BOX_WORDS.sub(" ", text).strip()
 
 
 def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:
@@ -163,7 +164,8 @@ def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:
             picture = part.stored()
             n_characters += 0 if part.codes else len(part.stored_url)
             parts.append(picture if n_characters <= STORED_CHARACTERS else DROPPED)
-        stored.append({"role": turn.role, "parts": parts[::-1], "notes": turn.notes})
+        texts = {"notes": turn.notes, "reasoning": turn.reasoning}
+        stored.append({"role": turn.role, "parts": parts[::-1], **texts})
     return stored[::-1]
 
 

@@ -267,8 +267,10 @@ def test_chat_keeps_turns_and_saves_images(seed, tmp_path, monkeypatch):
     _, lines, _ = seed("chat", "--image", "-", "--message", "Draw!", "--force-image", *out)
     assert f"{tmp_path}/image_{before}.png" in "\n".join(lines)
     # Of nano's "a fox: yes - In the middle." the answer is printed.
-    _, lines, _ = seed("chat", "--image", FOX, "--message", "Where is the fox?", model="nano")
-    assert lines[0].strip() and ":" not in lines[0]
+    command = ("chat", "--image", FOX, "--message", "Where is the fox?")
+    _, lines, _ = seed(*command, model="nano")
+    (record,) = records(seed(*command, "--json", model="nano")[1])
+    assert record["reasoning"] == "a fox: yes" and record["answer"] == [{"text": lines[0].strip()}]
 
 
 def test_chat_reads_lines(seed, bad, monkeypatch):

@@ -24,7 +24,7 @@ def turns(tmp_path) -> list[Turn]:
     only_shown = Picture()
     for name, picture in {"user": image, "drawn": drawing, "marked": only_shown}.items():
         picture.path = str(tmp_path / f"{name}.png")
-    answer = Turn("assistant", ["Here: ", drawing, only_shown], ["a note"])
+    answer = Turn("assistant", ["Here: ", drawing, only_shown], ["a note"], "a cat: no")
     answer.settings = {"seed": 3}
     return [Turn("user", [image, "Put it at night."]), answer]
 
@@ -47,6 +47,7 @@ def test_add_writes_the_originals_keys_and_images(turns, tmp_path):
     )
     question = {"text": "<image>Put it at night.", "images": [user], "images_ids": [None]}
     answer = {"text": "Here: <image>", "images": [drawn], "images_ids": [[5, 6]]}
+    answer["reasoning"] = "a cat: no"
     state = {
         "system": "",
         "roles": ["USER", "ASSISTANT"],

@@ -7,7 +7,9 @@ A new field or route is tested by its row in a table.
 import base64
 import io
 import json
+import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from random_images import noise
 from served import CHAT, PROMPTS, chat, events, figures, read, user
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
+from seed_multimodal.language.messages import Message, without_oldest_rounds
+from seed_multimodal.serving import backend
 from seed_multimodal.serving.schema import POSTED
 
 DRAW = "/v1/images/generations"
@@ -186,16 +190,6 @@ def test_answers_follow(client, tiny, library, route, fields):
         assert codes == part.codes and np.array_equal(read(image), part.image)
 
 
-def test_chat_tells_where_images_are(client, tiny):
-    answer = chat(client, ASK, force_image=True, max_tokens=60)
-    expected = tiny.chat(ASK, temperature=0.0, force_image=True, max_new_tokens=60)
-    assert answer["finish_reason"] == expected.finish_reason
-    usage = {"prompt_tokens": expected.prompt_tokens, "completion_tokens": len(expected.ids)}
-    assert answer["usage"] == {**usage, "total_tokens": sum(usage.values())}
-    offset = answer["images"][0]["offset"]
-    assert answer["content"][:offset] == expected.parts[0].strip()
-
-
 # Route, fields, the same images by the library.
 IMAGE_FIELDS = {
     "n": (DRAW, {"n": 2}, lambda system: system.draw(["a fish"], 3, num_images=2)),
@@ -231,8 +225,10 @@ def test_streams_of_images_are_the_images(client, route):
     form = {"size": "64x64", "output_format": "webp", "partial_images": 2, "n": 2}
     streamed = events(post(client, route, stream=True, **form))
     kind = {DRAW: "image_generation", EDIT: "image_edit"}[route]
-    names = ["partial_image"] * 4 + ["completed"] * 2  # each preview of all images together
-    assert [event["type"] for event in streamed] == [f"{kind}.{name}" for name in names]
+    names = ["partial_image", "partial_image", "completed"]
+    expected = [(f"{kind}.{name}", index) for name in names for index in range(2)]
+    assert [(event["type"], event["index"]) for event in streamed] == expected
+    assert [event["partial_image_index"] for event in streamed[:4]] == [0, 0, 1, 1]
     complete = answer_of(post(client, route, **form))
     for name in ("size", "output_format", "quality", "background"):
         assert complete[name] == streamed[-1][name]
@@ -345,13 +341,12 @@ def test_empty_fields_of_forms_are_absent(client, fields):
 
 
 def test_chat_notes_what_does_not_fit(client):
-    # Below an image's tokens the model cannot start one.
-    notes = [chat(client, ASK, max_tokens=count)["notes"] for count in (20, 40)]
-    assert [len(of_answer) for of_answer in notes] == [1, 0]
+    # Below an image's tokens the model cannot start one, where it might.
+    text = {"modalities": ["text"], "max_tokens": 20}
+    fields = [{"max_tokens": 20}, {"max_tokens": 40}, text]
+    notes = [chat(client, ASK, **of_answer)["notes"] for of_answer in fields]
+    assert [len(of_answer) for of_answer in notes] == [1, 0, 0]
     assert "34" in notes[0][0]  # tokens of an image
-    # Conversations go on without a limit.
-    turns = [user(*[CODES] * 16), {"role": "assistant", "content": "Yes."}, user(CODES, "Hi")]
-    assert "first 2 messages" in chat(client, turns, max_tokens=40)["notes"][0]
 
 
 # ---- harmless
@@ -433,6 +428,10 @@ REFUSED = r"""
     -> text:
 /v1/chat/completions {"messages": [{"role": "user", "content":
     [{"type": "text", "text": "<img><img_00001></img>?"}]}]} -> <img_00001>
+/v1/chat/completions {"messages": [{"role": "assistant", "reasoning_content": 3}]}
+    -> messages.0.reasoning_content:
+/v1/chat/completions {"messages":
+    [{"role": "assistant", "reasoning": "a", "reasoning_content": "b"}]} -> reasoning:
 /v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]} -> image 0
 # What OpenAI's server would do otherwise.
 /v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]} -> tools
@@ -570,6 +569,31 @@ def test_models_lists_the_system_by_its_name(client, tiny):
 
 
 # ---- limits
+
+
+def test_long_conversations_lose_as_few_rounds_as_possible(monkeypatch):
+    monkeypatch.setattr(backend, "MAX_IMAGES", 4)
+    monkeypatch.setattr(backend, "MAX_TEXT", 30)
+
+    def fits(turns) -> bool:
+        n_images = sum(not turn.is_text for turn in turns)
+        return n_images <= 4 and sum(len(turn.text) for turn in turns) <= 30
+
+    rng = random.Random(0)
+    for _ in range(500):
+        turns = []
+        for role in rng.choices("user assistant system".split(), k=rng.randrange(30)):
+            turns.append(Message(role, (rng.choice(["", "a", "a text", [1]]),)))
+        shorter = [without_oldest_rounds(turns, n_rounds) for n_rounds in range(30)]
+        assert [*backend.newest_turns(turns)] == next(filter(fits, shorter), shorter[-1])
+
+
+def test_40_000_messages_are_cut_at_once(client):
+    # Cut by trying, they kept a processor busy for a minute, whatever the time limit.
+    messages = [user("a"), {"role": "assistant", "content": "b"}] * 20_000
+    before = time.process_time()
+    answer = chat(client, [*messages, user("Hi")], max_tokens=4)
+    assert "left out" in answer["notes"][0] and time.process_time() - before < 12
 
 
 @pytest.mark.parametrize("route", BODIES)

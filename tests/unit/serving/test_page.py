@@ -119,18 +119,15 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     assert drawing.getpixel((18, 5)) == drawing.getpixel((29, 9)) == (0, 255, 0)
     assert drawing.getpixel((24, 7)) == noise(0).getpixel((24, 7))
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
-    answer, note = Turn("assistant", [text], ["A note."]).displayed()
-    assert answer["content"] == ["a cat"] and note["metadata"] == {"title": "A note."}
-    # A verdict is the model's own, also while it grows.
-    texts = {"a cat: y": "…", "a cat: yes - A c": "A c"}
-    for text, shown in texts.items():
-        (answer,) = Turn("assistant", [text]).displayed(" - ", grows=True)
-        assert answer["content"] == [shown]
+    turn = Turn("assistant", [text, picture], ["A note."], "a dog: no")
+    folded, answer, note = turn.displayed()
+    assert folded["content"] == "a dog: no" and folded["metadata"]["status"] == "done"
+    assert answer["content"][0] == "a cat" and note["metadata"] == {"title": "A note."}
     # What a drawing shows stands below it, also after a reload.
-    turn = Turn("assistant", [picture])
-    assert turn.displayed()[0]["content"][1] == "read back: a cat"
-    stored = {"model": "", "turns": stored_turns([turn])}
-    assert restored(stored).turns[0].pictures[0].description == "a cat"
+    assert answer["content"][2] == "read back: a cat"
+    (again,) = restored({"model": "", "turns": stored_turns([turn])}).turns
+    assert again.pictures[0].description == "a cat"
+    assert again.message()["reasoning_content"] == "a dog: no"
 
 
 # ---- a conversation (retry, undo and edit: tests/e2e/test_browser.py)
@@ -138,8 +135,7 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
 
 def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
     (_, chat, box), *growing, (*_, end) = send(session, "What is it?", file, file)
-    # nano's text is shown when it is complete: it may be a verdict.
-    assert all(messages[1]["content"] == ["…"] for _, messages, _ in growing)
+    assert len({str(messages) for _, messages, _ in growing}) > 3
     assert box["stop_btn"] and box["value"] is None and not end["stop_btn"]
     assert [message["role"] for message in chat] == ["user", "assistant"]
     first, second, text = chat[0]["content"]
@@ -155,8 +151,8 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
     assert len(answer.pictures[0].codes) == 32
     # That the oldest messages are left out is noted once.
     session.turns[1].notes, answer.notes = [left_out_note(2, "8 tokens")], []
-    notes = [left_out_note(4, "8 tokens"), f"{left_out_note(4, '8 tokens')} What is a zebra?"]
-    asyncio.run(session.add_change(answer, {"notes": notes}))
+    change = {"notes": [left_out_note(4, "8 tokens"), "What is a zebra?"]}
+    asyncio.run(session.add_change(answer, change))
     assert answer.notes == ["What is a zebra?"]
 
 
@@ -303,6 +299,7 @@ ANSWERS = """\
 {"data": 5}
 {"error": 5}
 {"choices": [{"delta": {"content": {"path": "README.md"}}}]}
+{"choices": [{"delta": {"reasoning_content": {"path": "README.md"}}}]}
 {"choices": [{"delta": {"notes": [{"path": "README.md"}]}}], "data": [{"b64_json": "README.md"}]}
 {"choices": [{"delta": {"boxes": [{"box": [0, 0, 1e999, 1]}]}}]}
 {"choices": [{"delta": {"images": [{"image_url": {"url": "README.md"}, "preview": true}]}}]}
@@ -354,8 +351,9 @@ def test_votes_and_answers_are_logged(session, file, tmp_path, caplog):
     session.log = ConversationLog(tmp_path / "log")
     send(session, "What is it?", file)
     send(session, "And?")
+    session.turns[1].reasoning = "a dog: no"  # a message of its own
     for liked in (True, False, ""):
-        asyncio.run(session.on_vote(event((1, 0), liked=liked)))
+        asyncio.run(session.on_vote(event((2, 0), liked=liked)))
     (log,) = (tmp_path / "log").glob("*-conv.json")
     records = [json.loads(line) for line in log.read_text().splitlines()]
     lengths = [(record["type"], len(record["state"]["messages"])) for record in records]

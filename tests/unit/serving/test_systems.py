@@ -4,12 +4,15 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from random_images import noise
 from recorded_engine import RecordedEngine
+from repository import FOX
 from served import CHAT, PROMPTS, chat, generate, read, user
 from systems import load
 
 DRAW = "/v1/images/generations"
+RESPONSES = "/v1/responses"
 SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "num_beams": 2}
 FIELDS = {"max_tokens": 12, "seed": 1, "num_beams": 2}
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
@@ -43,7 +46,7 @@ def test_descriptions_of_drawings_are_revised_prompts(family_client):
     message = {"messages": [user("a fish")], "force_image": True, "read_back": True}
     (part,) = post(CHAT, json=message).json["choices"][0]["message"]["images"]
     fields = {"input": "a fish", "tool_choice": "required", "read_back": True}
-    output = post("/v1/responses", json=fields).json["output"]
+    output = post(RESPONSES, json=fields).json["output"]
     (call,) = (item for item in output if item["type"] == "image_generation_call")
     assert part["revised_prompt"] and call["revised_prompt"]
 
@@ -58,37 +61,58 @@ def test_generate_answers_or_refuses_any_text(family_client, text):
 # ---- families that hold conversations
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_x"])
-def test_conversation_with_images_in_both_directions(client_of, request, name):
-    # A drawn image is sent back: its codes, or for SEED-X the image itself.
+CONVERSATIONS = [
+    ("tiny", "Make it red.", True),
+    ("tiny_x", "Make it red.", True),
+    ("nano", "Where is the snowman?", False),
+    ("nano", "Remove the fox.", False),
+]
+
+
+@pytest.mark.parametrize("name, question, force", CONVERSATIONS)
+def test_conversation_with_images_in_both_directions(client_of, request, name, question, force):
+    # A drawn image is sent back (its codes, or for SEED-X the image itself), and what nano compares
+    # before its answer.
     system = request.getfixturevalue(name)
     client = client_of(system)
-    settings = {**SETTINGS, "max_new_tokens": 40}
-    messages = [user_message(noise(0), "Make it red.")]
-    expected = system.chat(messages, force_image=True, **settings)
+    image = Image.open(FOX.with_stem("fox_and_snowman"))
+    settings = {**SETTINGS, "max_new_tokens": 80}
+    messages = [user_message(image, question)]
+    expected = system.chat(messages, force_image=force, **settings)
     again = system.chat(
         [*messages, {"role": "assistant", "content": expected}, user_message("And now?")],
         **SETTINGS,
     )
 
-    # 1. OpenAI's route.
-    fields = {**FIELDS, "max_tokens": 40, "force_image": True}
-    opening = user(noise(0), "Make it red.")
+    # 1. OpenAI's routes; some clients send the reasoning by another name, too.
+    fields = {**FIELDS, "max_tokens": 80, "force_image": force}
+    opening = user(image, question)
     message = chat(client, [opening], **fields)
-    assert np.array_equal(read(message["images"][0]["image_url"]["url"]), expected.images[0])
-    del message["finish_reason"], message["usage"]  # of the answer, not of its message
+    for part, drawing in zip(message["images"], expected.images, strict=True):
+        assert np.array_equal(read(part["image_url"]["url"]), drawing)
+        assert str(expected.parts[0]).endswith(message["content"][: part["offset"]])
+    assert message.pop("finish_reason") == expected.finish_reason
+    assert message.pop("usage")["total_tokens"] == expected.prompt_tokens + len(expected.ids)
+    message["reasoning"] = message.get("reasoning_content", "")
+    assert message["reasoning"] == expected.reasoning
     follow_up = chat(client, [opening, message, user("And now?")], **FIELDS)
     assert follow_up["content"].strip() == again.text.strip()
     assert follow_up["usage"]["prompt_tokens"] == again.prompt_tokens
+    body = {"input": [opening], "max_output_tokens": 80, "num_beams": 2, "temperature": 0}
+    body["tool_choice"] = "required" if force else "auto"
+    body["input"] += [*client.post(RESPONSES, json=body).json["output"], user("And now?")]
+    usage = client.post(RESPONSES, json=body).json["usage"]
+    assert usage["input_tokens"] == again.prompt_tokens
 
-    # 2. The original's route.
+    # 2. The original's route, with one text.
     prompt = PROMPTS[system.config.system]
-    text = prompt.format("<image>Make it red.")
-    drawing = generate(client, text, noise(0), force_boi=True, **settings)
+    text = prompt.format(f"<image>{question}")
+    drawing = generate(client, text, image, force_boi=force, **settings)
+    assert drawing["text"].startswith(expected.reasoning)
     codes = drawing["images_ids"][1:]
     images = [row or read(data) for row, data in zip(codes, drawing["images"], strict=True)]
     text = f"{text} {drawing['text']}\n" + prompt.format("And now?")
-    answer = generate(client, text, noise(0), *images, **SETTINGS)
+    answer = generate(client, text, image, *images, **SETTINGS)
     assert answer["text"] == str(again)
 
 
