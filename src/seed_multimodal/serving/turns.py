@@ -119,8 +119,7 @@ class Turn:
             {"type": "text", "text": part} if isinstance(part, str) else part.sent()
             for part in self.sent_parts
         ]
-        message: JsonObject = {"role": self.role, "content": content}
-        return {**message, "reasoning_content": self.reasoning} if self.reasoning else message
+        return {"role": self.role, "content": content, "reasoning_content": self.reasoning}
 
     def displayed(self) -> list[JsonObject]:
         """As messages of Gradio's Chatbot: the reasoning, the texts and images, the notes."""

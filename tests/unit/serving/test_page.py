@@ -30,11 +30,8 @@ def address(tiny) -> str:
 
 
 def session_of(address: str, card: str):
-    from seed_multimodal.serving.chat_session import ChatSession
-    from seed_multimodal.serving.client import ModelClient
-
-    model = ModelClient(address, model_cards()[card])
-    return ChatSession([model], model)
+    model = chat_session.ModelClient(address, model_cards()[card])
+    return chat_session.ChatSession([model], model)
 
 
 @pytest.fixture
@@ -109,23 +106,20 @@ def test_a_backend_that_is_not_reached_says_why(
 
 @pytest.mark.slow
 def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
-    from seed_multimodal.serving.chat_session import image_with_boxes
-    from seed_multimodal.serving.turns import Picture, Turn, restored, stored_turns
-
     box = {"image": 0, "box": [0.375, 0.1875, 0.625, 0.3125]}
-    picture = Picture([5], description="a cat")
+    picture = turns.Picture([5], description="a cat")
     picture.path = file
-    drawing = image_with_boxes([Turn("user", [picture])], [box])
+    drawing = chat_session.image_with_boxes([turns.Turn("user", [picture])], [box])
     assert drawing.getpixel((18, 5)) == drawing.getpixel((29, 9)) == (0, 255, 0)
     assert drawing.getpixel((24, 7)) == noise(0).getpixel((24, 7))
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
-    turn = Turn("assistant", [text, picture], ["A note."], "a dog: no")
+    turn = turns.Turn("assistant", [text, picture], ["A note."], "a dog: no")
     folded, answer, note = turn.displayed()
     assert folded["content"] == "a dog: no" and folded["metadata"]["status"] == "done"
     assert answer["content"][0] == "a cat" and note["metadata"] == {"title": "A note."}
     # What a drawing shows stands below it, also after a reload.
     assert answer["content"][2] == "read back: a cat"
-    (again,) = restored({"model": "", "turns": stored_turns([turn])}).turns
+    (again,) = turns.restored({"model": "", "turns": turns.stored_turns([turn])}).turns
     assert again.pictures[0].description == "a cat"
     assert again.message()["reasoning_content"] == "a dog: no"
 
@@ -346,9 +340,7 @@ def test_an_example_is_answered_and_offers_what_follows(session):
 
 
 def test_votes_and_answers_are_logged(session, file, tmp_path, caplog):
-    from seed_multimodal.serving.conversation_log import ConversationLog
-
-    session.log = ConversationLog(tmp_path / "log")
+    session.log = chat_session.ConversationLog(tmp_path / "log")
     send(session, "What is it?", file)
     send(session, "And?")
     session.turns[1].reasoning = "a dog: no"  # a message of its own
