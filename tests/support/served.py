@@ -78,7 +78,8 @@ def chat(client, messages: list, **fields) -> dict:
     message = choice["message"]
 
     # The stream of the same request.
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    body["stream_options"] = {"include_usage": True, "include_obfuscation": False}
+    body["stream"] = True
     *chunks, last_chunk = events(client.post(CHAT, json=body))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     for name in ("content", "reasoning_content"):
@@ -88,6 +89,7 @@ def chat(client, messages: list, **fields) -> dict:
     *before, last = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert (set(before), last) == ({None}, ends["finish_reason"])
     assert (last_chunk["choices"], last_chunk["usage"]) == ([], ends["usage"])
+    assert {chunk["usage"] for chunk in chunks} == {None}
     return {**message, **ends}
 
 

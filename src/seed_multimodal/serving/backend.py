@@ -373,8 +373,8 @@ class Backend:
                 self.tokens.labels("completion").inc(len(answer.ids))
                 self.images.labels("drawn").inc(len(answer.images))
                 if deadline.elapsed() > deadline.seconds:
-                    sentence = f"The answer was cut off after {self.limits.seconds:g} seconds."
-                    event["notes"].append(sentence)
+                    seconds = f"{deadline.seconds:g} seconds"
+                    event["notes"].append(f"The answer was cut off after {seconds}.")
             yield event
 
     def generate(self, request: GenerateRequest, deadline: Deadline) -> Iterator[JsonObject]:
@@ -502,20 +502,21 @@ class Backend:
         answer = event["answer"]
         edges_of_boxes, problems = self.system.family.boxes(answer)
         # They are on the last image; boxes of a text alone have none to be drawn on.
-        last_image = len(images) - 1
-        boxes = [{"image": last_image, "box": edges} for edges in edges_of_boxes if images]
+        boxes = [{"image": len(images) - 1, "box": edges} for edges in edges_of_boxes if images]
         n_tokens = len(answer.ids)
         needed = 0 if self.vocabulary.image_only_when_forced else self.vocabulary.image_length
-        is_cut_off = answer.finish_reason == "length" and n_tokens < needed
-        if is_cut_off and request.images != "never":
+        if answer.finish_reason == "length" and n_tokens < needed and request.images != "never":
             problems.append(
                 f"The answer was cut off after {n_tokens} tokens; an image needs {needed}."
             )
+        n_reasoning = len(self.system.tokenizer.encode(answer.reasoning))
+        details = f"{request.usage_names[1]}_tokens_details"
+        usage = {details: {"reasoning_tokens": n_reasoning}}
         yield {
             "boxes": boxes,
             "notes": event["notes"] + problems,
             "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
-            "usage": usage_of(answer, *request.usage_names),
+            "usage": usage_of(answer, *request.usage_names) | usage,
         }
 
     def _image_part(

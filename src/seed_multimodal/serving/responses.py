@@ -15,10 +15,6 @@ NamedFields = tuple[str, JsonObject]  # of an event
 ECHOED = ("instructions", "temperature", "top_p", "tools", "tool_choice")
 TEXTS = {"reasoning_content": "reasoning", "content": "message"}  # fields of changes → items
 PREFIXES = {"reasoning": "rs", "message": "msg", "image_generation_call": "ig"}  # of their ids
-USAGE_DETAILS = {
-    "input_tokens_details": {"cached_tokens": 0},
-    "output_tokens_details": {"reasoning_tokens": 0},
-}
 
 
 def completion(
@@ -113,7 +109,7 @@ def _pieces(response: JsonObject, changes: Iterator[JsonObject]) -> Iterator[Jso
             response[name] += change.get(name, [])
         # The last change has these two.
         if "usage" in change:
-            response["usage"] = {**change["usage"], **USAGE_DETAILS}
+            response["usage"] = {**change["usage"], "input_tokens_details": {"cached_tokens": 0}}
         if change.get("finish_reason") == "length":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
 

@@ -275,7 +275,9 @@ class ChatMessage(Fields):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] = ""
     images: list[Part] = []
-    reasoning: str = Field("", validation_alias=AliasChoices("reasoning_content", "reasoning"))
+    reasoning: str = Field(
+        default="", validation_alias=AliasChoices("reasoning_content", "reasoning")
+    )
 
     @property
     def parts(self) -> list[MessagePart]:

@@ -61,15 +61,15 @@ def test_generate_answers_or_refuses_any_text(family_client, text):
 # ---- families that hold conversations
 
 
-CONVERSATIONS = [
-    ("tiny", "Make it red.", True),
-    ("tiny_x", "Make it red.", True),
-    ("nano", "Where is the snowman?", False),
-    ("nano", "Remove the fox.", False),
-]
-
-
-@pytest.mark.parametrize("name, question, force", CONVERSATIONS)
+@pytest.mark.parametrize(
+    "name, question, force",
+    [
+        ("tiny", "Make it red.", True),
+        ("tiny_x", "Make it red.", True),
+        ("nano", "Where is the snowman?", False),
+        ("nano", "Remove the fox.", False),
+    ],
+)
 def test_conversation_with_images_in_both_directions(client_of, request, name, question, force):
     # A drawn image is sent back (its codes, or for SEED-X the image itself), and what nano compares
     # before its answer.
