@@ -276,6 +276,10 @@ def test_answers_end_at_a_stop(system):
     assert texts_of(events) == [ended.text.strip()]
     assert stop not in system.chat(message, **{**options, "num_beams": 3}).text
 
+    # The text before a forced image is the system's.
+    opening = list(system.tasks.draw_response or "a")
+    assert system.chat(message, **GREEDY, force_image=True, stop=opening).images
+
     images = [noise(seed) for seed in range(3)]
     texts = system.describe(images, **GREEDY)
     stop = middle(texts[0])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from seed_multimodal.inference.base_engine import BaseEngine, Request
+from seed_multimodal.inference.base_engine import BaseEngine, GeneratedSequence
 
 CONTEXT = 4096
 SETTINGS = ("temperature", "num_beams", "top_p", "max_new_tokens", "do_sample")
@@ -19,7 +19,7 @@ class RecordedEngine(BaseEngine):
         self.new_ids = list(new_ids)
         self.calls: list[dict] = []
 
-    def _put(self, request: Request):
+    def _put(self, request: GeneratedSequence):
         settings = {name: getattr(request.settings, name) for name in SETTINGS}
         ids = list(request.prompts[0].ids)
         self.calls.append({"input_ids": [ids], "generation_config": settings})

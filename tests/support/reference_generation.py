@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, build_processors
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, rows_end_at_stops
+from seed_multimodal.inference.sampling import ImageConstraints
+from seed_multimodal.language.vocabulary import ImageGrammar
 
-BEAM_SETTINGS = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
+GENERATION_SETTINGS = (
+    "min_new_tokens",
+    "repetition_penalty",
+    "num_beams",
+    "num_return_sequences",
+    "length_penalty",
+    "early_stopping",
+)
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
@@ -51,15 +59,16 @@ def _generate(
     # The context limits the answer.
     embeds = embeddings(llm, prompt, forced)
     budget = min(settings.max_new_tokens, llm.config.max_position_embeddings - len(embeds))
-    stops = StopTexts(tokenizer, settings, initial_ids)
 
-    # The rules of images, in front of those of repetition and length.
+    def is_complete(ids: Tensor, scores: object = None, **_) -> Tensor:
+        return rows_end_at_stops(tokenizer, settings, ids, initial_ids)
+
     end_ids = [tokenizer.eos_token_id]
-    processors = build_processors(settings, end_ids, embeds.device)
+    processors = []
     if settings.constrain:
-        opened = initial_ids[-1:] == [vocabulary.boi_id]
-        processors.insert(0, ImageConstraints(vocabulary, opened, budget))
-    names = [*BEAM_SETTINGS, *(SAMPLING_SETTINGS if settings.samples else ())]
+        start = ImageGrammar(vocabulary, budget, initial_ids=initial_ids)
+        processors.append(ImageConstraints([start]))
+    names = [*GENERATION_SETTINGS, *(SAMPLING_SETTINGS if settings.samples else ())]
     guidance = {}
     if settings.guidance != 1:
         negative = [prompt.negative or [vocabulary.boi_id]]
@@ -83,14 +92,14 @@ def _generate(
             attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
-            stopping_criteria=StoppingCriteriaList([stops]),
+            stopping_criteria=StoppingCriteriaList([is_complete]),
             **guidance,
         ).tolist()
     answers = []
     for ids in outputs:
         length = len(ids)
         for count in range(1, len(ids) + 1):  # padding follows an end
-            if ids[count - 1] in end_ids or stops.ends(ids[:count]):
+            if ids[count - 1] in end_ids or is_complete(torch.tensor([ids[:count]])):
                 length = count
                 break
         answers.append([*initial_ids, *ids[:length]])

@@ -424,9 +424,7 @@ class LaVITforGeneration(_Model):
         vocabulary = self.system.tokenizer.vocabulary
         rows: list[Tensor] = []
         for row in ids.tolist():
-            # A row also has padding, and the image's end.
-            codes = [id - vocabulary.code_start for id in row if vocabulary.is_code_id(id)]
-            codes = codes[: vocabulary.tokens_per_image]
+            codes = vocabulary.first_codes(row)[: vocabulary.tokens_per_image]
             rows += self.images.check_codes([torch.tensor(codes)])
         return rows
 

@@ -25,9 +25,9 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.views import AnyResolution, patch_positions
 from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import load_llm
 from seed_multimodal.models.seed_x import modeling
@@ -260,7 +260,9 @@ class ContinuousLVLM(TrainedAgent):
         engine = Engine(backend, tokenizer.text, original_constraints=True)
         [request] = engine.run([asked], settings)
         answer = request.answers[0]
-        features = self._image_features(request, vocabulary.run())
+        parts = [part for part in request.reader.parts if isinstance(part, ImagePart)]
+        states = [request.states_at(part.positions) for part in parts]
+        features = [self.output_features(image_states[None]) for image_states in states]
         return {
             "text": answer_text(answer, tokenizer.text),
             "has_img_output": bool(features),
@@ -290,21 +292,6 @@ class ContinuousLVLM(TrainedAgent):
             centres = patch_positions.cpu()[views_mask].to(device)  # [v, 2]
         batch = torch.tensor([ids], device=device)  # [1, L]
         return self.embed(batch, ids_mask.bool().to(device), features, centres)[0]
-
-    def _image_features(self, request: Request, image_tokens: list[int]) -> list[Tensor]:
-        """Features `[1, 64, K]` of each complete image of a request's answer.
-
-        image_tokens: `<img>`, 64 tokens, `</img>`.
-        """
-        features = []
-        answer = request.answers[0]
-        for end in range(len(answer)):
-            start = end + 1 - len(image_tokens)
-            # The features come from the states at the tokens between `<img>` and `</img>`.
-            if answer[start : end + 1] == image_tokens:
-                states = request.states_at(range(start + 1, end))
-                features.append(self.output_features(states[None]))
-        return features
 
 
 __all__ = [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import queue
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
@@ -20,20 +21,16 @@ from seed_multimodal.inference.prompt import (
     Prompt,
     PromptInput,
     Stopped,
+    ends_at_stop,
     random_seed,
-)
-from seed_multimodal.inference.sampling import (
-    ImageConstraints,
-    LogitsProcessor,
-    build_processors,
-    build_warpers,
 )
 from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.vocabulary import ImageGrammar
 
 NO_SCORES = torch.zeros(0, dtype=torch.float32, device="cpu")
-# What the engine hands to the caller: a token with its events, an error, or None (the end).
-StreamItem = tuple[int, list[Event]] | BaseException | None
+# What the engine hands to the caller: a token, an error, or None (the end).
+StreamItem = int | BaseException | None
 
 
 @dataclass(frozen=True)
@@ -72,20 +69,36 @@ class SampledAnswer:
     log_probs: Sequence[float]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an engine.
+
+    previews: see `AnswerReader`.
+    records: whether log-probabilities of the tokens are wanted.
+    forced_ids: the tokens to choose, whatever their scores; none: all are free.
+    """
+
+    prompt: Prompt
+    settings: GenerationSettings
+    previews: Sequence[int] = ()
+    records: bool = False
+    forced_ids: Sequence[int] = ()
+
+
 @dataclass(eq=False)
 class Row:
     """A row of the KV cache, and what it holds.
 
-    request: what runs in it; None: the row is idle.
+    sequence: what runs in it; None: the row is idle.
     prompt_input: the backend's form of the prompt (embeddings, or ids), until it is read.
     keys: of the prompt, of an idle row those of all its tokens (see `Prompt.prefix_keys`).
     n_cached: tokens in the cache; between two steps all but the last generated one.
-    scores, state: of the next token, `[1, V]` and `[D]`.
+    scores, state: of the next token, `[V]` and `[D]`.
     weights: with which the tokens were computed (see `Backend.weights`).
     """
 
     index: int
-    request: Request | None = None
+    sequence: GeneratedSequence | None = None
     prompt_input: PromptInput | None = None
     keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
     n_cached: int = 0
@@ -94,55 +107,45 @@ class Row:
     weights: object = None
     freed_at: float = 0.0
 
-    def common_prefix(self, prompt_keys: np.ndarray) -> int:
-        """Tokens at the beginning of a prompt that the row holds; the last is always computed."""
-        length = min(len(self.keys), self.n_cached, len(prompt_keys) - 1)
-        if length <= 0:
-            return 0
-        differs = self.keys[:length] != prompt_keys[:length]
-        first_difference = int(differs.argmax())
-        return first_difference if differs[first_difference] else length
 
+class GeneratedSequence:
+    """The answer to a request while it is generated, and when it is complete.
 
-class Request:
-    """A running request: iterate over its tokens, once; leaving the iteration cancels the request.
-
-    The iteration raises the request's error. `ended` is set by either thread: by the engine's when
-    the answer is complete or failed, by the caller's when it cancels. The engine frees the rows.
+    Iterate over its tokens, once; leaving the iteration cancels the request, and the request's
+    error is raised in it. `ended` is set by either thread: by the engine's when the answer is
+    complete or failed, by the caller's when it cancels. The engine frees the rows.
 
     prompts: `prompt` with a forced `<img>`; with guidance, the unconditional one behind it.
     initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
-    budget: new tokens at most; `image_budget`: into which images must fit.
-    ids: the generated tokens.
+    n_rows: of the cache, that it needs.
+    budget: new tokens at most; images must fit into them.
+    ids: the generated tokens. grammar: where they stand.
     states: last hidden states (after the final norm) of SEED-X's model, see `states_at`.
     answers: complete ids, with `initial_ids`, when all are finished; with beams the best ones, of
     which the iteration gives the first.
-    reader: parses the answer while it is generated, and finds its stops. `previews`: see there.
+    reader: parses the answer for those who read `events`, and what `BaseEngine.run` returns.
     finish_reason: "stop" (an end token or a stop), "length" (the budget); else "cancelled".
-    forced_ids: the tokens to choose, whatever their scores.
-    log_probs: natural logarithm of each chosen token's probability, with `records` or forced ids;
-    `is_greedy`: each one was the likeliest.
-    n_rows: rows of the cache that the request needs. rows: those that it has, one for each prompt;
-    set by the engine.
-    processors, warpers, generator: for the choice of tokens.
-
-    Raises the errors of `BaseEngine.submit`.
+    log_probs: natural logarithm of each chosen token's probability, of a completion server with
+    `Request.records`; `is_greedy`: each one was the likeliest.
+    rows: of the cache, one for each prompt; set by the engine.
+    seed, generator: for sampling; it samples what transformers' `generate` samples after
+    `torch.manual_seed`. sampling_key: equal for sequences whose tokens are chosen together.
     """
 
     def __init__(
         self,
-        engine: BaseEngine,
-        prompt: Prompt,
-        settings: GenerationSettings,
-        *,
-        previews: Sequence[int] = (),
-        records: bool = False,
-        forced_ids: Sequence[int] | None = None,
+        request: Request,
+        tokenizer: TextTokenizer,
+        capacity: int,
+        device: torch.device,
+        original_constraints: bool = False,
     ) -> None:
         # 1. What is asked.
-        tokenizer = engine.tokenizer
         vocabulary = tokenizer.vocabulary
+        prompt = request.prompt
+        settings = request.settings
         forced = [vocabulary.boi_id] if settings.images == "forced" else []
+        self.request = request
         self.prompt = prompt
         self.settings = settings
         self.prompts = [Prompt([*prompt.ids, *forced], prompt.images)]
@@ -151,13 +154,20 @@ class Request:
         self.initial_ids = [*prompt.answered, *forced]
         end_ids = settings.stop_token_ids
         self.end_ids = list(tokenizer.eos_token_ids if end_ids is None else end_ids)
-        self.records = records or forced_ids is not None
-        self.forced_ids = forced_ids
         self.n_rows = max(len(self.prompts), settings.num_beams)
-        self.budget = engine.token_budget(self)
-        self.image_budget = 0 if settings.images == "never" else self.budget
+        self.budget = min(settings.max_new_tokens, capacity - len(self.prompts[0]))
 
         # 2. The answer.
+        image_budget = 0 if settings.images == "never" else self.budget
+        end_id = self.end_ids[0] if self.end_ids else None
+        self._grammar_start = (
+            vocabulary,
+            image_budget,
+            end_id,
+            original_constraints,
+            self.initial_ids,
+        )
+        self.grammar = ImageGrammar(*self._grammar_start)
         self.ids: list[int] = []
         self.states: list[Tensor] | None = [] if vocabulary.fixed_image_order else None
         self.log_probs: list[float] = []
@@ -165,33 +175,27 @@ class Request:
         self.finish_reason = "cancelled"
         self.answers: list[list[int]] = []
         self.ended = False
-        self.reader = AnswerReader(tokenizer, settings.stop, previews, settings.stop_after)
-        self._new_events: list[Event] = []  # of the last token that the caller's iteration gave
-        for token in self.initial_ids:
-            self._new_events += self.reader.read(token)
+        self.rows: list[Row] = []
+        n_initial = len(self.initial_ids)
+        self.reader = AnswerReader(
+            tokenizer, settings.stop, request.previews, settings.stop_after, n_initial
+        )
+        self._tokenizer = tokenizer
         self._stream: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
 
-        # 3. How its tokens are chosen. It samples what transformers' `generate` samples after
-        #    `torch.manual_seed`.
-        self.rows: list[Row] = []
-        self.processors = build_processors(settings, self.end_ids, engine.device)
-        if settings.constrain:
-            opened = self.initial_ids[-1:] == [vocabulary.boi_id]
-            constraints = ImageConstraints(
-                vocabulary,
-                opened,
-                self.image_budget,
-                engine.original_constraints,
-                end_id=self.end_ids[0] if self.end_ids else None,
-            )
-            self.processors.insert(0, constraints)
+        # 3. How its tokens are chosen.
         self.seed: int | None = None
-        self.warpers: list[LogitsProcessor] = []
         self.generator: torch.Generator | None = None
         if settings.samples:
             self.seed = random_seed() if settings.seed is None else settings.seed
-            self.warpers = build_warpers(settings)
-            self.generator = torch.Generator(engine.device).manual_seed(self.seed)
+            self.generator = torch.Generator(device).manual_seed(self.seed)
+        self.sampling_key = (
+            settings.constrain,
+            settings.guidance,
+            settings.repetition_penalty,
+            bool(request.forced_ids),
+            settings.samples and (settings.temperature, settings.top_k, settings.top_p),
+        )
 
     def states_at(self, positions: Sequence[int]) -> Tensor:
         """States `[len(positions), D]` at these tokens of the answer, also while it is generated.
@@ -206,32 +210,43 @@ class Request:
             )
         return torch.stack([self.states[position - first] for position in positions])
 
-    def processed(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `[1, V]` of the token after the answer's `ids` `[1, n]` → those from which it is
-        chosen."""
-        for process in (*self.processors, *self.warpers):
-            scores = process(ids, scores)
-        return scores
+    @property
+    def search_key(self) -> object:
+        """Equal for sequences that one beam search can answer."""
+        return replace(self.settings, seed=self.seed), self.budget, self.initial_ids
 
-    def searches_as(self, other: Request) -> bool:
-        """Whether one beam search can answer both."""
-        names = ("budget", "seed", "initial_ids")
-        is_equal = all(getattr(self, name) == getattr(other, name) for name in names)
-        return is_equal and replace(self.settings, seed=None) == replace(other.settings, seed=None)
+    def prefix(self, length: int) -> GeneratedSequence:
+        """The sequence as it was with so many tokens."""
+        prefix = copy.copy(self)
+        prefix.ids = self.ids[:length]
+        prefix.grammar = ImageGrammar(*self._grammar_start)
+        for token in prefix.ids:
+            prefix.grammar.feed(token)
+        return prefix
 
-    def append(self, token: int, log_prob: float | None = None) -> None:
+    def append(
+        self,
+        token: int,
+        log_prob: float = 0.0,
+        is_likeliest: bool = True,
+        state: Tensor | None = None,
+    ) -> None:
         """Add a token to the answer, hand it to the caller, and end where it is complete.
 
-        log_prob: of the token, with `records`.
+        log_prob: of the token, where it is known. state: from which it was chosen.
         """
         if self.ended:
             return
         self.ids.append(token)
-        if self.records:
-            assert log_prob is not None
-            self.log_probs.append(log_prob)
-        self._stream.put((token, self.reader.read(token)))
-        if token in self.end_ids or self.reader.found_stop:
+        self.grammar.feed(token)
+        self.log_probs.append(log_prob)
+        self.is_greedy &= is_likeliest
+        if self.states is not None and state is not None:
+            self.states.append(state.clone())
+        self._stream.put(token)
+        answer = [*self.initial_ids, *self.ids]
+        n_initial = len(self.initial_ids)
+        if token in self.end_ids or ends_at_stop(self._tokenizer, self.settings, answer, n_initial):
             self.end("stop")
         elif len(self.ids) == self.budget:
             self.end("length")
@@ -264,17 +279,17 @@ class Request:
             while (item := self._stream.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                token, self._new_events = item
-                yield token
+                yield item
         finally:
             self.end("cancelled")
 
     def events(self) -> Iterator[Event]:
         """The events of the answer (see `language.answer`) in place of its tokens."""
-        yield from self._new_events
+        for token in self.initial_ids:
+            yield from self.reader.read(token)
         with contextlib.closing(iter(self)) as tokens:
-            for _ in tokens:
-                yield from self._new_events
+            for token in tokens:
+                yield from self.reader.read(token)
         yield from self.reader.close()
 
 
@@ -288,7 +303,7 @@ class BaseEngine(ABC):
 
     device = torch.device("cpu")  # of the language model
     has_beams = False
-    original_constraints = False  # see `ImageConstraints`
+    original_constraints = False  # see `ImageGrammar`
 
     def __init__(self, tokenizer: TextTokenizer, context: int, capacity: int, n_rows: int) -> None:
         self.tokenizer = tokenizer
@@ -303,21 +318,21 @@ class BaseEngine(ABC):
         """Requests that wait for rows."""
 
     @abstractmethod
-    def _put(self, request: Request) -> None:
-        """Start a request, now or as soon as rows are free."""
+    def _put(self, sequence: GeneratedSequence) -> None:
+        """Generate a sequence, now or as soon as rows are free."""
 
     def submit(
         self, prompt: Prompt, settings: GenerationSettings, previews: Sequence[int] = ()
-    ) -> Request:
+    ) -> GeneratedSequence:
         """Start an answer; `should_stop` of its settings raises `Stopped` in its iteration.
 
         previews: see `AnswerReader`.
         Raises GenerationError: an empty or too long prompt, or no space for a forced image;
         ConfigError: beams, which this engine does not have, or with guidance.
         """
-        request = Request(self, prompt, settings, previews=previews)
-        self._put(request)
-        return request
+        sequence = self._begun(Request(prompt, settings, previews))
+        self._put(sequence)
+        return sequence
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings | Sequence[GenerationSettings]
@@ -325,11 +340,11 @@ class BaseEngine(ABC):
         """The ids of each answer, with `prompt.answered` and a forced `<img>` first.
 
         settings: of all prompts, or of each. `num_return_sequences` answers for each prompt: of one
-        beam search, or with a seed each. Raises as `submit` and `Request`.
+        beam search, or with a seed each. Raises as `submit`.
         """
         answers: list[list[int]] = []
-        for request in self.run(prompts, settings):
-            answers += request.answers
+        for sequence in self.run(prompts, settings, reads=False):
+            answers += sequence.answers
         return answers
 
     def sample(
@@ -339,8 +354,8 @@ class BaseEngine(ABC):
 
         Raises as `generate`; ConfigError: beams, or a server that returns others.
         """
-        requests = self.run(prompts, settings, records=True)
-        return [SampledAnswer(request.ids, request.log_probs) for request in requests]
+        sequences = self.run(prompts, settings, records=True, reads=False)
+        return [SampledAnswer(sequence.ids, sequence.log_probs) for sequence in sequences]
 
     def run(
         self,
@@ -348,41 +363,46 @@ class BaseEngine(ABC):
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
         records: bool = False,
-        forced_ids: Sequence[Sequence[int]] | None = None,
-    ) -> Sequence[Request]:
-        """The finished requests of `generate`; the `reader` of each has read its (best) answer.
+        forced_ids: Sequence[Sequence[int]] = (),
+        reads: bool = True,
+    ) -> Sequence[GeneratedSequence]:
+        """The finished sequences of `generate`.
 
         records, forced_ids: see `Request`; ids of each prompt.
+        reads: the `reader` of each reads its (best) answer.
         """
-        # All are made before the first one runs: one that does not fit fails all.
+        # 1. All are made before the first one runs: one that does not fit fails all.
         if isinstance(settings, GenerationSettings):
             settings = [settings] * len(prompts)
-        requests: list[Request] = []
-        forced: Sequence[Sequence[int] | None] = forced_ids or [None] * len(prompts)
-        for prompt, prompt_settings, ids in zip(prompts, settings, forced, strict=True):
-            seed = prompt_settings.seed
-            is_one_search = prompt_settings.num_beams > 1
-            for copy in range(1 if is_one_search else prompt_settings.num_return_sequences):
-                if copy and seed is not None:
-                    prompt_settings = replace(prompt_settings, seed=(seed + copy) % 2**63)
-                requests.append(
-                    Request(self, prompt, prompt_settings, records=records, forced_ids=ids)
-                )
+        sequences: list[GeneratedSequence] = []
+        forced_ids = forced_ids or [()] * len(prompts)
+        for prompt, first_settings, ids in zip(prompts, settings, forced_ids, strict=True):
+            is_one_search = first_settings.num_beams > 1
+            for answer in range(1 if is_one_search else first_settings.num_return_sequences):
+                seed = first_settings.seed
+                if seed is not None:
+                    seed = (seed + answer) % 2**63
+                copy_settings = replace(first_settings, seed=seed)
+                sequences.append(self._begun(Request(prompt, copy_settings, (), records, ids)))
 
-        # Whatever ends this call early cancels the rest.
+        # 2. Whatever ends this call early cancels the rest.
         try:
-            for request in requests:
-                self._put(request)
-            for request in requests:
-                for _ in request:
-                    pass  # they are in `request.ids`
-                if not request.answers:  # of beams
-                    request.answers = [[*request.initial_ids, *request.ids]]
-                request.reader.close()
+            for sequence in sequences:
+                self._put(sequence)
+            for sequence in sequences:
+                for _ in sequence:
+                    pass  # they are in `sequence.ids`
+                answer = [*sequence.initial_ids, *sequence.ids]
+                if not sequence.answers:  # of beams
+                    sequence.answers = [answer]
+                if reads:
+                    for token in answer:
+                        sequence.reader.read(token)
+                    sequence.reader.close()
         finally:
-            for request in requests:
-                request.end("cancelled")
-        return requests
+            for sequence in sequences:
+                sequence.end("cancelled")
+        return sequences
 
     def forget(self) -> None:  # noqa: B027 (an engine without a cache)
         """Compute all later prompts anew, after a change of the weights that is not noticed, such
@@ -397,8 +417,12 @@ class BaseEngine(ABC):
         """
         raise ConfigError("This engine computes no likelihoods.")
 
-    def token_budget(self, request: Request) -> int:
-        """New tokens for a request, whose rows and prompt fit the cache and the context."""
+    def _begun(self, request: Request) -> GeneratedSequence:
+        """The sequence of a request, whose rows and prompt fit the cache and the context."""
+        sequence = GeneratedSequence(
+            request, self.tokenizer, self.capacity, self.device, self.original_constraints
+        )
+
         # 1. What this engine can do.
         settings = request.settings
         if settings.num_beams > 1 and not (self.has_beams and settings.guidance == 1):
@@ -407,7 +431,7 @@ class BaseEngine(ABC):
             raise ConfigError("Log-probabilities are of answers without beams.")
 
         # 2. The prompt, with a forced `<img>`, leaves a position for a token.
-        length = len(request.prompts[0])
+        length = len(sequence.prompts[0])
         if length == 0:
             raise GenerationError("The prompt is empty.")
         if length >= self.context:
@@ -422,17 +446,17 @@ class BaseEngine(ABC):
             )
 
         # 3. A forced image fits, with its codes and `</img>`.
-        budget = min(settings.max_new_tokens, self.capacity - length)
+        budget = sequence.budget
         needed = self.vocabulary.min_codes + 1
         if settings.images == "forced" and settings.constrain and budget < needed:
             raise GenerationError(
                 f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "
                 f"{settings.max_new_tokens}, context {self.capacity})."
             )
-        if request.n_rows > self.n_rows:
+        if sequence.n_rows > self.n_rows:
             raise GenerationError(
-                f"The request needs {request.n_rows} rows of the KV cache (beams, and two with "
+                f"The request needs {sequence.n_rows} rows of the KV cache (beams, and two with "
                 f"guidance), but it has {self.n_rows}: use fewer beams, or give more memory by "
                 "--kv-cache or rows by --max_running."
             )
-        return budget
+        return sequence

@@ -1,17 +1,16 @@
 """`Engine`: continuous batching of one language model; each answer equals the one computed alone.
 
     engine = Engine(TorchBackend(llm), tokenizer)
-    request = engine.submit(prompt, settings)      # from any thread
-    for token in request: ...                      # leaving the loop cancels the request
+    sequence = engine.submit(prompt, settings)     # from any thread
+    for token in sequence: ...                     # leaving the loop cancels the request
 
 One thread owns the model, the cache and all sequences. It repeats, while there is work:
 
-    admit    waiting requests get rows of the cache, and the prefix that another row holds
+    admit    waiting sequences get rows of the cache, and the prefix that another row holds
     prefill  a bounded number of prompt tokens is read, so that running answers do not wait long;
-             prompts that are complete get their first token (select)
-    decode   each running sequence reads its last token, and gets the next one (select)
-    select   guidance, processors (image constraints first) and sampling choose tokens, which are
-             delivered
+             prompts that are complete get their first token (choose)
+    decode   each running sequence reads its last token, and gets the next one (choose)
+    choose   the `Sampler` chooses the tokens of all sequences together, and they are delivered
 
 A request whose prompts become complete gets two tokens in that step: of prefill and of decode.
 """
@@ -19,20 +18,30 @@ A request whose prompts become complete gets two tokens in that step: of prefill
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
-from seed_multimodal.inference.base_engine import NO_SCORES, BaseEngine, Likelihood, Request, Row
+from seed_multimodal.inference.base_engine import (
+    NO_SCORES,
+    BaseEngine,
+    GeneratedSequence,
+    Likelihood,
+    Row,
+)
 from seed_multimodal.inference.batching import InboxThread
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.sampling import DAMAGED, guided, refuse_damaged
+from seed_multimodal.inference.sampling import (
+    DAMAGED,
+    ImageConstraints,
+    LogitsProcessor,
+    Sampler,
+    refuse_damaged,
+)
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 # Prompt tokens of one pass: few while other answers wait for their next token. Prompts share a
@@ -46,13 +55,13 @@ REPLACEABLE_TAIL = 16
 MIN_COPIED_PREFIX = 16
 
 
-class Engine(InboxThread[Request], BaseEngine):
+class Engine(InboxThread[GeneratedSequence], BaseEngine):
     """Answers by a backend that computes scores.
 
     The first `n_decoding` rows of the cache generate. Of the others, some read a prompt (`reading`,
     in the order of arrival); idle ones keep what they hold for prompts with the same beginning.
 
-    original_constraints: see `ImageConstraints`.
+    original_constraints: see `ImageGrammar`.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class Engine(InboxThread[Request], BaseEngine):
         self.has_beams = backend.search is not None
         self.device = backend.device
         self.original_constraints = original_constraints
+        self._sampler = Sampler()
         self._n_forgotten = 0
         self._weights: object = None  # with which new rows are computed
         InboxThread.__init__(self, "seed-engine")
@@ -74,7 +84,7 @@ class Engine(InboxThread[Request], BaseEngine):
 
     def _empty(self) -> None:
         """Nothing waits or runs, and the cache holds nothing."""
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[GeneratedSequence] = deque()
         self.rows = [Row(index) for index in range(self.n_rows)]
         self.n_decoding = 0
         self.reading: list[Row] = []
@@ -92,24 +102,20 @@ class Engine(InboxThread[Request], BaseEngine):
         likelihoods: list[list[Likelihood]] = [[] for _ in prompts]
         # The first continuations read the prompts; the others copy what the cache then holds.
         for wave in (slice(0, 1), slice(1, None)):
-            wave_prompts: list[Prompt] = []
-            forced_ids: list[Sequence[int]] = []
-            targets: list[list[Likelihood]] = []
-            for prompt, rows, target in zip(prompts, continuations, likelihoods, strict=True):
-                forced_ids += rows[wave]
-                wave_prompts += [prompt] * len(rows[wave])
-                targets += [target] * len(rows[wave])
+            rows = [(row, ids) for row, lists in enumerate(continuations) for ids in lists[wave]]
             settings = [
                 GenerationSettings(
                     max_new_tokens=len(ids), do_sample=False, constrain=False, stop_token_ids=()
                 )
-                for ids in forced_ids
+                for _, ids in rows
             ]
-            requests = self.run(wave_prompts, settings, forced_ids=forced_ids)
-            for request, target in zip(requests, targets, strict=True):
-                if len(request.log_probs) < request.settings.max_new_tokens:
+            wave_prompts = [prompts[row] for row, _ in rows]
+            forced_ids = [ids for _, ids in rows]
+            sequences = self.run(wave_prompts, settings, forced_ids=forced_ids, reads=False)
+            for (row, ids), sequence in zip(rows, sequences, strict=True):
+                if len(sequence.ids) < len(ids):
                     raise GenerationError("A continuation does not fit the KV cache.")
-                target.append(Likelihood(request.log_probs, request.is_greedy))
+                likelihoods[row].append(Likelihood(sequence.log_probs, sequence.is_greedy))
         return likelihoods
 
     # ---- everything below is called by the engine's thread
@@ -126,16 +132,16 @@ class Engine(InboxThread[Request], BaseEngine):
                     self._waiting += self._take()
         except Exception as error:  # noqa: BLE001 such as no memory to move the weights
             # Nothing can be answered.
-            for request in [*self._waiting, *self._requests(self.rows)]:
-                request.end(error)
+            for sequence in [*self._waiting, *self._sequences(self.rows)]:
+                sequence.end(error)
             self._empty()
 
     def _step(self) -> None:
         """A piece of the prompts that are read, then one token more for every running sequence."""
-        # 1. Requests whose callers have left, or want to stop, give their rows to new ones.
-        for request in [*self._waiting, *self._requests(self.rows)]:
-            request.stop_if_asked()
-        self._waiting = deque(request for request in self._waiting if not request.ended)
+        # 1. Sequences whose callers have left, or want to stop, give their rows to new ones.
+        for sequence in [*self._waiting, *self._sequences(self.rows)]:
+            sequence.stop_if_asked()
+        self._waiting = deque(sequence for sequence in self._waiting if not sequence.ended)
         self._release_ended()
         self._admit()
 
@@ -157,7 +163,7 @@ class Engine(InboxThread[Request], BaseEngine):
         # 3. The last token of all running sequences is read.
         decoding = self.rows[: self.n_decoding]
         if decoding:
-            tokens = [row.request.ids[-1] for row in decoding if row.request is not None]
+            tokens = [row.sequence.ids[-1] for row in decoding if row.sequence is not None]
             positions = [row.n_cached for row in decoding]
             stops = [position + 1 for position in positions]
             self._compute(decoding, stops, partial(self.backend.decode, tokens, positions))
@@ -165,66 +171,84 @@ class Engine(InboxThread[Request], BaseEngine):
     def _compute(
         self, rows: Sequence[Row], stops: Sequence[int], run: Callable[[], NextTokens]
     ) -> None:
-        """A pass in these rows, and the next token of each request whose prompts are complete.
+        """A pass in these rows, and the next token of each sequence whose prompts are complete.
 
-        stops: tokens in each row after the pass. A failure ends only the requests of these rows.
+        stops: tokens in each row after the pass. A failure ends only the sequences of these rows.
         """
         try:
             # 1. What it computed is kept in the rows until the next token is chosen.
             computed = run()
             for index, (row, stop) in enumerate(zip(rows, stops, strict=True)):
                 row.n_cached = stop
-                # Without rows of padding.
-                row.scores = computed.scores[index : index + 1, : self.vocabulary.size]
+                row.scores = computed.scores[index, : self.vocabulary.size]  # without padding
                 row.state = None if computed.states is None else computed.states[index]
 
-            # 2. Requests whose prompts became complete move to the rows that generate; with
+            # 2. Sequences whose prompts became complete move to the rows that generate; with
             #    guidance they need the scores after two prompts.
-            complete: list[Request] = []
-            for request in self._requests(rows):
-                if any(row.n_cached < len(row.keys) for row in request.rows):
-                    continue
-                complete.append(request)
-                for row in request.rows:
-                    if row in self.reading:
-                        row.prompt_input = None
-                        self._swap(row, self.n_decoding)
-                        self.reading.remove(row)
-                        self.n_decoding += 1
-            if complete:
-                self._choose(complete)
+            complete: list[GeneratedSequence] = []
+            for sequence in self._sequences(rows):
+                if all(row.n_cached >= len(row.keys) for row in sequence.rows):
+                    complete.append(sequence)
+            for row in [row for sequence in complete for row in sequence.rows]:
+                if row in self.reading:
+                    row.prompt_input = None
+                    self._swap(row, self.n_decoding)
+                    self.reading.remove(row)
+                    self.n_decoding += 1
+
+            # 3. Their next tokens.
+            groups: defaultdict[object, list[GeneratedSequence]] = defaultdict(list)
+            for sequence in complete:
+                groups[sequence.sampling_key].append(sequence)
+            for group in groups.values():
+                for sequence, token in zip(group, self._sampler.choose(group), strict=True):
+                    state = sequence.rows[0].state
+                    if token.is_sound:
+                        sequence.append(token.id, token.log_prob, token.is_likeliest, state)
+                    else:
+                        self._fail_damaged(sequence)
         except Exception as error:  # noqa: BLE001 such as out of memory
             # What a failed pass left in the cache is not known.
-            self._fail(self._requests(rows), error)
+            self._fail(self._sequences(rows), error)
+
+    def _fail_damaged(self, sequence: GeneratedSequence) -> None:
+        """End a sequence whose scores are not numbers.
+
+        Attention multiplies masked positions by 0, so NaN in them would reach the next sequence
+        there.
+        """
+        for row in sequence.rows:
+            self.backend.clear(row.index)
+        self._fail([sequence], GenerationError(DAMAGED))
 
     # ---- rows
 
-    def _requests(self, rows: Sequence[Row]) -> list[Request]:
-        """The requests that run in these rows."""
-        requests = [row.request for row in rows]
-        return [request for request in dict.fromkeys(requests) if request is not None]
+    def _sequences(self, rows: Sequence[Row]) -> list[GeneratedSequence]:
+        """The sequences that run in these rows."""
+        sequences = [row.sequence for row in rows]
+        return [sequence for sequence in dict.fromkeys(sequences) if sequence is not None]
 
-    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
-        """End requests with an error, and forget what their rows hold."""
-        for request in requests:
-            request.end(error)
-            for row in list(request.rows):
+    def _fail(self, sequences: Sequence[GeneratedSequence], error: Exception) -> None:
+        """End sequences with an error, and forget what their rows hold."""
+        for sequence in sequences:
+            sequence.end(error)
+            for row in list(sequence.rows):
                 self._release(row, keep=False)
 
     def _release_ended(self) -> None:
-        """Free the rows of ended requests."""
-        ended = [row for row in self.rows if row.request is not None and row.request.ended]
+        """Free the rows of ended sequences."""
+        ended = [row for row in self.rows if row.sequence is not None and row.sequence.ended]
         for row in reversed(ended):  # rows at the end of those that generate leave no gap
             self._release(row)
 
     def _release(self, row: Row, keep: bool = True) -> None:
         """Free a row; with `keep` its content is used for later prompts with the same beginning."""
-        assert row.request is not None
-        row.request.rows.remove(row)
-        keys = np.concatenate([row.keys, np.array(row.request.ids, dtype=np.int64)])
+        assert row.sequence is not None
+        row.sequence.rows.remove(row)
+        keys = np.concatenate([row.keys, np.array(row.sequence.ids, dtype=np.int64)])
         row.n_cached = row.n_cached if keep else 0
         row.keys = keys[: row.n_cached]
-        row.request = None
+        row.sequence = None
         row.prompt_input = None
         row.scores = NO_SCORES
         row.state = None
@@ -249,49 +273,52 @@ class Engine(InboxThread[Request], BaseEngine):
         row.index = index
 
     def _admit(self) -> None:
-        """Give rows to waiting requests, in the order of their arrival."""
+        """Give rows to waiting sequences, in the order of their arrival."""
         weights: object = None
         while self._waiting:
-            request = self._waiting[0]
-            if request.n_rows > self.n_rows - self.n_decoding - len(self.reading):
+            sequence = self._waiting[0]
+            if sequence.n_rows > self.n_rows - self.n_decoding - len(self.reading):
                 return
             if weights is None:
                 weights = (self._n_forgotten, self.backend.weights())
                 if weights != self._weights:  # else rows keep the same object: compared quickly
                     self._weights = weights
-            if request.settings.num_beams > 1:
+            if sequence.settings.num_beams > 1:
                 self._answer_with_beams()
                 continue
             self._waiting.popleft()
             try:
-                for prompt in request.prompts:
-                    self._assign_row(request, prompt)
+                for prompt in sequence.prompts:
+                    self._assign_row(sequence, prompt)
             except Exception as error:  # noqa: BLE001
                 # Of this prompt alone: ids outside the vocabulary, no memory.
-                self._fail([request], error)
+                self._fail([sequence], error)
 
-    def _assign_row(self, request: Request, prompt: Prompt) -> None:
+    def _assign_row(self, sequence: GeneratedSequence, prompt: Prompt) -> None:
         """Assign an idle row to a prompt, with the longest prefix of it that any row holds."""
-        # 1. The row that holds most of the prompt.
+        # 1. The row that holds most of the prompt, whose last token is always computed.
         prompt_input = self.backend.prepare(prompt)
         keys = prompt.prefix_keys()
         prefix_length = 0
         for candidate in self.rows:
-            is_usable = candidate.request is None or self.backend.cheap_copies
+            is_usable = candidate.sequence is None or self.backend.cheap_copies
             if is_usable and candidate.weights == self._weights:
-                length = candidate.common_prefix(keys)
+                length = min(len(candidate.keys), candidate.n_cached, len(keys) - 1)
+                differences = np.flatnonzero(candidate.keys[:length] != keys[:length])
+                if len(differences):
+                    length = int(differences[0])
                 if length > prefix_length:
                     prefix_length = length
                     donor = candidate
 
         # 2. It is taken over, unless another conversation may still need what else it holds;
         #    otherwise the row that has been idle for the longest time gets a copy.
-        row = min((row for row in self.rows if row.request is None), key=lambda row: row.freed_at)
+        row = min((row for row in self.rows if row.sequence is None), key=lambda row: row.freed_at)
         row_length = 0
         if prefix_length:
             tail = donor.n_cached - prefix_length
             is_replaceable = not self.backend.cheap_copies or tail <= REPLACEABLE_TAIL
-            if donor is row or (donor.request is None and is_replaceable):
+            if donor is row or (donor.sequence is None and is_replaceable):
                 row = donor
                 row_length = prefix_length
         row.n_cached = row_length
@@ -301,11 +328,11 @@ class Engine(InboxThread[Request], BaseEngine):
             row.n_cached = prefix_length
 
         # 3. A failure before this frees nothing, a failure after it frees the row.
-        row.request = request
+        row.sequence = sequence
         row.prompt_input = prompt_input
         row.keys = keys
         row.weights = self._weights
-        request.rows.append(row)
+        sequence.rows.append(row)
         self.reading.append(row)
 
     # ---- beams
@@ -315,86 +342,33 @@ class Engine(InboxThread[Request], BaseEngine):
         the backend's own beam search; other requests wait for it."""
         # 1. With a penalty, transformers' end of a search depends on the rest of the batch.
         oldest = self._waiting[0]
-        requests = [oldest]
-        if oldest.seed is None and oldest.settings.repetition_penalty == 1:
-            requests = [request for request in self._waiting if request.searches_as(oldest)]
-            requests = requests[: self.n_rows // oldest.settings.num_beams]
-        self._waiting = deque(request for request in self._waiting if request not in requests)
+        settings = oldest.settings
+        sequences = [oldest]
+        if oldest.seed is None and settings.repetition_penalty == 1:
+            key = oldest.search_key
+            sequences = [sequence for sequence in self._waiting if sequence.search_key == key]
+            sequences = sequences[: self.n_rows // settings.num_beams]
+        self._waiting = deque(sequence for sequence in self._waiting if sequence not in sequences)
 
         def all_ended() -> bool:
             self._waiting += self._take()
-            for request in requests:
-                request.stop_if_asked()
-            return all(request.ended for request in requests)
+            for sequence in sequences:
+                sequence.stop_if_asked()
+            return all(sequence.ended for sequence in sequences)
 
         # 2. The search.
         assert self.backend.search is not None
+        processors: list[LogitsProcessor] = [refuse_damaged]
+        if settings.constrain:
+            processors.append(ImageConstraints([sequence.grammar for sequence in sequences]))
         try:
-            processors = [refuse_damaged, *oldest.processors]
-            self.backend.search(requests, processors, self.tokenizer, all_ended)
+            self.backend.search(sequences, processors, self.tokenizer, all_ended)
         except Exception as error:  # noqa: BLE001 of these prompts alone
-            self._fail(requests, error)
+            self._fail(sequences, error)
             return
 
         # 3. The best answer of each.
-        for request in requests:
-            for token in request.answers[0][len(request.initial_ids) :]:
-                request.append(token)
-            request.end("stop")  # unless its tokens have ended it
-
-    # ---- choice of the next tokens
-
-    def _choose(self, requests: Sequence[Request]) -> None:
-        """Choose and deliver the next token of each request."""
-        # 1. The choices; a request whose scores are damaged ends alone: NaN would crash a CUDA
-        #    process when a token is sampled.
-        rows = [row for request in requests for row in request.rows]
-        maxima = torch.cat([row.scores for row in rows]).amax(dim=-1)
-        is_sound = dict(zip(rows, maxima.isfinite().tolist(), strict=True))
-        tokens: dict[Request, Tensor] = {}
-        log_probs: dict[Request, float | None] = {}
-        for request in requests:
-            try:
-                if not all(is_sound[row] for row in request.rows):
-                    raise GenerationError(DAMAGED)
-                tokens[request], log_probs[request] = self._next_token(request)
-            except Exception as error:  # noqa: BLE001 of this request alone
-                # Attention multiplies masked positions by 0, so NaN in them would reach the next
-                # sequence there.
-                for row in request.rows:
-                    self.backend.clear(row.index)
-                self._fail([request], error)
-
-        # 2. One transfer from the device for all.
-        if tokens:
-            chosen = torch.cat([*tokens.values()]).tolist()
-            for request, token in zip(tokens, chosen, strict=True):
-                request.append(token, log_probs[request])
-
-    def _next_token(self, request: Request) -> tuple[Tensor, float | None]:
-        """The next token `[1]`, by guidance, the request's processors, and sampling, with
-        `records` its log-probability; keeps the hidden state from which it is chosen."""
-        # 1. The distribution.
-        row = request.rows[0]
-        scores = row.scores  # [1, V]
-        if len(request.rows) > 1:
-            scores = guided(scores, request.rows[1].scores, request.settings.guidance)
-        ids = torch.tensor([request.ids], dtype=torch.long, device=scores.device)
-        scores = request.processed(ids, scores)
-
-        # 2. The choice.
-        if request.forced_ids is not None:
-            next_id = request.forced_ids[len(request.ids)]
-            token = ids.new_tensor([next_id])
-        elif request.generator is not None:
-            probabilities = scores.softmax(dim=-1)
-            token = torch.multinomial(probabilities, 1, generator=request.generator)[0]
-        else:
-            token = scores.argmax(dim=-1)
-        log_prob = None
-        if request.records:
-            log_prob = float(scores.log_softmax(dim=-1)[0, token])
-            request.is_greedy &= bool(token == scores.argmax(dim=-1))
-        if request.states is not None and row.state is not None:
-            request.states.append(row.state.clone())
-        return token, log_prob
+        for sequence in sequences:
+            for token in sequence.answers[0][len(sequence.initial_ids) :]:
+                sequence.append(token)
+            sequence.end("stop")  # unless its tokens have ended it

@@ -16,7 +16,7 @@ from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.inference.backends.base import GIB
 from seed_multimodal.inference.backends.torch import TorchBackend, joined
-from seed_multimodal.inference.base_engine import BaseEngine, Request
+from seed_multimodal.inference.base_engine import BaseEngine, GeneratedSequence
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -45,7 +45,7 @@ class NoEngine(BaseEngine):
     def __init__(self, tokenizer: TextTokenizer) -> None:
         super().__init__(tokenizer, sys.maxsize, sys.maxsize, sys.maxsize)  # nothing is too long
 
-    def _put(self, request: Request) -> None:
+    def _put(self, sequence: GeneratedSequence) -> None:
         raise ConfigError("This system was loaded without its language model.")
 
 

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seed_multimodal.language.answer import AnswerReader
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import SEEDS, setting
 
 # Below it sampling is greedy (scores differ by more than 0.0001 of it); above the maximum scores
 # overflow.
 MIN_TEMPERATURE = 1e-5
 MAX_TEMPERATURE = 1e5
+
+EMPTY_TOKENS = 8  # at most inside of a stop text, such as special ones
 
 NO_KEYS = np.zeros(0, dtype=np.int64)
 
@@ -82,6 +86,48 @@ class GenerationSettings:
 def random_seed() -> int:
     """A seed from the operating system: two requests never share one."""
     return secrets.randbits(63)
+
+
+# ---- ends at texts
+
+
+def ends_at_stop(
+    tokenizer: TextTokenizer,
+    settings: GenerationSettings,
+    ids: Sequence[int],
+    n_opening: int = 0,
+) -> bool:
+    """Whether the last one of an answer's tokens ends it at one of the settings' stops.
+
+    n_opening: see `AnswerReader`.
+    """
+    # 1. In most steps no stop ends in the last token. A text has no more tokens than bytes, but
+    #    for some without text. An image ends a broken one before it, whose text then counts.
+    n_bytes = sum(len(stop.encode()) for stop in settings.stop)
+    if not n_bytes:
+        return False
+    tail = tokenizer.decode(ids[-n_bytes - EMPTY_TOKENS :], skip_special_tokens=True)
+    is_start = ids[-1] == tokenizer.vocabulary.boi_id
+    if not is_start and not any(stop in tail for stop in settings.stop):
+        return False
+
+    # 2. Whether it counts.
+    reader = AnswerReader(tokenizer, settings.stop, (), settings.stop_after, n_opening)
+    for id in ids:
+        reader.read(id)
+    return reader.found_stop
+
+
+def rows_end_at_stops(
+    tokenizer: TextTokenizer,
+    settings: GenerationSettings,
+    ids: Tensor,
+    initial_ids: Sequence[int] = (),
+) -> Tensor:
+    """Whether each row of generated ids `[B, n]` ends at a stop, behind these initial ids."""
+    answers = [[*initial_ids, *row] for row in ids.tolist()]
+    ended = [ends_at_stop(tokenizer, settings, row, len(initial_ids)) for row in answers]
+    return ids.new_tensor(ended, dtype=torch.bool)
 
 
 # ---- prompts

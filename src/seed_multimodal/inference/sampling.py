@@ -1,14 +1,10 @@
-"""Choice of the next token (logits processors, guidance), and ends of answers at texts.
-
-Image constraints keep generated images well-formed, for all families. An image is `<img>`, its
-codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64 tokens
-in order, of which only the hidden states count; LaVIT: 1 to 256 codes.
-"""
+"""Choice of the next tokens of running answers (`Sampler`), and ends of answers at texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import copy
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +13,11 @@ from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.vocabulary import ImageGrammar
 from seed_multimodal.progress import import_library
+
+if TYPE_CHECKING:
+    from seed_multimodal.inference.base_engine import GeneratedSequence
 
 LOGITS_PROCESSORS = "transformers.generation.logits_process"
 DAMAGED = (
@@ -27,107 +26,76 @@ DAMAGED = (
 )
 
 
+NO_IDS = torch.zeros(0, dtype=torch.long, device="cpu")  # of processors that read none
+
+
 class LogitsProcessor(Protocol):
     """Changes the scores `[B, V]` of the tokens after `input_ids` `[B, n]`, as in transformers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor: ...
 
 
-class ImageConstraints:
-    """A logits processor that forbids tokens which would break an image.
+# ---- images
 
-    opened: the prompt ends in `<img>`.
-    budget: images fit into so many generated tokens; None: unknown. 0: no images, so that the
-    start of one behind a text ends the answer by `end_id`, if there is one.
-    original: forbid only those of SEED-X's image tokens that the original code forbids.
+
+class ImageConstraints:
+    """Forbids tokens which would break an image; a logits processor of transformers' `generate`.
+
+    starts: where the answer to each prompt of `generate` begins; rows of one are neighbours.
     """
 
-    def __init__(
-        self,
-        vocabulary: ImageVocabulary,
-        opened: bool = False,
-        budget: int | None = None,
-        original: bool = False,
-        end_id: int | None = None,
-    ) -> None:
-        self.vocabulary = vocabulary
-        self.opened = opened
-        self.end_id = end_id
-        self.budget = budget
-        self.original = original
-        n_codes = vocabulary.tokens_per_image if original else vocabulary.n_codes
-        self._codes = slice(vocabulary.code_start, vocabulary.code_start + n_codes)
+    def __init__(self, starts: Sequence[ImageGrammar] = ()) -> None:
+        self._forbidden: dict[Hashable, Tensor] = {}  # by the grammar's state
+        self._starts = starts
+        # Of the last call's rows, by their prompt and ids: beams change their order.
+        self._grammars: dict[tuple[int, ...], ImageGrammar] = {}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Generated ids `[B, n]`, scores `[B, V]` → scores with forbidden tokens at -inf."""
-        rows: list[Tensor] = []
-        for ids, row in zip(input_ids.tolist(), scores, strict=True):
-            answer = [self.vocabulary.boi_id, *ids] if self.opened else ids
-            n_tokens = self.vocabulary.tokens_in_open_image(answer)
-            if n_tokens is None:
-                rows.append(self._outside_image(row, len(ids)))
-            else:
-                rows.append(self._in_image(row, n_tokens))
-        return torch.stack(rows)
+        last_grammars = self._grammars
+        self._grammars = {}
+        grammars: list[ImageGrammar] = []
+        for row, ids in enumerate(input_ids.tolist()):
+            prompt = row * len(self._starts) // len(input_ids)
+            parent = last_grammars.get((prompt, *ids[:-1]))
+            grammar = copy.copy(parent or self._starts[prompt])
+            new_ids = ids[-1:] if parent else ids
+            for id in new_ids:
+                grammar.feed(id)
+            self._grammars[prompt, *ids] = grammar
+            grammars.append(grammar)
+        return self.masked(grammars, scores)
 
-    def _outside_image(self, scores: Tensor, length: int) -> Tensor:
-        """Scores `[V]` without image tokens, but `<img>` where an image fits behind `length`
-        tokens."""
-        vocabulary = self.vocabulary
-        allowed = scores.clone()
-        forbidden: list[slice | int] = [self._codes, vocabulary.eoi_id]
-        if not self.original:
-            forbidden.append(vocabulary.input_only_ids)
-        budget = None if self.original else self.budget
-        fits = budget is None or budget - length >= vocabulary.image_length
-        if vocabulary.image_only_when_forced or not fits:
-            forbidden.append(vocabulary.boi_id)
-        ends_at_image = budget == 0 and self.end_id is not None and length > 0
-        if ends_at_image and not vocabulary.image_only_when_forced:
-            ends = allowed[[self.end_id, vocabulary.boi_id]]
-            allowed[self.end_id] = ends.logsumexp(0)
-        forbidden.append(slice(vocabulary.size, None))  # padding rows of the output layer
-        for ids in forbidden:
-            allowed[ids] = float("-inf")
-        return allowed
+    def masked(self, grammars: Sequence[ImageGrammar], scores: Tensor) -> Tensor:
+        """Scores `[B, V]` of what follows in each of `grammars`."""
+        # 1. An answer without images ends as likely as it would with one.
+        vocabulary = grammars[0].vocabulary
+        states = [grammar.state for grammar in grammars]
+        rows = [row for row, state in enumerate(states) if state[2]]
+        if rows:
+            ends = [grammars[row].end_id for row in rows]
+            scores = scores.clone()
+            pairs = torch.stack([scores[rows, ends], scores[rows, vocabulary.boi_id]])
+            scores[rows, ends] = torch.where(pairs[0].isfinite(), pairs.logsumexp(0), pairs[0])
 
-    def _in_image(self, scores: Tensor, n_tokens: int) -> Tensor:
-        """Scores `[V]` of codes, `</img>` and ignored tokens behind `n_tokens` tokens of an
-        image."""
-        vocabulary = self.vocabulary
-        allowed: list[slice | int] = [slice(0, vocabulary.ignored_below_id)]
-        if vocabulary.image_only_when_forced:
-            allowed.append(vocabulary.boi_id)
-        if n_tokens >= vocabulary.min_codes:
-            allowed.append(vocabulary.eoi_id)
+        # 2. Tokens in a fixed order are certain, but not trained: they must not cost a beam
+        #    anything.
         if vocabulary.fixed_image_order:
-            # These tokens are certain, but not trained: they must not cost a beam anything.
-            scores = torch.zeros_like(scores)
-        if n_tokens < vocabulary.tokens_per_image:
-            next_code = vocabulary.code_start + n_tokens
-            allowed.append(next_code if vocabulary.fixed_image_order else self._codes)
-        constrained = torch.full_like(scores, float("-inf"))
-        for ids in allowed:
-            constrained[ids] = scores[ids]
-        return constrained
+            in_image = [state[0] is not None for state in states]
+            scores = scores.masked_fill(scores.new_tensor(in_image)[:, None] > 0, 0)
+
+        # 3. What breaks an image; padding of the output layer.
+        for state, grammar in zip(states, grammars, strict=True):
+            if state not in self._forbidden:
+                allowed = [id for id in range(vocabulary.size) if grammar.allows(id)]
+                mask = torch.ones_like(scores[0], dtype=torch.bool)
+                mask[allowed] = False
+                self._forbidden[state] = mask
+        forbidden = torch.stack([self._forbidden[state] for state in states])
+        return scores.masked_fill(forbidden, float("-inf"))
 
 
-def build_processors(
-    settings: GenerationSettings, end_ids: Sequence[int], device: torch.device
-) -> list[LogitsProcessor]:
-    """The logits processors that come after the image constraints, without sampling."""
-    library = import_library(LOGITS_PROCESSORS)
-    processors: list[LogitsProcessor] = []
-    if settings.min_new_tokens:
-        ends = list(end_ids)
-        processors.append(
-            library.MinNewTokensLengthLogitsProcessor(
-                0, settings.min_new_tokens, ends, device=device
-            )
-        )
-    if settings.repetition_penalty != 1:
-        processors.append(library.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    return processors
+# ---- the choice
 
 
 def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
@@ -157,7 +125,94 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
     return guidance * (conditional - unconditional) + unconditional
 
 
-# ---- ends at texts
+class ChosenToken(NamedTuple):
+    """The next token of a sequence.
+
+    log_prob: natural logarithm of its probability.
+    is_sound: whether the scores are numbers.
+    """
+
+    id: int
+    log_prob: float
+    is_likeliest: bool
+    is_sound: bool
+
+
+class Sampler:
+    """Chooses the next tokens of sequences in a batch, each as it would be chosen alone."""
+
+    def __init__(self) -> None:
+        self._constraints = ImageConstraints()
+
+    def distributions(self, sequences: Sequence[GeneratedSequence], scores: Tensor) -> Tensor:
+        """Scores `[B, V]` from which the next tokens are chosen, by the model's scores.
+
+        sequences: with the same `sampling_key`.
+        """
+        first = sequences[0]
+        settings = first.settings
+        if settings.constrain:
+            grammars = [sequence.grammar for sequence in sequences]
+            scores = self._constraints.masked(grammars, scores)
+        rows: list[int] = []
+        ends: list[int] = []
+        for row, sequence in enumerate(sequences):
+            if len(sequence.ids) < sequence.settings.min_new_tokens:
+                rows += [row] * len(sequence.end_ids)
+                ends += sequence.end_ids
+        if rows:
+            scores = scores.clone()
+            scores[rows, ends] = float("-inf")
+        if settings.repetition_penalty != 1:
+            scores = _penalised(scores, sequences, settings.repetition_penalty)
+        if first.generator is not None:
+            for warp in build_warpers(settings):
+                scores = warp(NO_IDS, scores)
+        return scores
+
+    def choose(self, sequences: Sequence[GeneratedSequence]) -> Iterator[ChosenToken]:
+        """The next token of each sequence by the scores in its rows; `sequences`: as above."""
+        # 1. The scores `[B, V]`; NaN is passed on by guidance, which reads two rows.
+        first = sequences[0]
+        settings = first.settings
+        scores = torch.stack([sequence.rows[0].scores for sequence in sequences])
+        if settings.guidance != 1:
+            unconditional = torch.stack([sequence.rows[1].scores for sequence in sequences])
+            scores = guided(scores, unconditional, settings.guidance)
+        is_sound = scores.amax(dim=-1).isfinite()
+
+        scores = self.distributions(sequences, scores)
+
+        # 2. The tokens `[B]`. Each row draws its own random numbers, those of `torch.multinomial`,
+        #    whose sample is the largest quotient of a probability and an exponential number.
+        likeliest = scores.argmax(dim=-1)
+        tokens = likeliest
+        if first.request.forced_ids:
+            forced = [sequence.request.forced_ids[len(sequence.ids)] for sequence in sequences]
+            tokens = likeliest.new_tensor(forced)
+        elif first.generator is not None:
+            probabilities = scores.softmax(dim=-1)
+            noise = torch.empty_like(probabilities)
+            for row_noise, sequence in zip(noise, sequences, strict=True):
+                row_noise.exponential_(generator=sequence.generator)
+            tokens = (probabilities / noise).argmax(dim=-1)
+
+        # 3. What is known of them.
+        log_probs = scores.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        columns = (tokens, log_probs, tokens == likeliest, is_sound)
+        return map(ChosenToken, *[column.tolist() for column in columns])
+
+
+def _penalised(scores: Tensor, sequences: Sequence[GeneratedSequence], penalty: float) -> Tensor:
+    """Scores `[B, V]` with a penalty of the tokens that each answer has, as in transformers."""
+    is_repeated = torch.zeros_like(scores, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        is_repeated[row, sequence.ids] = True
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(is_repeated, penalised, scores)
+
+
+# ---- answers
 
 
 def read_answer(
@@ -166,30 +221,3 @@ def read_answer(
     """The reader of a complete answer, which ends at the stops of `settings`."""
     reader = AnswerReader(tokenizer, settings.stop, stop_after=settings.stop_after)
     return reader.read_all(ids)
-
-
-class StopTexts:
-    """Stopping criterion of transformers' `generate`: ends rows at one of the settings' stops."""
-
-    def __init__(
-        self,
-        tokenizer: TextTokenizer,
-        settings: GenerationSettings,
-        initial_ids: Sequence[int] = (),
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._initial_ids = list(initial_ids)
-
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        """Whether each row of generated ids `[B, n]` is complete."""
-        is_done = [self.ends(ids) for ids in input_ids.tolist()]
-        return input_ids.new_tensor(is_done, dtype=torch.bool)
-
-    def ends(self, ids: Sequence[int]) -> bool:
-        """Whether an answer of the tokens `ids` is complete."""
-        answer = [*self._initial_ids, *ids]
-        text = self._tokenizer.decode(answer)
-        if not any(stop in text for stop in self._settings.stop):  # in most steps
-            return False
-        return read_answer(self._tokenizer, answer, self._settings).found_stop

@@ -21,7 +21,7 @@ from PIL import Image
 
 from seed_multimodal.language.prompts import verdict_of, without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
+from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageGrammar, ImageVocabulary
 
 _NOT_BLANK = re.compile(r"\S")
 LEFT_OUT = re.compile(r"The first \d+ messages were left out: [^.]*\. ?")
@@ -44,6 +44,11 @@ class ImagePart:
     codes: list[int]
     position: int = field(default=0, compare=False, kw_only=True)
     image: Image.Image | None = field(default=None, compare=False, kw_only=True)
+
+    @property
+    def positions(self) -> range:
+        """Indices of the codes in the generated ids."""
+        return range(self.position, self.position + len(self.codes))
 
     @property
     def description(self) -> str:
@@ -183,6 +188,7 @@ class AnswerReader:
     first word. The end of a text is held back while it may be half a character or half a stop.
     previews: numbers of codes after which there is an event with the image so far.
     stop_after: see `GenerationSettings`; before it no text is sent.
+    n_opening: so many tokens at the beginning are not the model's: stops begin behind them.
 
     ids: the tokens that belong to the answer so far. parts: its complete texts and images.
     found_stop: whether one of `stops` has ended the answer.
@@ -194,6 +200,7 @@ class AnswerReader:
         stops: Sequence[str] = (),
         previews: Sequence[int] = (),
         stop_after: str = "",
+        n_opening: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.previews = previews
@@ -203,8 +210,10 @@ class AnswerReader:
         self.finished = False
         self.found_stop = False
         self._run: list[int] = []  # tokens since the last change between text and image
-        self._in_image = False  # whether the run is an image that is not complete
+        self._grammar = ImageGrammar(tokenizer.vocabulary)  # whether the run is an open image
         self._is_image = False  # whether it is an image, or image tokens without its start
+        self._n_opening = n_opening  # tokens that are still to come
+        self._stops_from = 0  # characters of the run's text that are the opening's
         self._text = _RunningText(tokenizer)  # of the run
         self._sent = 0  # characters of the run's text that were events already
 
@@ -220,7 +229,11 @@ class AnswerReader:
     def read(self, token: int) -> list[Event]:
         """Add one token and return the events it completes; an image's has its `ImagePart`."""
         vocabulary = self.tokenizer.vocabulary
-        if self.finished or (self._in_image and vocabulary.is_ignored_in_image(token)):
+        in_image = self._grammar.n_in_image is not None
+        is_opening = self._n_opening > 0
+        if is_opening:
+            self._n_opening -= 1
+        if self.finished or (in_image and vocabulary.is_ignored_in_image(token)):
             return []
 
         # 1. The token ends the answer, or the run before it; a text inside an image waits for the
@@ -228,7 +241,7 @@ class AnswerReader:
         events: list[Event] = []
         is_end = token in self.tokenizer.eos_token_ids
         is_image_token = vocabulary.is_image_token(token)
-        is_change = bool(self._run) and not self._in_image and is_image_token != self._is_image
+        is_change = bool(self._run) and not in_image and is_image_token != self._is_image
         if is_end or is_change or token == vocabulary.boi_id:
             events += self._flush()
         if is_end:
@@ -241,12 +254,14 @@ class AnswerReader:
 
         # 2. It continues the run, and may complete a text event or an image.
         if not self._run:
-            self._in_image = token == vocabulary.boi_id
             self._is_image = is_image_token
+        self._grammar.feed(token)
         self.ids.append(token)
         self._run.append(token)
         if not self._is_image:
             self._text.add(token)
+            if is_opening:
+                self._stops_from = len(self._text.text.rstrip("\ufffd"))
             return events + self._new_text(final=False)
         if token == vocabulary.eoi_id:
             return events + self._flush()
@@ -256,7 +271,8 @@ class AnswerReader:
         """The unfinished image, where a preview is due."""
         vocabulary = self.tokenizer.vocabulary
         codes = self._run[1:]
-        is_due = self._in_image and len(codes) in self.previews
+        in_image = self._grammar.n_in_image is not None
+        is_due = in_image and len(codes) in self.previews
         if not is_due or not all(map(vocabulary.is_code_id, codes)):
             return []
         codes = [id - vocabulary.code_start for id in codes]
@@ -268,15 +284,6 @@ class AnswerReader:
             self.read(int(token))
         self.close()
         return self
-
-    def text_before(self, image: ImagePart) -> str:
-        """The text between an image and the one before it."""
-        text = ""
-        for part in self.parts:
-            if part is image:
-                break
-            text = part if isinstance(part, str) else ""
-        return text
 
     def close(self) -> list[Event]:
         """The events still held back."""
@@ -303,7 +310,7 @@ class AnswerReader:
         part = _image_part(run[:end], vocabulary, start)
         self.parts.append(part)
         self._run = []
-        self._in_image = False
+        self._grammar.n_in_image = None
         self.ids = self.ids[: start + end]
         events: list[Event]
         if isinstance(part, BrokenImagePart):
@@ -325,6 +332,7 @@ class AnswerReader:
         self._run = []
         self._text = _RunningText(self.tokenizer)
         self._sent = 0
+        self._stops_from = 0
         return events
 
     def _new_text(self, final: bool) -> list[Event]:
@@ -341,7 +349,8 @@ class AnswerReader:
         # 2. The text that is certain ends at a stop, or at what may become a stop or a character.
         #    Neither begins in what was sent.
         unsent = max(self._sent, start)
-        stop = self._find_stop(text, start, unsent)
+        stops_from = max(unsent, self._stops_from)
+        stop = self._find_stop(text, start, stops_from)
         end = len(text)
         if stop is not None:
             end = stop.start()
@@ -349,7 +358,7 @@ class AnswerReader:
             self.found_stop = True
             self.finished = True
         elif not final:
-            incomplete = self._incomplete_end.search(text, unsent)
+            incomplete = self._incomplete_end.search(text, stops_from)
             assert incomplete is not None  # at least the empty end
             end = incomplete.start()
 
@@ -365,13 +374,13 @@ class AnswerReader:
         del self.ids[len(self.ids) - len(self._run) + n_kept :]
         del self._run[n_kept:]
 
-    def _find_stop(self, text: str, start: int, unsent: int) -> re.Match[str] | None:
-        """The first stop behind `unsent`; line breaks before the first word are none.
+    def _find_stop(self, text: str, start: int, stops_from: int) -> re.Match[str] | None:
+        """The first stop behind `stops_from`; line breaks before the first word are none.
 
         start: where the text begins, behind a verdict.
         """
         first_word = _NOT_BLANK.search(text, start)
-        for stop in self._stop.finditer(text, unsent):
+        for stop in self._stop.finditer(text, stops_from):
             is_blank = not stop[0].strip()
             if not is_blank or (first_word and stop.start() > first_word.start()):
                 return stop

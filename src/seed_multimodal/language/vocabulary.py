@@ -97,11 +97,6 @@ class ImageVocabulary:
         codes = {code_token(code): self.code_start + code for code in range(self.n_codes)}
         return {**codes, BOI: self.boi_id, EOI: self.eoi_id}
 
-    @cached_property
-    def input_only_ids(self) -> slice:
-        """Ids that prompts have and answers do not."""
-        return slice(0, 0)
-
     def checked_ids(self, ids: Iterable[int]) -> list[int]:
         """Ids as a list of ints. Raises CodesError: an id outside the vocabulary."""
         checked = [int(id) for id in ids]
@@ -114,18 +109,19 @@ class ImageVocabulary:
         """Whether `id` is an image code."""
         return self.code_start <= id < self.code_start + self.n_codes
 
-    def tokens_in_open_image(self, ids: list[int]) -> int | None:
-        """Number of tokens behind the last `<img>`; None: `ids` do not end inside an image."""
-        if self.boi_id not in ids:
-            return None
-        n_tokens = ids[::-1].index(self.boi_id)
-        if self.eoi_id in ids[len(ids) - n_tokens :]:
-            return None
-        return n_tokens
-
     def is_image_token(self, id: int) -> bool:
         """Whether `id` is an image code, image start or image end."""
         return self.is_code_id(id) or id in (self.boi_id, self.eoi_id)
+
+    def first_codes(self, ids: Sequence[int]) -> list[int]:
+        """The codes of the first image in `ids`, complete or not, up to its end."""
+        codes: list[int] = []
+        for id in ids:
+            if id == self.eoi_id:
+                break
+            if self.is_code_id(id):
+                codes.append(id - self.code_start)
+        return codes
 
     def code_to_id(self, codes: Iterable[int]) -> list[int]:
         """Codes → ids. Raises CodesError: a code outside 0..n_codes-1."""
@@ -151,6 +147,83 @@ class ImageVocabulary:
         return [self.boi_id, *self.code_to_id(codes), self.eoi_id]
 
 
+class ImageGrammar:
+    """Where the tokens of an answer stand, in an image or outside, and which may follow.
+
+    An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32
+    codes; SEED-X: the same 64 tokens in order, of which only the hidden states count; LaVIT: 1 to
+    256 codes.
+
+    budget: images fit into so many generated tokens; None: unknown; 0: there are none.
+    end_id: ends the answer where an image would follow a text, but there are none; None: nothing.
+    original: only those of SEED-X's image tokens are forbidden that its original code forbids.
+    initial_ids: tokens of the answer that the prompt holds.
+    length: generated tokens. n_in_image: those behind the last `<img>`; None: outside of an image.
+    """
+
+    def __init__(
+        self,
+        vocabulary: ImageVocabulary,
+        budget: int | None = None,
+        end_id: int | None = None,
+        original: bool = False,
+        initial_ids: Iterable[int] = (),
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.budget = None if original else budget
+        self.end_id = end_id
+        self.original = original
+        self.n_in_image: int | None = None
+        self.length = 0
+        for id in initial_ids:
+            self.feed(id)
+        self.length = 0
+
+    def feed(self, id: int) -> None:
+        """Add a token."""
+        self.length += 1
+        if id == self.vocabulary.boi_id:
+            self.n_in_image = 0
+        elif id == self.vocabulary.eoi_id:
+            self.n_in_image = None
+        elif self.n_in_image is not None:
+            self.n_in_image += 1
+
+    @property
+    def state(self) -> tuple[int | None, bool, bool]:
+        """What the next token depends on.
+
+        The codes so far (how many, or where their order is free only whether they suffice); whether
+        `<img>` may follow a text; whether `end_id` follows in place of it.
+        """
+        vocabulary = self.vocabulary
+        n_codes = self.n_in_image
+        if n_codes is not None and not vocabulary.fixed_image_order:
+            is_complete = n_codes >= vocabulary.tokens_per_image
+            n_codes = (n_codes >= vocabulary.min_codes) + is_complete
+        if vocabulary.image_only_when_forced:
+            return n_codes, False, False
+        fits = self.budget is None or self.budget - self.length >= vocabulary.image_length
+        ends = self.budget == 0 and self.length > 0 and self.n_in_image is None
+        return n_codes, fits, ends and self.end_id is not None
+
+    def allows(self, id: int) -> bool:
+        """Whether a token may follow."""
+        vocabulary = self.vocabulary
+        count = self.n_in_image
+        code = id - vocabulary.code_start
+        if count is None:
+            if self.original and id != vocabulary.eoi_id:
+                return not 0 <= code < vocabulary.tokens_per_image
+            return not vocabulary.is_image_token(id) or (id == vocabulary.boi_id and self.state[1])
+        if id == vocabulary.eoi_id:
+            return count >= vocabulary.min_codes
+        if vocabulary.is_code_id(id):
+            is_next = code == count or not vocabulary.fixed_image_order
+            return is_next and count < vocabulary.tokens_per_image
+        return vocabulary.is_ignored_in_image(id)
+
+
 @dataclass(frozen=True)
 class SeedXVocabulary(ImageVocabulary):
     """SEED-X's vocabulary; the defaults are the original's (32,330 tokens).
@@ -169,11 +242,6 @@ class SeedXVocabulary(ImageVocabulary):
     locations: int = 32104
     boxes: int = 32328
     fixed_image_order: ClassVar[bool] = True
-
-    @cached_property
-    def input_only_ids(self) -> slice:
-        """`<patch>` and `</patch>`."""
-        return slice(self.patches, self.patches + 2)
 
     @classmethod
     def behind(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import embed_prompt, joined
-from seed_multimodal.inference.base_engine import Request
+from seed_multimodal.inference.base_engine import GeneratedSequence
 from seed_multimodal.inference.prompt import GenerationSettings, ImageFeatures, Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.known_words import read_known_words
@@ -240,7 +240,9 @@ class Family:
         """The boxes of an answer, if it `detects`; `opened`: the prompt ended inside a box."""
         raise NotImplementedError
 
-    def image_inputs(self, parts: Sequence[ImagePart], request: Request) -> Sequence[ImageInput]:
+    def image_inputs(
+        self, parts: Sequence[ImagePart], request: GeneratedSequence
+    ) -> Sequence[ImageInput]:
         """Input of `images.draw` for images of a request's answer."""
         return [part.codes for part in parts]
 

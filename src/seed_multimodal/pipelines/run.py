@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.errors import GenerationError, RequestError
-from seed_multimodal.inference.base_engine import BaseEngine, Likelihood, Request
+from seed_multimodal.inference.base_engine import BaseEngine, GeneratedSequence, Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped
 from seed_multimodal.language.answer import Answer, Event, ImagePart, left_out_note
 from seed_multimodal.language.known_words import read_known_words
@@ -198,7 +198,7 @@ class TaskRunner:
 
                 # 2. An image is forced where a free answer has none, or several.
                 missing = [row for row, item in enumerate(answers) if len(item.inputs) != 1]
-                forced: list[Request] = []
+                forced: list[GeneratedSequence] = []
                 if first and missing:
                     settings = [batch[row].generation for row in missing]
                     forced += self.engine.run([opened[row] for row in missing], settings)
@@ -211,7 +211,7 @@ class TaskRunner:
                     bar.update(len(batch))
                 yield answers
 
-    def _read(self, task: Task, request: Request) -> GeneratedAnswer:
+    def _read(self, task: Task, request: GeneratedSequence) -> GeneratedAnswer:
         """The answer of a request that has ended."""
         reader = request.reader
         answer = Answer(
@@ -305,7 +305,7 @@ class TaskRunner:
                     event["image"] = None
                     if drawing is not None:
                         (image_input,) = self.family.image_inputs([part], request)
-                        text = request.reader.text_before(part)
+                        text = text_before(request.reader.parts, part)
                         yield from self._drawn([Undrawn(task, prompt, part, image_input, text)])
                         continue
                 yield task, event
@@ -482,7 +482,7 @@ def text_before(parts: Sequence[object], image: ImagePart) -> str:
     return text
 
 
-def _until_stopped(request: Request) -> Iterator[Event]:
+def _until_stopped(request: GeneratedSequence) -> Iterator[Event]:
     """The events of a request, and the rest of its text where its caller stops it."""
     try:
         yield from request.events()

@@ -30,7 +30,8 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import read_items
 from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.inference.base_engine import Request
+from seed_multimodal.inference.base_engine import GeneratedSequence
+from seed_multimodal.inference.sampling import Sampler
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -55,7 +56,7 @@ class ScoredAnswer:
     """A drawing with its weighted reward, and the answer's weight in the loss."""
 
     prompt: str
-    request: Request
+    request: GeneratedSequence
     image: Image.Image
     reward: float
     advantage: float = 0.0
@@ -305,7 +306,7 @@ def read_prompts(path: str) -> Records:
     return records
 
 
-def token_log_probs(model: nn.Module, requests: Sequence[Request]) -> Tensor:
+def token_log_probs(model: nn.Module, requests: Sequence[GeneratedSequence]) -> Tensor:
     """Log-probabilities `[N, T]` of the requests' tokens in the distributions from which they were
     sampled, computed anew; behind the end of an answer 0."""
     # 1. Scores after each token, of prompt and answer as one row.
@@ -319,15 +320,13 @@ def token_log_probs(model: nn.Module, requests: Sequence[Request]) -> Tensor:
     is_token = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     scores = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.float()
 
-    # 2. The distributions, by the same processors.
+    # 2. The distributions, by the same constraints and warpers.
+    sampler = Sampler()
     log_probs: list[Tensor] = []
     for request, row in zip(requests, scores, strict=True):
         first = len(request.prompts[0].ids) - 1
-        answer = torch.tensor([request.ids], device=device)
-        distributions: list[Tensor] = []
-        for length in range(len(request.ids)):
-            row_scores = row[None, first + length]
-            distributions.append(request.processed(answer[:, :length], row_scores))
-        table = torch.cat(distributions).log_softmax(-1)
-        log_probs.append(table.gather(1, answer.T)[:, 0])
+        prefixes = [request.prefix(length) for length in range(len(request.ids))]
+        table = sampler.distributions(prefixes, row[first : first + len(prefixes)]).log_softmax(-1)
+        answer = torch.tensor(request.ids, device=device)
+        log_probs.append(table.gather(1, answer[:, None])[:, 0])
     return pad_sequence(log_probs, batch_first=True)

@@ -30,9 +30,9 @@ from transformers import (
 from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.engines import torch_engine
-from seed_multimodal.inference.prompt import Prompt
-from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, read_answer
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.inference.prompt import Prompt, rows_end_at_stops
+from seed_multimodal.inference.sampling import ImageConstraints, read_answer
+from seed_multimodal.language.vocabulary import ImageGrammar, ImageVocabulary
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.tasks import TaskKind
@@ -301,13 +301,21 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         # 2. Images stay well-formed, and an answer ends before the next turn.
         tokenizer = self.system.tokenizer
-        self._fit_context(generation_config, int(attention_mask.sum(1).max()))
-        budget = generation_config.max_new_tokens
-        constraints = ImageConstraints(tokenizer.vocabulary, budget=budget)
-        processors = LogitsProcessorList([constraints, *options.pop("logits_processor", ())])
-        criteria = StoppingCriteriaList(options.pop("stopping_criteria", ()))
-        if settings.stop and settings.num_beams == 1:
-            criteria.append(StopTexts(tokenizer, settings))
+        budgets = self._budgets(generation_config, attention_mask.sum(1).tolist())
+        starts = [ImageGrammar(tokenizer.vocabulary, budget=budget) for budget in budgets]
+        processors = LogitsProcessorList(
+            [ImageConstraints(starts), *options.pop("logits_processor", ())]
+        )
+        finds_stops = settings.num_beams == 1
+
+        def is_complete(ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+            rows_per_prompt = len(ids) // len(budgets)  # of beams
+            is_done = ids.shape[1] >= ids.new_tensor(budgets).repeat_interleave(rows_per_prompt)
+            if finds_stops:
+                is_done |= rows_end_at_stops(tokenizer, settings, ids)
+            return is_done
+
+        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", ()), is_complete])
 
         # 3. The ids, without what follows a stop.
         generated = self.language_model.generate(
@@ -320,21 +328,30 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if not isinstance(generated, Tensor):
             return generated
-        rows = [read_answer(tokenizer, ids, settings).ids for ids in generated.tolist()]
+        rows: list[list[int]] = []
+        for row, ids in enumerate(generated.tolist()):
+            budget = budgets[row * len(budgets) // len(generated)]
+            rows.append(read_answer(tokenizer, ids[:budget], settings).ids)
         return _padded(rows, tokenizer.eos_token_id).to(generated.device)
 
-    def _fit_context(self, generation_config: GenerationConfig, length: int) -> None:
-        """Shorten answers to what the context leaves. Raises GenerationError: nothing."""
+    def _budgets(self, generation_config: GenerationConfig, lengths: Sequence[int]) -> list[int]:
+        """New tokens for prompts of these lengths; the longest answer's is set as the limit.
+
+        Raises GenerationError: the context leaves none to a prompt.
+        """
         context = self.system.engine.context
-        if length >= context:
+        longest = max(lengths)
+        if longest >= context:
             raise GenerationError(
-                f"The prompt has {length} tokens, but the model's context ends at {context}; "
+                f"The prompt has {longest} tokens, but the model's context ends at {context}; "
                 "leave out the oldest turns."
             )
-        if generation_config.max_new_tokens is not None:
-            generation_config.max_new_tokens = min(
-                generation_config.max_new_tokens, context - length
-            )
+        limit = generation_config.max_new_tokens
+        if limit is None:  # the caller's `max_length` counts
+            return [context - length for length in lengths]
+        budgets = [min(limit, context - length) for length in lengths]
+        generation_config.max_new_tokens = max(budgets)
+        return budgets
 
     def _generate_images(
         self, prompts: Sequence[Prompt], tasks: Sequence[TaskKind | None], options: dict[str, Any]
@@ -388,7 +405,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs: list[Any]
         if isinstance(image_tokens, Tensor):
             vocabulary = self.system.tokenizer.vocabulary
-            inputs = [_first_codes(ids, vocabulary) for ids in image_tokens.tolist()]
+            inputs = [vocabulary.first_codes(ids) for ids in image_tokens.tolist()]
             prompts = [Prompt() for _ in inputs]
         else:
             inputs = list(image_tokens.features.cpu())
@@ -445,13 +462,6 @@ def _of_rows(value: Any, n_rows: int) -> list[Any]:
 
 def _has_image(prompt: Prompt, vocabulary: ImageVocabulary) -> bool:
     return bool(prompt.images) or any(map(vocabulary.is_image_token, prompt.ids))
-
-
-def _first_codes(ids: Sequence[int], vocabulary: ImageVocabulary) -> list[int]:
-    """The codes of the first image of an answer; none raises the codec's CodesError."""
-    if vocabulary.eoi_id in ids:
-        ids = ids[: ids.index(vocabulary.eoi_id)]
-    return [id - vocabulary.code_start for id in ids if vocabulary.is_code_id(id)]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

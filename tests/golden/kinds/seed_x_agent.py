@@ -26,6 +26,7 @@ from seed_multimodal.language.llm import ROTARY, force_special_ids
 from seed_multimodal.language.prompts import SEED_X_TASKS, interleave
 from seed_multimodal.language.text_tokenizer import Part
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import ImageGrammar
 from seed_multimodal.models.seed_x.processing import (
     Box,
     SeedXPrompts,
@@ -156,7 +157,7 @@ def run_watched(model: ContinuousLVLM, batch: dict) -> tuple[dict, dict[str, tor
 
 def check_processor(meta, inputs: Tensors, tokenizer):
     """Which tokens the original's processor changes: to 0 if forbidden, else it forces them."""
-    processor = ImageConstraints(tokenizer.vocabulary, original=True)
+    processor = ImageConstraints([ImageGrammar(tokenizer.vocabulary, original=True)])
     image = tokenizer.vocabulary.run()
     assert_same(image, meta["img_ids_list"], "tokens of an image")
     for case in meta["logits_processor"]:

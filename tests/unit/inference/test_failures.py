@@ -17,7 +17,7 @@ from waiting import wait_until
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.base_engine import Request
+from seed_multimodal.inference.base_engine import GeneratedSequence
 from seed_multimodal.inference.engine import PREFILL_BESIDE_DECODING, Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped
 
@@ -91,7 +91,7 @@ def prompt(variant: int, length=6) -> Prompt:
     return Prompt(ids_of(variant, length), negative=ids_of(variant + 1, length))
 
 
-def outcome(request: Request):
+def outcome(request: GeneratedSequence):
     """The tokens of a request, or its error."""
     try:
         return list(request)

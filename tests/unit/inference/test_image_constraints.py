@@ -1,20 +1,34 @@
 """Image constraints: whatever the scores, generated images are well-formed in every family."""
 
+import copy
+import itertools
+import re
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from seed_multimodal.inference.sampling import ImageConstraints
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.answer import AnswerReader, BrokenImagePart, ImagePart
+from seed_multimodal.language.vocabulary import ImageGrammar, ImageVocabulary
 
+EVENTS = {"text": str, "image": ImagePart, "image_broken": BrokenImagePart}
 PADDING = 3  # rows of the output layer behind the vocabulary
 FAMILIES = ("tokenizer", "seedx_tokenizer", "lavit_tokenizer")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def vocabulary(request) -> ImageVocabulary:
-    return request.getfixturevalue(request.param).vocabulary
+def tokenizer_of_family(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer_of_family) -> ImageVocabulary:
+    return tokenizer_of_family.vocabulary
+
+
+def constraints(vocabulary: ImageVocabulary, **options) -> ImageConstraints:
+    return ImageConstraints([ImageGrammar(vocabulary, **options)])
 
 
 def allowed(vocabulary: ImageVocabulary, ids: list[int], budget: int | None) -> set[int]:
@@ -25,7 +39,7 @@ def allowed(vocabulary: ImageVocabulary, ids: list[int], budget: int | None) -> 
     if not in_image:
         # Text, or an image where a whole one fits.
         tokens = set(range(vocabulary.size)) - set(codes) - {vocabulary.eoi_id}
-        tokens -= set(range(vocabulary.size)[vocabulary.input_only_ids])
+        tokens -= {vocabulary.added_tokens.get(name) for name in ("<patch>", "</patch>")}
         fits = budget is not None and budget - len(ids) >= vocabulary.tokens_per_image + 2
         if vocabulary.image_only_when_forced or not fits:
             tokens.discard(vocabulary.boi_id)
@@ -42,30 +56,61 @@ def allowed(vocabulary: ImageVocabulary, ids: list[int], budget: int | None) -> 
     return tokens
 
 
-@settings(max_examples=40)
-@given(seed=st.integers(0, 10**6), budget=st.none() | st.integers(1, 40), opened=st.booleans())
-def test_any_sequence_follows_the_grammar(vocabulary, seed, budget, opened):
-    # One token too many allowed, and the answer's image cannot be decoded; one too few, and the
-    # model cannot say what it was trained to. SEED-X's images get zeros: they are certain, and
-    # untrained scores must not cost a beam.
-    generator = torch.Generator().manual_seed(seed)
-    process = ImageConstraints(vocabulary, opened=opened, budget=budget)
-    rows = torch.zeros(2, 0, dtype=torch.long)
-    prefix = [vocabulary.boi_id] if opened else []
-    for _ in range(budget or 20):
-        scores = torch.randn(2, vocabulary.size + PADDING, generator=generator)
-        scores[:, [vocabulary.boi_id, vocabulary.eoi_id]] += 4  # images are rare otherwise
-        processed = process(rows, scores)
-        for ids, before, after in zip(rows.tolist(), scores, processed, strict=True):
-            # A forced `<img>` is not part of the budget.
-            total = None if budget is None else budget + len(prefix)
-            kept = torch.isfinite(after)
-            expected = allowed(vocabulary, prefix + ids, total)
-            assert set(kept.nonzero().flatten().tolist()) == expected
-            is_certain = vocabulary.fixed_image_order and 0 not in expected  # in an image
-            assert torch.equal(after[kept], before[kept] * (not is_certain))
-        chosen = processed.softmax(-1).multinomial(1, generator=generator)
-        rows = torch.cat([rows, chosen], dim=1)
+def test_all_short_answers_follow_the_grammar(tokenizer_of_family):
+    # The reader and the constraints must agree on what an image is: else one draws what the other
+    # calls broken. SEED-X's images get zeros: they are certain, and untrained scores must not cost
+    # a beam.
+    tokenizer = copy.copy(tokenizer_of_family)
+    fixed = tokenizer.vocabulary.fixed_image_order
+    vocabulary = replace(tokenizer.vocabulary, tokens_per_image=1 if fixed else 2)
+    tokenizer.vocabulary = vocabulary
+    lavit = vocabulary.image_only_when_forced
+    image = re.compile("bc{1,2}e?" if lavit else "bce" if fixed else "bcce")
+    ids_of = {
+        "t": tokenizer.encode("a")[-1],
+        "b": vocabulary.boi_id,
+        "c": vocabulary.code_start,
+        "e": vocabulary.eoi_id,
+        "s": tokenizer.eos_token_id,
+    }
+    scores = torch.randn(1, vocabulary.size + PADDING)
+    processes = {budget: constraints(vocabulary, budget=budget) for budget in (None, 5)}
+    for letters in itertools.chain(*(itertools.product(ids_of, repeat=n) for n in range(7))):
+        # 1. Texts, and images, which may be broken.
+        ids = [ids_of[letter] for letter in letters]
+        answer = "".join(letters)
+        if lavit:  # it skips starts and stops in images
+            answer = re.sub("b[^e]*", lambda begun: f"b{re.sub('[bs]', '', begun[0])}", answer)
+        expected = []
+        for piece in re.findall("b[tc]*e|bc*|t+|c+|e", answer.split("s")[0]):
+            kind = ImagePart if image.fullmatch(piece) else BrokenImagePart
+            expected.append(str if piece[0] == "t" else kind)
+        reader = AnswerReader(tokenizer)
+        events = [event for id in ids for event in reader.read(id)] + reader.close()
+        assert [type(part) for part in reader.parts] == expected, letters
+        assert lavit or reader.ids == ids[: (*letters, "s").index("s") + 1]
+
+        # What a page has shown while it streamed is what the answer holds.
+        streamed = [EVENTS[event["type"]] for event in events if event["type"] != "image_start"]
+        pairs = zip([None, *streamed], streamed, strict=False)
+        assert [kind for last, kind in pairs if (last, kind) != (str, str)] == expected, letters
+        for part in reader.parts:
+            if isinstance(part, ImagePart):
+                codes = vocabulary.code_to_id(part.codes)
+                assert [reader.ids[position] for position in part.positions] == codes
+
+        # 2. What may follow.
+        for budget, process in processes.items():
+            grammar = ImageGrammar(vocabulary, budget, initial_ids=ids)
+            grammar.length = len(ids)
+            follows = allowed(vocabulary, ids, budget)
+            assert all(grammar.allows(id) == (id in follows) for id in ids_of.values()), letters
+            if len(ids) < 4:
+                after = process(torch.tensor([ids], dtype=torch.long), scores)[0]
+                kept = torch.isfinite(after)
+                assert set(kept.nonzero().flatten().tolist()) == follows, letters
+                is_certain = fixed and ids_of["t"] not in follows  # in an image
+                assert torch.equal(after[kept], scores[0, kept] * (not is_certain))
 
 
 def test_an_image_that_may_not_be_drawn_ends_the_answer(tokenizer):
@@ -74,7 +119,7 @@ def test_an_image_that_may_not_be_drawn_ends_the_answer(tokenizer):
     end = tokenizer.eos_token_id
     scores = torch.randn(1, vocabulary.size)
     before = scores[0].exp()
-    process = ImageConstraints(vocabulary, budget=0, end_id=end)
+    process = constraints(vocabulary, budget=0, end_id=end)
     empty = process(torch.zeros(1, 0, dtype=torch.long), scores)[0].exp()
     assert empty[end] == before[end] and empty[vocabulary.boi_id] == 0  # it has a text
     after = process(torch.tensor([[5]]), scores)[0].exp()
@@ -87,7 +132,7 @@ def test_an_image_that_may_not_be_drawn_ends_the_answer(tokenizer):
 def test_original_constraints_of_seed_x(seedx_tokenizer):
     # The original forbids only an image's own codes, patches and starts: answers as by its scripts.
     vocabulary = seedx_tokenizer.vocabulary
-    process = ImageConstraints(vocabulary, original=True)
+    process = constraints(vocabulary, original=True)
     scores = torch.randn(1, vocabulary.size)
 
     def finite(*ids):

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.sampling import ImageConstraints, build_processors, build_warpers
+from seed_multimodal.inference.sampling import ImageConstraints, build_warpers
+from seed_multimodal.language.vocabulary import ImageGrammar
 
 TEXTS = ("What is this animal?", "no", "Please draw a fish.")
 ANSWERS = (["a cat", "a red apple under the tree"], ["blue"], ["Here it is.", "a", "cat"])
@@ -66,11 +68,12 @@ def recomputed(system, prompt: Prompt, ids: list[int], settings: GenerationSetti
         conditional = scores.log_softmax(-1)
         unconditional = scores_after([vocabulary.boi_id]).log_softmax(-1)
         scores = settings.guidance * (conditional - unconditional) + unconditional
-    device = torch.device("cpu")
-    processors = build_processors(settings, system.tokenizer.eos_token_ids, device)
+    processors = [RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)]
+    ends = system.tokenizer.eos_token_ids
+    processors.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, ends))
     if settings.constrain:
-        constraints = ImageConstraints(vocabulary, bool(opening), settings.max_new_tokens)
-        processors.insert(0, constraints)
+        start = ImageGrammar(vocabulary, settings.max_new_tokens, initial_ids=opening)
+        processors.insert(0, ImageConstraints([start]))
     if settings.samples:
         processors += build_warpers(settings)
     log_probs = []

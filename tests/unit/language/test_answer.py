@@ -1,7 +1,6 @@
 """An answer's tokens as texts and images: at once, streamed, and up to a stop."""
 
 import time
-from itertools import groupby
 
 import pytest
 from hypothesis import example, given
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 from tiny.language import write_hub_tokenizer
 from tiny.seed import SENTENCES
 
+from seed_multimodal.inference.prompt import GenerationSettings, ends_at_stop
 from seed_multimodal.language.answer import AnswerReader, BrokenImagePart, Event, ImagePart
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -30,14 +30,6 @@ def text_of(events: list[Event]) -> str:
     return "".join(event.get("text", "") for event in events)
 
 
-@st.composite
-def segments(draw) -> list[str | list[int]]:
-    """Texts of all kinds, and images (codes; 5 are an image) which may be broken at both ends."""
-    text = st.text(st.sampled_from("a fish\n.U漢é😀\t"), max_size=8)
-    codes = st.lists(st.integers(0, 23), min_size=0, max_size=7) | st.just(CODES)
-    return draw(st.lists(text | codes, max_size=6))
-
-
 def ids_of(tokenizer, parts: list[str | list[int]], ends: str) -> list[int]:
     """ends: which of `<img>` and `</img>` each image has, in turn."""
     vocabulary = tokenizer.vocabulary
@@ -51,35 +43,6 @@ def ids_of(tokenizer, parts: list[str | list[int]], ends: str) -> list[int]:
         ids += vocabulary.code_to_id(part)
         ids += [vocabulary.eoi_id] if kind in "be" else []
     return ids
-
-
-@given(parts=segments(), ends=st.text("bbbsen", min_size=1, max_size=4), closes=st.booleans())
-@example(parts=["a", CODES, "", CODES[::-1], "b"], ends="b", closes=True)
-def test_streamed_events_are_the_parts_of_the_whole_answer(tokenizer, parts, ends, closes):
-    # What a page has shown while it streamed must be what the answer holds.
-    ids = ids_of(tokenizer, parts, ends) + [tokenizer.eos_token_id] * closes
-    reader, events = read_all(tokenizer, ids)
-    streamed = []
-    shown = [event for event in events if event["type"] != "image_start"]
-    for kind, group in groupby(shown, lambda event: event["type"]):
-        if kind == "text":
-            text = text_of(list(group))
-            streamed += [text] if text.strip() else []
-        else:
-            streamed += [event.get("codes", event.get("reason")) for event in group]
-
-    whole = AnswerReader(tokenizer).read_all(ids)
-    expected = []
-    for part in whole.parts:
-        if isinstance(part, ImagePart):
-            start = part.position
-            assert whole.ids[start - 1 : start + 6] == tokenizer.vocabulary.image_ids(part.codes)
-            expected.append(part.codes)
-        else:
-            expected.append(part.reason if isinstance(part, BrokenImagePart) else part)
-    assert streamed == expected
-    assert reader.ids == whole.ids == ids
-    assert reader.finished
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +60,17 @@ STOPS = st.sampled_from([STOP, ".", "fish", "\n", "a a"]) | st.tuples(SHARES, st
     index=st.integers(0, 2),
     content=TEXTS | st.lists(SHARES, max_size=30),
     stops=st.lists(STOPS, max_size=2),
+    opening=st.just(0.0) | SHARES,
 )
-@example(index=0, content="one\nUSEFUL\nUS", stops=[STOP])
-@example(index=0, content="a red apple. \nUSER: What", stops=[STOP])
-@example(index=0, content="漢字 é\nUS and\nUSER: no", stops=[STOP])
-@example(index=1, content="\n \n a fish\nin the sea", stops=["\n", "question:"])
-@example(index=2, content=[0.25, 0.5, 0.375], stops=[(0.0, 2)])  # half a character behind
-def test_streamed_text_ends_at_the_first_stop(tokenizers, index, content, stops):
+@example(index=0, content="Here is the picture. A fish.", stops=["."], opening=0.7)
+@example(index=0, content="one\nUSEFUL\nUS", stops=[STOP], opening=0.0)
+@example(index=0, content="a red apple. \nUSER: What", stops=[STOP], opening=0.0)
+@example(index=0, content="漢字 é\nUS and\nUSER: no", stops=[STOP], opening=0.0)
+@example(index=1, content="\n \n a fish\nin the sea", stops=["\n", "question:"], opening=0.0)
+@example(
+    index=2, content=[0.25, 0.5, 0.375], stops=[(0.0, 2)], opening=0.0
+)  # half a character behind
+def test_streamed_text_ends_at_the_first_stop(tokenizers, index, content, stops, opening):
     # Stops begin inside of tokens, and characters in several: a page must not show what the
     # answer has not, nor the reverse.
     tokenizer = tokenizers[index]
@@ -122,13 +89,28 @@ def test_streamed_text_ends_at_the_first_stop(tokenizers, index, content, stops)
                 continue
         texts += [stop] if stop else []
 
-    # Stops of white space count behind the first word only; spaces before a stop are dropped.
+    # Stops begin behind an opening that is the system's; those of white space count behind the
+    # first word only; spaces before a stop are dropped.
+    n_opening = int(opening * len(ids))
+    opened = tokenizer.decode(ids[:n_opening], skip_special_tokens=True).rstrip("\ufffd")
     first_word = len(whole) - len(whole.lstrip())
-    ends = [whole.find(stop, 0 if stop.strip() else first_word) for stop in texts]
+    starts = [max(len(opened), 0 if stop.strip() else first_word) for stop in texts]
+    ends = [whole.find(stop, start) for stop, start in zip(texts, starts, strict=True)]
     ends = [end for end in ends if end >= 0]
-    expected = whole[: min(ends)].rstrip(" ") if ends else whole
+    expected = opened + whole[len(opened) : min(ends)].rstrip(" ") if ends else whole
 
-    reader = AnswerReader(tokenizer, texts)
+    # The engine and transformers' `generate` end at the same token.
+    settings = GenerationSettings(stop=tuple(texts))
+    reader = AnswerReader(tokenizer, texts, n_opening=n_opening)
+    for length, id in enumerate(ids, 1):
+        reader.read(id)
+        if length > n_opening:
+            ended = ends_at_stop(tokenizer, settings, ids[:length], n_opening)
+            assert ended == reader.found_stop
+        if reader.found_stop:
+            break
+
+    reader = AnswerReader(tokenizer, texts, n_opening=n_opening)
     events = [event for id in ids for event in reader.read(id)]
     assert not ends or text_of(events) == expected  # as soon as the stop was read
     events += reader.close()

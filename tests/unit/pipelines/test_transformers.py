@@ -246,9 +246,10 @@ def test_a_streamer_prints_the_answer(name, pipes, capsys):
     pipe = pipes(name)
     streamer = TextStreamer(pipe.processor.tokenizer)
     ids = pipe.model.generate(**inputs_of(pipe, user(FOX, LEFT)), streamer=streamer, num_beams=1)
-    # LaVIT's answers are cut at a full stop, which the streamer prints.
+    # LaVIT's answers are cut at a full stop, which the streamer prints, with what follows.
     printed = capsys.readouterr().out.removesuffix("\n")
-    assert printed.removesuffix(".") == pipe.processor.tokenizer.decode(ids[0]).removesuffix(".")
+    answer = pipe.processor.tokenizer.decode(ids[0])
+    assert printed.removesuffix(".</s>") == answer.removesuffix(".</s>")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -274,6 +275,18 @@ def test_generate_takes_options_of_transformers(nano):
     assert len(nano.model.generate(**inputs, do_sample=True, num_return_sequences=3)) == 3
     logits = nano.model(**{key: inputs[key] for key in ("input_ids", "attention_mask")}).logits
     assert logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_prompt_at_the_end_of_the_context_does_not_shorten_other_answers(num_beams, nano):
+    # A drawing in a batch would become a text.
+    requests = [user(f"Please draw {SCENE}."), user("a fox " * 236)]
+    options = {"max_new_tokens": 60, "num_beams": num_beams, "min_new_tokens": 36}
+    drawn, cut = [nano.model.generate(**inputs_of(nano, one), **options)[0] for one in requests]
+    together = nano.model.generate(**inputs_of(nano, requests), **options)
+    assert len(cut) < len(drawn)
+    assert torch.equal(together[0], drawn) and torch.equal(together[1, : len(cut)], cut)
+    assert together[1, len(cut) :].eq(nano.processor.tokenizer.eos_token_id).all()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError, first_line
-from seed_multimodal.inference.base_engine import BaseEngine, Likelihood, Request
+from seed_multimodal.inference.base_engine import BaseEngine, GeneratedSequence, Likelihood
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.proxies import direct
@@ -82,7 +82,7 @@ class CompletionServerEngine(BaseEngine):
             or id == vocabulary.eoi_id
         ]
         self._rows = threading.Semaphore(max_running)
-        self._waiting: set[Request] = set()
+        self._waiting: set[GeneratedSequence] = set()
 
     @property
     def n_waiting(self) -> int:
@@ -147,93 +147,93 @@ class CompletionServerEngine(BaseEngine):
             )
         return fields
 
-    def _put(self, request: Request) -> None:
-        if request.settings.guidance != 1:
+    def _put(self, sequence: GeneratedSequence) -> None:
+        if sequence.settings.guidance != 1:
             raise ConfigError(
                 "Guidance needs --engine torch; leave it at 1 with a completion server."
             )
         thread = threading.Thread(
-            target=self._run, args=(request,), name="seed-completion", daemon=True
+            target=self._run, args=(sequence,), name="seed-completion", daemon=True
         )
         try:
             thread.start()
         except RuntimeError:  # as `InboxThread`
-            self._run(request)
+            self._run(sequence)
 
-    def _run(self, request: Request) -> None:
+    def _run(self, sequence: GeneratedSequence) -> None:
         """Wait for one of the places, and answer."""
-        self._waiting.add(request)
+        self._waiting.add(sequence)
         while not self._rows.acquire(timeout=POLL_SECONDS):
-            request.stop_if_asked()
-            if request.ended:
-                self._waiting.remove(request)
+            sequence.stop_if_asked()
+            if sequence.ended:
+                self._waiting.remove(sequence)
                 return
-        self._waiting.remove(request)
+        self._waiting.remove(sequence)
         try:
-            self._answer(request)
+            self._answer(sequence)
         except Exception as error:  # noqa: BLE001
             # Of this answer alone; the caller's iteration raises it.
-            request.end(error)
+            sequence.end(error)
         finally:
             self._rows.release()
 
-    def _answer(self, request: Request) -> None:
+    def _answer(self, sequence: GeneratedSequence) -> None:
         """All segments of an answer. Raises RequestError: one ends otherwise than by a stop token,
         the budget, or all codes of an image."""
-        while not request.ended:
-            n_before = len(request.ids)
-            body = self._segment(request)
-            choice = self._stream(request, body)
-            if request.ended:
+        while not sequence.ended:
+            n_before = len(sequence.ids)
+            body = self._segment(sequence)
+            choice = self._stream(sequence, body)
+            if sequence.ended:
                 return
-            segment = request.ids[n_before:]
+            segment = sequence.ids[n_before:]
             stop = choice.get("stop_reason", choice.get("matched_stop"))
             if stop is None:
                 stop = self.tokenizer.eos_token_id
             match choice["finish_reason"]:
                 case "stop" if segment and segment[-1] in body["stop_token_ids"]:
                     pass
-                case "stop" if stop in body["stop_token_ids"] and not request.records:
+                case "stop" if stop in body["stop_token_ids"] and not sequence.request.records:
                     # Some servers leave it out of the ids; its log-probability is unknown.
-                    request.append(stop)
+                    sequence.append(stop)
                 case "length" if "allowed_token_ids" in body and len(segment) == body["max_tokens"]:
                     # An image that has all its codes can only end.
-                    request.append(self.vocabulary.eoi_id, 0.0)
+                    sequence.append(self.vocabulary.eoi_id, 0.0)
                 case reason:
                     raise RequestError(
                         f"{self.url} ended its answer after {len(segment)} of {body['max_tokens']} "
                         f"tokens (finish_reason {reason!r}, stop token {stop!r})."
                     )
 
-    def _segment(self, request: Request) -> dict[str, Any]:
+    def _segment(self, sequence: GeneratedSequence) -> dict[str, Any]:
         """The JSON that asks for the next tokens: the remaining codes of an image, or text up to
         the end of the answer or the start of an image."""
-        settings = request.settings
+        settings = sequence.settings
         vocabulary = self.vocabulary
-        prompt = request.prompts[0]
-        n_tokens = len(request.ids)
-        remaining = request.budget - n_tokens
+        prompt = sequence.prompts[0]
+        n_tokens = len(sequence.ids)
+        remaining = sequence.budget - n_tokens
         body: dict[str, Any] = {
             "model": self.model,
-            **self._prompt(Prompt([*prompt.ids, *request.ids], prompt.images)),
+            **self._prompt(Prompt([*prompt.ids, *sequence.ids], prompt.images)),
             "stream": True,
             "return_token_ids": True,
-            "stop_token_ids": [*request.end_ids, vocabulary.boi_id],
+            "stop_token_ids": [*sequence.end_ids, vocabulary.boi_id],
             # Other ends of the served model's files.
-            "ignore_eos": self.tokenizer.eos_token_id not in request.end_ids,
+            "ignore_eos": self.tokenizer.eos_token_id not in sequence.end_ids,
             "min_tokens": min(max(settings.min_new_tokens - n_tokens, 0), remaining),
             "max_tokens": remaining,
             "temperature": 0.0,
             "repetition_penalty": settings.repetition_penalty,
-            **(self._log_prob_fields if request.records else {}),
+            **(self._log_prob_fields if sequence.request.records else {}),
         }
-        if request.seed is not None:
+        if sequence.seed is not None:
             body["temperature"] = settings.temperature
             body["top_p"] = settings.top_p
             body["top_k"] = settings.top_k or -1
             # Segments of one seed would repeat the same random numbers.
-            body["seed"] = (request.seed + n_tokens) % 2**63
-        n_codes = vocabulary.tokens_in_open_image([*request.initial_ids, *request.ids])
+            body["seed"] = (sequence.seed + n_tokens) % 2**63
+        n_codes = sequence.grammar.n_in_image
         if n_codes is not None and vocabulary.fixed_image_order:
             raise ConfigError(
                 "SEED-X's images are hidden states, which a completion server does not return: "
@@ -250,11 +250,8 @@ class CompletionServerEngine(BaseEngine):
             body["min_tokens"] = min(n_required, n_missing)
             body["max_tokens"] = n_missing
             return body
-        image_fits = request.image_budget - n_tokens >= vocabulary.image_length
-        forbidden: list[int] = []
-        if vocabulary.image_only_when_forced or not image_fits:
-            forbidden.append(vocabulary.boi_id)
-        if request.records:
+        forbidden = [] if sequence.grammar.allows(vocabulary.boi_id) else [vocabulary.boi_id]
+        if sequence.request.records:
             # Unlikely in a text, but part of its distribution; long lists slow the server down.
             outside = filter(vocabulary.is_image_token, range(vocabulary.size))
             forbidden += [id for id in outside if id != vocabulary.boi_id]
@@ -271,32 +268,32 @@ class CompletionServerEngine(BaseEngine):
         torch.save(self._embed_prompt(prompt).cpu(), file)
         return {"prompt_embeds": base64.b64encode(file.getvalue()).decode()}
 
-    def _stream(self, request: Request, body: dict[str, Any]) -> Choice:
+    def _stream(self, sequence: GeneratedSequence, body: dict[str, Any]) -> Choice:
         """Append the tokens of one segment until it or the answer ends; returns the server's last
         choice."""
         last: Choice = {}
-        n_before = len(request.ids)
+        n_before = len(sequence.ids)
         with self._response("post", COMPLETIONS, body) as response:
             for line in response.iter_lines():
                 content = line.removeprefix(b"data:").strip()
                 for choice in self._choices(content) if content.startswith(b"{") else ():
-                    self._append(request, body, request.ids[n_before:], choice)
+                    self._append(sequence, body, sequence.ids[n_before:], choice)
                     last = choice
-                request.stop_if_asked()
-                if request.ended:
+                sequence.stop_if_asked()
+                if sequence.ended:
                     return last
         if last.get("finish_reason") is None:
             raise RequestError(f"{self.url} broke off its answer.")
         return last
 
     def _append(
-        self, request: Request, body: dict[str, Any], segment: list[int], choice: Choice
+        self, sequence: GeneratedSequence, body: dict[str, Any], segment: list[int], choice: Choice
     ) -> None:
         """Append the tokens of a choice to those of its segment. Raises RequestError: they are not
         what was asked for."""
         ids = choice["token_ids"] or []
         log_probs = [0.0] * len(ids)
-        if request.records and ids:
+        if sequence.request.records and ids:
             log_probs = choice["logprobs"]["token_logprobs"]
         together = [*segment, *ids]
         allowed = body.get("allowed_token_ids", range(self.vocabulary.size))
@@ -313,7 +310,7 @@ class CompletionServerEngine(BaseEngine):
                 f"{len(allowed)} were asked for, up to a stop token."
             )
         for token, log_prob in zip(ids, log_probs, strict=True):
-            request.append(token, log_prob)
+            sequence.append(token, log_prob)
 
     @contextlib.contextmanager
     def _response(

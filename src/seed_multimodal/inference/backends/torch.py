@@ -23,10 +23,10 @@ from seed_multimodal.inference.backends.base import (
     default_budget,
     plan_cache,
 )
-from seed_multimodal.inference.base_engine import NO_SCORES, Request
+from seed_multimodal.inference.base_engine import NO_SCORES, GeneratedSequence
 from seed_multimodal.inference.batching import weights_state
-from seed_multimodal.inference.prompt import ImageFeatures, Prompt
-from seed_multimodal.inference.sampling import LogitsProcessor, StopTexts
+from seed_multimodal.inference.prompt import ImageFeatures, Prompt, rows_end_at_stops
+from seed_multimodal.inference.sampling import LogitsProcessor
 from seed_multimodal.language.llm import FULL, SLIDING, check_sizes, head_dim, output_scores
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
@@ -260,32 +260,29 @@ class TorchBackend:
 
     def search(
         self,
-        requests: Sequence[Request],
+        sequences: Sequence[GeneratedSequence],
         processors: Sequence[LogitsProcessor],
         tokenizer: TextTokenizer,
         all_ended: Callable[[], bool],
     ) -> None:
-        """Set the best answers of requests with equal settings, by transformers' beam search.
+        """Set the best answers of sequences with equal settings, by transformers' beam search.
 
-        processors: of their scores, without those of sampling.
+        processors: of their scores, behind those of the settings.
         all_ended: called at each token; true ends the search.
         """
         # 1. When a search ends, and how it samples.
-        first = requests[0]
+        first = sequences[0]
         settings = first.settings
 
-        def is_cancelled(ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-            return ids.new_full((len(ids),), all_ended(), dtype=torch.bool)
+        def is_complete(ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+            return rows_end_at_stops(tokenizer, settings, ids, first.initial_ids) | all_ended()
 
-        criteria: list[Callable[..., Tensor]] = [is_cancelled]
-        if settings.stop:
-            criteria.append(StopTexts(tokenizer, settings, first.initial_ids))
         sampling: dict[str, object] = {}
         if first.seed is not None:
             sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
 
         # 2. The search, of prompts padded at the left. Sampled beams have a seed of their own.
-        prompts = [self.prepare(request.prompts[0]) for request in requests]
+        prompts = [self.prepare(sequence.prompts[0]) for sequence in sequences]
         masks = [prompt.new_ones(len(prompt), dtype=torch.long) for prompt in prompts]
         embeddings = pad_sequence(prompts, batch_first=True, padding_side="left")  # [B, n, D]
         mask = pad_sequence(masks, batch_first=True, padding_side="left")
@@ -299,23 +296,24 @@ class TorchBackend:
                 num_return_sequences=settings.num_return_sequences,
                 length_penalty=settings.length_penalty,
                 early_stopping=settings.early_stopping,
-                repetition_penalty=1.0,  # `processors` has it, as all that a model's files may set
+                min_new_tokens=settings.min_new_tokens,
+                repetition_penalty=settings.repetition_penalty,
                 eos_token_id=first.end_ids or None,
                 pad_token_id=tokenizer.pad_token_id,
                 logits_processor=list(processors),
-                stopping_criteria=criteria,
+                stopping_criteria=[is_complete],
                 do_sample=first.seed is not None,
                 **sampling,
             ).tolist()
 
-        # 3. The answers of each request, and the states of its first one.
+        # 3. The answers of each sequence, and the states of its first one.
         n_answers = settings.num_return_sequences
-        for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        for index, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
             answers = rows[index * n_answers : (index + 1) * n_answers]
-            answers = [_up_to_end(ids, request.end_ids) for ids in answers]
-            request.answers = [[*request.initial_ids, *ids] for ids in answers]
-            if request.states is not None:
-                request.states = list(self._states(prompt, answers[0]))
+            answers = [_up_to_end(ids, sequence.end_ids) for ids in answers]
+            sequence.answers = [[*sequence.initial_ids, *ids] for ids in answers]
+            if sequence.states is not None:
+                sequence.states = list(self._states(prompt, answers[0]))
 
     def _states(self, prompt: Tensor, ids: Sequence[int]) -> Tensor:
         """The states `[len(ids), D]` from which each of these tokens was chosen."""

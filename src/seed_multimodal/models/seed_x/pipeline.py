@@ -30,7 +30,7 @@ from seed_multimodal.images.views import (
     with_ratio,
 )
 from seed_multimodal.inference.backends.torch import joined
-from seed_multimodal.inference.base_engine import Request
+from seed_multimodal.inference.base_engine import GeneratedSequence
 from seed_multimodal.inference.batching import ResultCache, weights_state
 from seed_multimodal.inference.prompt import Prompt, PromptImage
 from seed_multimodal.language.answer import Answer, ImagePart
@@ -373,12 +373,11 @@ class SeedXFamily(Family):
         corners = [box.corners(image.size, n_locations) for box in boxes]
         return Detection(image, corners, boxes, text, problems)
 
-    def image_inputs(self, parts: Sequence[ImagePart], request: Request) -> Sequence[Tensor]:
+    def image_inputs(
+        self, parts: Sequence[ImagePart], request: GeneratedSequence
+    ) -> Sequence[Tensor]:
         """Features [64, K] of each image of a request's answer."""
-        image_states: list[Tensor] = []
-        for part in parts:
-            positions = range(part.position, part.position + len(part.codes))
-            image_states.append(request.states_at(positions))
+        image_states = [request.states_at(part.positions) for part in parts]
         with torch.inference_mode():
             return list(self.agent.output_features(torch.stack(image_states)).cpu())
 

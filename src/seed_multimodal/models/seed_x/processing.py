@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.prompts import Turn, get_template, merge_text
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import BOX, BOX_END, BOX_WORDS, Ids, SeedXVocabulary
@@ -160,17 +161,13 @@ def answer_text(ids: Iterable[int], tokenizer: TextTokenizer) -> str:
     Without `<img>` and the tokens of complete images; `</img>`, `</s>`, locations, box tokens and
     incomplete images stay.
     """
-    vocabulary = seed_x_vocabulary(tokenizer)
-    image_tokens = vocabulary.run()[1:-1]
-    n_image_tokens = len(image_tokens)
-    text_ids: list[int] = []
-    for id in ids:
-        # An image's end: its tokens are dropped if all of them precede it.
-        if id == vocabulary.eoi_id and text_ids[-n_image_tokens:] == image_tokens:
-            del text_ids[-n_image_tokens:]
-        if id != vocabulary.boi_id:
-            text_ids.append(id)
-    return tokenizer.decode(text_ids)
+    boi_id = seed_x_vocabulary(tokenizer).boi_id
+    ids = list(ids)
+    hidden = {index for index, id in enumerate(ids) if id == boi_id}
+    for part in AnswerReader(tokenizer).read_all(ids).parts:
+        if isinstance(part, ImagePart):
+            hidden.update(part.positions)
+    return tokenizer.decode(id for index, id in enumerate(ids) if index not in hidden)
 
 
 def without_tags(text: str) -> str:

@@ -14,6 +14,7 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.inference.sampling import ImageConstraints
 from seed_multimodal.language.answer import Answer, AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.vocabulary import ImageGrammar
 from seed_multimodal.training.llm.loss import use_attention
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def greedy_answer(llama: LlamaForCausalLM, tokenizer: TextTokenizer, embeds: Ten
     if budget < 1:
         return []
     # Images have all their codes, and end before the budget.
-    constraints = ImageConstraints(tokenizer.vocabulary, budget=budget)
+    constraints = ImageConstraints([ImageGrammar(tokenizer.vocabulary, budget=budget)])
     return llama.generate(
         inputs_embeds=embeds[None],
         max_new_tokens=budget,
