@@ -12,6 +12,7 @@ import itertools
 import json
 import mimetypes
 import os
+import pkgutil
 import sys
 import unicodedata
 from argparse import (
@@ -60,7 +61,7 @@ Options = dict[str, Any]  # keyword arguments of a system's methods
 Result = TypeVar("Result")
 
 FLAGS: dict[str, dict[str, Options]] = read_table(Path(__file__).with_name("flags.yaml"))
-NUMBERS = {"int": int, "float": float}  # types in that file
+NUMBERS = {"int": int, "float": float}  # types in that file, others as "module:function"
 STDOUT = ("-", "/dev/stdout")  # values of `--out`
 N_CHECKED = 16  # images that are opened before a model loads
 RATIO_MODES = ("restore", "keep", "square")  # `images.views.Ratio`
@@ -156,8 +157,27 @@ def add_flags(parser: _ActionsContainer, table: str, chosen: Sequence[str] | Non
         if "minimum" in options:
             options["type"] = bounded_int(options.pop("minimum"))
         elif "type" in options:
-            options["type"] = NUMBERS[options["type"]]
+            name = options["type"]
+            options["type"] = NUMBERS.get(name) or pkgutil.resolve_name(name)
         parser.add_argument(*names.split(), **options)
+
+
+def add_command(
+    commands: Commands, work: Callable[[Namespace], int], name: str = "", help: str | None = None
+) -> ArgumentParser:
+    """The parser of the command that runs the function `work`, with its table of `flags.yaml`.
+
+    name: of the table; its last word is the command's. By default name and help are the function's.
+    """
+    name = name or work.__name__
+    text = help or work.__doc__
+    parser = commands.add_parser(name.rpartition(" ")[2], help=text, description=text)
+    if name in FLAGS:
+        add_flags(parser, name)
+    parser.add_argument("--json", action="store_true", help="JSON objects on stdout, one a line")
+    entry.add_debug(parser)
+    parser.set_defaults(work=work)
+    return parser
 
 
 def add_settings(parser: ArgumentParser, kind: Dataclass, separator: str = "-") -> None:
@@ -194,12 +214,6 @@ def set_flags(args: Namespace, kind: Dataclass) -> Options:
     return _values_of(args, *(field.name for field in fields(kind)))
 
 
-def add_json(parser: ArgumentParser) -> None:
-    """`--json` and `--debug`, which every command of `seed` has."""
-    parser.add_argument("--json", action="store_true", help="JSON objects on stdout, one a line")
-    entry.add_debug(parser)
-
-
 def _ratios() -> list[str]:
     """The aspect ratios of drawings, of all families."""
     ratios: list[str] = []
@@ -218,7 +232,7 @@ def add_size(parser: ArgumentParser) -> None:
 
 def add_condition_flags(parser: ArgumentParser) -> None:
     """Flags of drawing with a source or condition image."""
-    parser.add_argument("--image-guidance-scale", type=float, help="SEED-X: towards that image")
+    add_flags(parser, "condition")
     parser.add_argument(
         "--ratio",
         choices=(*RATIO_MODES, *_ratios()),

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from seed_multimodal.cli.common import add_flags, add_json, emit, program_parser, set_flags
+from seed_multimodal.cli.common import add_command, add_flags, emit, program_parser, set_flags
 from seed_multimodal.entry import DONE, SOME_FAILED, add_device, log_line, run_program
 from seed_multimodal.errors import ConfigError, pluralize
 from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
@@ -97,38 +97,18 @@ def index(args: Namespace) -> int:
 def add_commands(parser: ArgumentParser) -> None:
     """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-
-    # check: the data of a run, or files with what a run's YAML holds about them.
-    checker = commands.add_parser(
-        "check", help="read a run's data as training does, before training"
+    add_command(
+        commands, check, "data check", "read a run's data as training does, before training"
     )
-    add_flags(checker, "data check")
-    checker.add_argument(
-        "--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it"
+    add_command(
+        commands, convert, "data convert", "pickled shards of the original → json shards, safely"
     )
-    checker.add_argument(
-        "--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE"
+    add_command(
+        commands, index, "data index", "write the indexes of shards and .jsonl files in advance"
     )
-    checker.set_defaults(work=check)
-
-    # convert
-    converter = commands.add_parser(
-        "convert", help="pickled shards of the original → json shards, safely"
-    )
-    add_flags(converter, "data convert")
-    converter.set_defaults(work=convert)
-
-    # index
-    indexer = commands.add_parser(
-        "index", help="write the indexes of shards and .jsonl files in advance"
-    )
-    add_flags(indexer, "data index")
-    indexer.set_defaults(work=index)
-    for command in (checker, converter, indexer):
-        add_json(command)
 
 
-def _option(text: str) -> tuple[str, object]:
+def key_and_value(text: str) -> tuple[str, object]:
     """KEY=VALUE; the value is JSON, or a text."""
     key, equals, value = text.partition("=")
     if not equals:
@@ -154,18 +134,9 @@ def extraction_script(
 def extraction_parser(program: str, description: str) -> ArgumentParser:
     """The flags of every extraction tool; the first eight are the original ones."""
     parser = program_parser(program, description)
-    # The original's.
     transform = parser.add_mutually_exclusive_group()
     add_flags(transform, "extraction transform")
     add_flags(parser, "extraction")
-    # Ours.
-    parser.add_argument(
-        "--shard",
-        type=_shard,
-        default=(0, 1),
-        metavar="I/N",
-        help="begin with every N-th shard from I on; all take shards that no other run has begun",
-    )
     add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
     parser.add_argument(
         "--compile",
@@ -220,7 +191,7 @@ def _n_processes(args: Namespace) -> int:
     return count
 
 
-def _shard(text: str) -> tuple[int, int]:
+def index_and_count(text: str) -> tuple[int, int]:
     """I/N: the index and the number of shards."""
     index, slash, count = text.partition("/")
     if not slash or not index.isdigit() or not count.isdigit():

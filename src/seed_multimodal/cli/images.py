@@ -30,7 +30,7 @@ from seed_multimodal.cli.common import (
     source_stem,
 )
 from seed_multimodal.disk import JsonObject, text_stem
-from seed_multimodal.entry import log_line
+from seed_multimodal.entry import bounded_int, log_line
 from seed_multimodal.errors import ConfigError, DataError, printable
 from seed_multimodal.images.io import StoredImage
 from seed_multimodal.pipelines.config import SystemConfig
@@ -223,6 +223,12 @@ def read_codes(path: str) -> dict[str, list[int]]:
             f"codes ({error})."
         ) from error
     return codes_of
+
+
+def counts(text: str) -> list[int]:
+    """Comma-separated numbers, each one once."""
+    parse = bounded_int(1)
+    return list(dict.fromkeys(parse(item.strip()) for item in text.split(",")))
 
 
 def _require_codes(args: Namespace, codec: ImageCodec) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from seed_multimodal.cli.common import add_flags, add_json, emit
+from seed_multimodal.cli.common import add_command, add_flags, emit
 from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.entry import DONE
@@ -50,19 +50,13 @@ def templates() -> dict[str, JsonObject]:
     return kinds
 
 
-def add_command(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """The command with its flags."""
-    command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
-    add_flags(command, "init")
+    command = add_command(commands, init)
     command.add_argument("--like", choices=templates(), help="a small model of this kind")
     # A SEED on other parts.
-    adapter = command.add_mutually_exclusive_group()
-    for name, text in (("lora", "default"), ("qlora", "on a base in 4 bits")):
-        adapter.add_argument(
-            f"--{name}", dest="adapter", action="store_const", const=name, help=text
-        )
-    add_json(command)
-    command.set_defaults(work=init, adapter="lora")
+    add_flags(command.add_mutually_exclusive_group(), "init adapter")
+    command.set_defaults(adapter="lora")
 
 
 def init(args: Namespace) -> int:

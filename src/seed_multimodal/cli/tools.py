@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pkgutil
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.cli.common import add_flags, add_json, cat_image, emit
+from seed_multimodal.cli.common import add_command, add_flags, cat_image, emit
 from seed_multimodal.disk import output_folder, read_json_object, writing
 from seed_multimodal.entry import DONE, SOME_FAILED
 from seed_multimodal.errors import ConfigError
@@ -19,54 +19,42 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """The commands with their flags."""
-    # convert and plot
-    converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
-    add_flags(converter, "convert")
-    converter.set_defaults(work=convert)
-    plotter = commands.add_parser("plot", help="curves of training runs, over each other")
-    add_flags(plotter, "plot")
-    plotter.set_defaults(work=plot)
+    # Weights and logs.
+    add_command(commands, convert, help="old .pt/.pth/.bin weights → safetensors")
+    add_command(commands, plot, help="curves of training runs, over each other")
 
-    # export-tokenizer and export-gguf
-    exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
-    _add_export(exporter)
-    gguf = commands.add_parser(
-        "export-gguf", help="SEED-LLaMA's language model → a file for --engine llama.cpp"
+    # Parts of a system in other forms.
+    exporter = add_command(
+        commands, export, "export-tokenizer", "trained stages → a tokenizer folder"
     )
-    add_flags(gguf, "export-gguf")
-    gguf.set_defaults(work=export_llm)
-    checker = commands.add_parser(
-        "check-llm", help="whether vLLM or SGLang can read SEED-LLaMA's language model"
+    stages = exporter.add_mutually_exclusive_group(required=True)
+    for flag, exported in tokenizer_exports().items():
+        stages.add_argument(f"--{flag}", metavar="CKPT", help=exported.help)
+    add_command(
+        commands,
+        export_llm,
+        "export-gguf",
+        "SEED-LLaMA's language model → a file for --engine llama.cpp",
     )
-    add_flags(checker, "check-llm")
-    checker.set_defaults(work=check_language_model)
-    for command in (gguf, checker):
-        add_flags(command, "SEED-LLaMA")
-    for command in (converter, plotter, exporter, gguf, checker):
-        add_json(command)
+    add_command(
+        commands,
+        check_language_model,
+        "check-llm",
+        "whether vLLM or SGLang can read SEED-LLaMA's language model",
+    )
 
-    # assemble, with the parts of each system
+    # A folder of the parts of each system.
     kinds = commands.add_parser(
         "assemble", help="parts of trainings → a system folder"
     ).add_subparsers(required=True)
     for spec in families():
         parts = {key: part for key, part in spec.config.parts().items() if part.flag}
-        command = kinds.add_parser(spec.name.replace("_", "-"), help=f"of {', '.join(parts)}")
+        name = spec.name.replace("_", "-")
+        command = add_command(kinds, assemble, name, f"of {', '.join(parts)}")
+        add_flags(command, "assemble")
         for key, part in parts.items():
             command.add_argument(f"--{key}", metavar="DIR", required=part.required, help=part.flag)
-        add_flags(command, "assemble")
-        add_json(command)
-        command.set_defaults(work=assemble, kind=spec.name)
-
-
-def _add_export(parser: ArgumentParser) -> None:
-    # Checkpoints.
-    stages = parser.add_mutually_exclusive_group(required=True)
-    for flag, exported in tokenizer_exports().items():
-        stages.add_argument(f"--{flag}", metavar="CKPT", help=exported.help)
-    add_flags(parser, "export-tokenizer")
-    # The folder, and what else it holds.
-    parser.set_defaults(work=export)
+        command.set_defaults(kind=spec.name)
 
 
 def convert(args: Namespace) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seed_multimodal import entry
-from seed_multimodal.cli.common import add_flags, add_json, cat_image, emit, load_system
+from seed_multimodal.cli.common import add_command, cat_image, emit, load_system
 from seed_multimodal.disk import (
     JsonObject,
     read_json_object,
@@ -22,7 +22,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.settings import check_value, nearest
 from seed_multimodal.weights.catalogue import SHIPPED_SYSTEMS, Part, catalogue, part_of
-from seed_multimodal.weights.fetch import MIRRORS, fetch_parts, online
+from seed_multimodal.weights.fetch import fetch_parts, online
 from seed_multimodal.weights.find import weights_root
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """The commands with their flags."""
-    fetcher = commands.add_parser("fetch", help=fetch.__doc__, description=fetch.__doc__)
+    fetcher = add_command(commands, fetch)
     fetcher.add_argument(
         "models",
         nargs="+",
@@ -39,24 +39,9 @@ def add_commands(commands: Commands) -> None:
         help=f"an original model ({', '.join(catalogue().systems)}), or a part of one: "
         + ", ".join(part for part in catalogue().parts if part not in catalogue().systems),
     )
-    fetcher.add_argument(
-        "--mirror",
-        action="append",
-        default=[],
-        metavar="PART=SOURCE",
-        help="try this source first: unclip=owner/name (a hub repository, or owner/name/folder), "
-        f"eva_vit_g.pth=URL; also from the environment, {MIRRORS}='PART=SOURCE …'",
-    )
-    add_flags(fetcher, "fetch")
-    add_json(fetcher)
-    fetcher.set_defaults(work=fetch)
-
-    verifier = commands.add_parser("verify", help=verify.__doc__, description=verify.__doc__)
-    add_flags(verifier, "verify")
+    verifier = add_command(commands, verify)
     entry.add_device(verifier)
     entry.add_language_model(verifier)
-    add_json(verifier)
-    verifier.set_defaults(work=verify)
 
 
 def fetch(args: Namespace) -> int:

@@ -304,10 +304,8 @@ class LaVITforGeneration(_Model):
         num_inference_steps: int = 25,
         guidance_scale_for_llm: float = 4.0,
         guidance_scale_for_decoder: float = 7.0,
-        uncond_input_ids: Tensor | None = None,
-        is_token_prompt: bool = False,
         top_p: float = 1.0,
-        **options: object,
+        **options: Any,
     ) -> list[Image.Image]:
         """Images of texts; options: of `generate_image_tokenids`."""
         # 1. The settings of the pixel decoder.
@@ -324,12 +322,7 @@ class LaVITforGeneration(_Model):
 
         # 2. The codes by the language model, and their images.
         token_ids = self.generate_image_tokenids(
-            prompts,
-            uncond_input_ids=uncond_input_ids,
-            is_token_prompt=is_token_prompt,
-            guidance_scale=guidance_scale_for_llm,
-            top_p=top_p,
-            **options,
+            prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p, **options
         )
         return self._draw(self._codes(token_ids), **drawing)
 

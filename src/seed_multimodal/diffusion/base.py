@@ -33,6 +33,7 @@ from seed_multimodal.diffusion.networks import (
     check_class,
     context_dim,
     denoiser_folder,
+    is_sdxl,
     latent_scale,
     predict,
     size_ids,
@@ -201,7 +202,6 @@ class Detokenizer(Generic[Settings]):
         self.device = torch.device(self.denoiser.device)
         self.factor = spatial_factor(self.vae)  # pixels of a latent's side
         self.size_unit = size_unit(self.denoiser, self.vae)
-        self.reads_sizes = self.denoiser.config.get("addition_embed_type") == "text_time"  # SDXL
         self._hooks: list[OffloadHook] = []
 
     @property
@@ -334,24 +334,15 @@ class Detokenizer(Generic[Settings]):
 
         # 2. The images.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        latents = self.denoise(checked, generators, embeds, negative_embeds, condition_images)
+        denoising = self.prepare(checked, generators, embeds, negative_embeds, condition_images)
+        latents = self.denoise(checked, generators, denoising)
         images = self.to_images(latents)
         for hook in self._hooks:
             hook.offload()
         return images
 
-    def denoise(
-        self,
-        settings: Settings,
-        generators: Generators,
-        embeds: Tensor | Sequence[Tensor],
-        negatives: Tensor | None = None,
-        images: Sequence[Image.Image | None] | None = None,
-        start: Tensor | None = None,
-    ) -> Tensor:
-        """The denoising loop: latents `[B, C, h, w]` in float32; arguments as of `prepare`."""
-        denoising = self.prepare(settings, generators, embeds, negatives, images, start)
-
+    def denoise(self, settings: Settings, generators: Generators, denoising: Denoising) -> Tensor:
+        """The denoising loop, of what `prepare` gives: latents `[B, C, h, w]` in float32."""
         # 1. The scheduler.
         scheduler = self.scheduler
         if settings.preset == "fast":
@@ -399,7 +390,7 @@ class Detokenizer(Generic[Settings]):
             start = self.conditioner.warm_latents(
                 features, generators, self.scheduler, condition, latent_size
             )
-        time_ids = self.time_ids(settings, len(embeds)) if self.reads_sizes else None
+        time_ids = self.time_ids(settings, len(embeds)) if is_sdxl(self.denoiser) else None
         conditions, null = self.conditions(read, negatives, time_ids, settings, generators)
         n_runs, guide = self.guide(settings)
         if n_runs > 1:

@@ -64,7 +64,7 @@ def predict(
         if name in conditions:
             converted[name] = conditions[name].to(denoiser.dtype)
     latents = latents.to(denoiser.dtype)
-    if DENOISERS[type(denoiser).__name__].folder == "unet":
+    if denoiser_kind(denoiser).folder == "unet":
         return denoiser(latents, step, **converted).sample
 
     # A transformer. SANA has a scale; a variance, if it has learned one, is left out.
@@ -78,10 +78,15 @@ def context_dim(denoiser: nn.Module) -> int:
     return int(denoiser.config[denoiser_kind(denoiser).context_dim])
 
 
+def is_sdxl(denoiser: nn.Module) -> bool:
+    """Whether a denoiser reads pooled embeddings and sizes, as SDXL's U-Net."""
+    return denoiser.config.get("addition_embed_type") == "text_time"
+
+
 def pooled_dim(denoiser: nn.Module) -> int:
     """Width of the one vector that a denoiser reads besides prompt embeddings; 0: none."""
     config = denoiser.config
-    if config.get("addition_embed_type") == "text_time":  # SDXL
+    if is_sdxl(denoiser):
         n_size_inputs = 6 * config.addition_time_embed_dim
         return int(config.projection_class_embeddings_input_dim - n_size_inputs)
     if config.get("class_embed_type") == "projection":  # unCLIP
@@ -123,7 +128,7 @@ def conditions_of(
     config = denoiser.config
     if pooled is None:
         return conditions
-    if config.get("addition_embed_type") == "text_time":
+    if is_sdxl(denoiser):
         assert time_ids is not None
         conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
     elif config.get("class_embed_type") == "projection":

@@ -148,7 +148,7 @@ def open_tokenizer(settings: TokenizerSettings, runtime: Runtime) -> OpenedToken
         config.override(**{decoder_parts[0]: settings.decoder})
     spec = find_family(config.system)
     placement = Placement(runtime, runtime, runtime, load_decoder=has_decoder)
-    codec = spec.images_loader()(config, placement)
+    codec = pkgutil.resolve_name(spec.images)(config, placement)
     if not isinstance(codec, CodeCodec):
         raise ConfigError(f"{config.name}: its images are features, they have no codes.")
 

@@ -83,23 +83,21 @@ class ImageLimits:
     max_bytes: int = 200 << 20  # of the file
     max_side: int = 30_000  # pixels
 
-    def size_problem(self, size: tuple[int, int]) -> str:
-        """Why an image of `size` (width, height) is rejected; empty: it is not."""
+    def check_size(self, size: tuple[int, int], name: str) -> None:
+        """Raise ImageError for an image of another `size` (width, height)."""
         width, height = size
-        if 0 < width * height <= self.max_pixels and max(size) <= self.max_side:
-            return ""
-        return (
-            f"rejected, because it has {width}x{height} pixels (limit: {self.max_pixels} pixels, "
-            f"{self.max_side} a side)."
-        )
+        if not 0 < width * height <= self.max_pixels or max(size) > self.max_side:
+            raise ImageError(
+                f"{name}: rejected, because it has {width}x{height} pixels (limit: "
+                f"{self.max_pixels} pixels, {self.max_side} a side)."
+            )
 
-    def bytes_problem(self, count: int) -> str:
-        """Why a file of so many bytes is rejected; empty: it is not."""
+    def check_bytes(self, count: int, name: str) -> None:
+        """Raise ImageError for a file of so many bytes."""
         if count == 0:
-            return "is empty (0 bytes)."
+            raise ImageError(f"{name}: is empty (0 bytes).")
         if count > self.max_bytes:
-            return f"rejected, because it has over {self.max_bytes} bytes."
-        return ""
+            raise ImageError(f"{name}: rejected, because it has over {self.max_bytes} bytes.")
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -145,9 +143,7 @@ class StoredImage:
             raise
         except Exception as error:  # of the caller's file, array or function
             raise ImageError(f"{self.name}: cannot be read ({first_line(error)}).") from error
-        problem = limits.size_problem(self.size)
-        if problem:
-            raise ImageError(f"{self.name}: {problem}")
+        limits.check_size(self.size, self.name)
         # A caller's own image is not changed, as the decoder's reduction would.
         is_own = self.image is not source
         self.is_jpeg = is_own and isinstance(self.image, JpegImagePlugin.JpegImageFile)
@@ -181,9 +177,7 @@ class StoredImage:
             data = bytes(source)
         else:
             raise ImageError(f"{self.name}: {type(source).__name__} is no image.")
-        problem = self.limits.bytes_problem(len(data))
-        if problem:
-            raise ImageError(f"{self.name}: {problem}")
+        self.limits.check_bytes(len(data), self.name)
         return self._open_header(data)
 
     def _path_bytes(self, path: Path) -> bytes:
@@ -268,9 +262,7 @@ class StoredImage:
                 reason = "was closed before it was read"
             raise ImageError(f"{self.name}: the image {reason}.") from error
         # An icon may be larger than in its header.
-        problem = self.limits.size_problem(plain.size)
-        if problem:
-            raise ImageError(f"{self.name}: {problem}")
+        self.limits.check_size(plain.size, self.name)
         # The orientation is read after decoding, because Pillow rotates TIFFs itself.
         plain.getexif()[ExifTags.Base.Orientation] = self.orientation()
         ImageOps.exif_transpose(plain, in_place=True)
@@ -384,9 +376,7 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
 
     # 2. Four characters are three bytes; the limit is checked before decoding.
     body = "".join(body.split()).rstrip("=")
-    problem = limits.bytes_problem(len(body) * 3 // 4)
-    if problem:
-        raise ImageError(f"{name}: {problem}")
+    limits.check_bytes(len(body) * 3 // 4, name)
     padding = "=" * (-len(body) % 4)
     try:
         standard = body.replace("-", "+").replace("_", "/")

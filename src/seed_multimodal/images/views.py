@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import DEFAULT_LIMITS
 from seed_multimodal.images.transforms import plain_rgb, resize_passes, to_bytes
 
@@ -43,9 +43,7 @@ class AnyResolution:
 
         size: width and height in pixels.
         """
-        problem = DEFAULT_LIMITS.size_problem(size)
-        if problem:
-            raise ImageError(f"image: {problem}")
+        DEFAULT_LIMITS.check_size(size, "image")
         return choose_grid(size, read_grids(self.grids), self.image_size)
 
     def cut(self, image: Image.Image) -> Tensor:

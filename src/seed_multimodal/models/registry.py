@@ -1,6 +1,6 @@
 """Registry of model families: the library asks a family's `FamilySpec` instead of its name.
 
-    find_family("seed_x").images_loader()  # the function that loads its images' codec
+    find_family("seed_x").images  # the function that loads its images' codec, "module:function"
     [spec.name for spec in families()]   # seed_llama, seed_x, lavit, then other packages'
 
 A family is one folder with a `SPEC` in its `spec.py`. Those of this library are in `BUILT_IN`;
@@ -15,7 +15,7 @@ from __future__ import annotations
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -168,14 +168,6 @@ class FamilySpec:
 
     def page_cards(self) -> PageCards:
         return self.cards or PageCards(ModelCard(self.title))
-
-    def system_class(self) -> Any:
-        """The class of its `MultimodalSystem`."""
-        return pkgutil.resolve_name(self.system)
-
-    def images_loader(self) -> Callable[..., Any]:
-        """The function (config, placement) → `ImageCodec`."""
-        return pkgutil.resolve_name(self.images)
 
 
 @cache

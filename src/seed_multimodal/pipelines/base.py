@@ -8,6 +8,7 @@ system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single 
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -160,7 +161,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         parts: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
-        system_class = find_family(config.system).system_class()
+        system_class = pkgutil.resolve_name(find_family(config.system).system)
         family_class = system_class.family_class
         if not issubclass(system_class, cls):
             raise ConfigError(

@@ -383,7 +383,7 @@ def load_language_model(
         return None
     return load_llm_or_adapter(
         config.path("llm"),
-        device=placement.llm_load_device,
+        device=placement.load_device("llm"),
         dtype=placement.llm.dtype,
         quantization=placement.quantization,
         tokenizer=tokenizer,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pkgutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
+from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, code_row, is_image, open_image
@@ -54,15 +56,10 @@ class Placement:
     load_llm: bool = True
     load_decoder: bool = True
 
-    @property
-    def llm_load_device(self) -> torch.device:
-        """The device on which the language model is loaded."""
-        return torch.device("cpu") if "llm" in self.offload else self.llm.device
-
-    @property
-    def encoder_load_device(self) -> torch.device:
-        """The device on which the image encoder is loaded."""
-        return torch.device("cpu") if "encoder" in self.offload else self.images.device
+    def load_device(self, part: str) -> torch.device:
+        """The device on which the "llm" or the image "encoder" is loaded."""
+        runtime = self.llm if part == "llm" else self.images
+        return torch.device("cpu") if part in self.offload else runtime.device
 
 
 def open_images(
@@ -78,7 +75,7 @@ def open_images(
     runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
     offloaded = OFFLOADABLE if offload else ()
     placement = Placement(runtime, runtime, runtime, offload=offloaded)
-    load_images = find_family(config.system).images_loader()
+    load_images = pkgutil.resolve_name(find_family(config.system).images)
     with LOADING:
         return load_images(config, placement)
 
@@ -102,23 +99,6 @@ class MeasuredCodes(list[int]):
         self.distance = image.distance
 
 
-class Detokenizer(Protocol):
-    """What `ImageCodec` needs of a family's de-tokenizer."""
-
-    denoiser: nn.Module
-
-    @property
-    def parts(self) -> Mapping[str, nn.Module]:
-        """All parts with weights."""
-
-    def check_settings(self, **settings: object) -> object:
-        """Raise ConfigError: an unknown or wrong setting."""
-
-    def to(self, device: torch.device) -> object: ...
-
-    def enable_cpu_offload(self, device: torch.device) -> object: ...
-
-
 class ImageCodec(ThreadState):
     """Images ⇄ codes or features; base of the families' codecs, which define five methods.
 
@@ -140,7 +120,7 @@ class ImageCodec(ThreadState):
     name = "This system"  # for the message about a missing de-tokenizer
     advice = ""  # the end of that message
     compiled = False
-    load_decoder: Callable[[], Detokenizer] | None = None
+    load_decoder: Callable[[], Detokenizer[Any]] | None = None
     familiarity: ImageFamiliarity | None = None  # None: images are not compared with known ones
     codes_per_image: int = 0  # at most; 0: images are features
     encode: Callable[..., Sequence[Tensor]]
@@ -155,7 +135,7 @@ class ImageCodec(ThreadState):
         self.device = placement.images.device
         self.drawing_device = placement.drawing.device
         self.min_side = min_side
-        self._decoder: Detokenizer | None = None
+        self._decoder: Detokenizer[Any] | None = None
         self._n_forgotten = 0
         self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
         self._draw_batcher = DynamicBatcher(self.draw_batch)
@@ -207,7 +187,7 @@ class ImageCodec(ThreadState):
         if self.load_decoder is not None or not self.can_draw:
             _ = self.decoder
 
-    def _new_decoder(self) -> Detokenizer:
+    def _new_decoder(self) -> Detokenizer[Any]:
         if self.load_decoder is None:
             raise CheckpointError(
                 f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
@@ -346,8 +326,8 @@ class CodeCodec(ImageCodec):
 
     def read(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Encoded]:
         """As `encode`, with the images' distances."""
-        opened = [open_image(image, at_least=self.min_side).image for image in images]
-        return self._encode_batcher(None, [*map(self.transform, opened)])
+        pixels = [self.transform(self.open(image)) for image in images]
+        return self._encode_batcher(None, pixels)
 
     @torch.inference_mode()
     def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Encoded]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import weakref
 
 from seed_multimodal.inference.engines import NO_ENGINE, TORCH
@@ -28,6 +29,6 @@ def open_system(folder: str) -> MultimodalSystem:
     if system is not None:
         return system
     config = SystemConfig.find(folder)
-    prompts_are_ids = find_family(config.system).system_class().family_class.prompts_are_ids
-    engine = NO_ENGINE if prompts_are_ids else TORCH
+    system_class = pkgutil.resolve_name(find_family(config.system).system)
+    engine = NO_ENGINE if system_class.family_class.prompts_are_ids else TORCH
     return MultimodalSystem.from_pretrained(config, log=None, engine=engine)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_multimodal.diffusion.base import (
     SAFETY_PARTS,
@@ -34,6 +34,7 @@ from seed_multimodal.diffusion.networks import (
     DenoiserConditions,
     conditions_of,
     context_dim,
+    is_sdxl,
     size_ids,
 )
 from seed_multimodal.errors import CheckpointError, SeedWarning
@@ -183,11 +184,6 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
             return conditions_of(self.denoiser, null_prompt, null_pooled, time_ids, null_mask)
 
         return conditions_of(self.denoiser, prompt_BNW, pooled, time_ids, mask_BN), null
-
-
-def is_sdxl(unet: nn.Module) -> bool:
-    """Whether a U-Net reads pooled embeddings and sizes, as SDXL's."""
-    return unet.config.addition_embed_type == "text_time"
 
 
 def read_empty_text(folder: Path, width: int) -> Tensor:

@@ -35,9 +35,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.networks import pooled_dim
+from seed_multimodal.diffusion.networks import is_sdxl, pooled_dim
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
-from seed_multimodal.models.lavit.diffusion import is_sdxl
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators, Selection
 from seed_multimodal.nn.layers import cosine
 from seed_multimodal.nn.quantizer import VectorQuantizer

@@ -351,7 +351,7 @@ def load_images(config: LavitConfig, placement: Placement) -> LavitImageCodec:
     code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
         config.path("tokenizer"),
         config.llm,
-        device=placement.encoder_load_device,
+        device=placement.load_device("encoder"),
         dtype=placement.images.dtype,
     )
     codec = LavitImageCodec(code_tokenizer, understanding_tokenizer, placement, config.selection)

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
-from seed_multimodal.diffusion.networks import context_dim
+from seed_multimodal.diffusion.networks import context_dim, is_sdxl
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import (
     EMPTY_TEXT,
     LavitDetokenizer,
-    is_sdxl,
     read_empty_text,
 )
 from seed_multimodal.models.lavit.losses import HEADS, decoder_for

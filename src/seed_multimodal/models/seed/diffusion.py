@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,20 +66,18 @@ class StableDiffusionDetokenizer(Detokenizer[StableDiffusionSettings]):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        safety_checker: bool = True,
         config: str | Path | None = None,
+        **options: Any,
     ) -> Self:
         """Load a diffusers folder, or the original's single file, which has no safety checker.
 
-        safety_checker: see `Detokenizer`.
         config: the single file's YAML; None: Stable Diffusion 1's sizes.
+        options: of a folder, see `Detokenizer`.
         """
         file = Path(folder)
-        if file.suffix not in SUFFIXES or not file.is_file():
-            return super().from_pretrained(
-                folder, device=device, dtype=dtype, safety_checker=safety_checker
-            )
-        return cls(**load_single_file(file, dtype, config)).to(device)
+        if file.suffix in SUFFIXES and file.is_file():
+            return cls(**load_single_file(file, dtype, config)).to(device)
+        return super().from_pretrained(folder, device=device, dtype=dtype, **options)
 
     def conditions(
         self,

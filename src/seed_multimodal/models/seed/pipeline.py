@@ -226,7 +226,7 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
         folder,
         vision=config.vision,
         dtype=placement.images.dtype,
-        device=placement.encoder_load_device,
+        device=placement.load_device("encoder"),
     )
     size = model.visual_encoder.image_size
     if config.image_size not in (None, size):

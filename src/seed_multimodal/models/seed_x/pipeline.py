@@ -533,7 +533,7 @@ def load_agent_model(
     sizes, lora = read_agent_config(config)
 
     # 1. The language model, with the agent's LoRA merged into it.
-    device = placement.llm_load_device
+    device = placement.load_device("llm")
     dtype = placement.llm.dtype
     if lora is not None and (placement.quantization or not placement.load_llm):
         raise ConfigError(
@@ -573,7 +573,7 @@ def load_images(config: SeedXConfig, placement: Placement) -> SeedXImageCodec:
     model = QwenVit.from_pretrained(
         config.path("vision"),
         config=config.found.sizes.get("vision"),
-        device=placement.encoder_load_device,
+        device=placement.load_device("encoder"),
         dtype=placement.images.dtype,
     )
     codec = SeedXImageCodec(model, config.grids, config.edit_grids, placement)
