@@ -59,20 +59,12 @@ class ReconSettings:
     skip_save: bool = setting(False, const=True, help="write no single images")
 
 
-# Flags of the original that this program does not need.
-UNUSED_FLAGS = {
-    **dict.fromkeys(("--prompt", "--from-file", "--C", "--f", "--ddim_eta"), "store"),
-    **dict.fromkeys(("--plms", "--laion400m"), "store_true"),
-}
-
-
 def recon_script(description: str | None, argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser = common.program_parser("demo_recon.py", str(description))
     common.add_settings(parser, ReconSettings, "_")
     add_device(parser, None, "by --precision")
-    for flag, action in UNUSED_FLAGS.items():
-        parser.add_argument(flag, action=action, help="accepted without effect")
+    common.add_flags(parser, "demo_recon.py")
     return run_program(parser, _recon, argv)
 
 

@@ -63,10 +63,14 @@ def tokenizer_config(
 
 
 class ImageTokenizer:
-    """`SeedLlamaTokenizer.image_tokenizer`: images ⇄ codes, by `model` and `diffusion_model`."""
+    """`SeedLlamaTokenizer.image_tokenizer`: images ⇄ codes, by `model` and `diffusion_model`.
 
-    def __init__(self, images: SeedImageCodec) -> None:
+    decode: the tokenizer's `decode_image`.
+    """
+
+    def __init__(self, images: SeedImageCodec, decode: Callable[..., list[Image.Image]]) -> None:
         self.images = images
+        self.decode = decode
         self.processor = images.model.visual_encoder.preprocessing
 
     @property
@@ -97,24 +101,6 @@ class ImageTokenizer:
         pixels = image_torch.reshape(-1, *image_torch.shape[-3:])
         return self.images.encode_pixels(pixels).to(self.device)
 
-    def decode(
-        self,
-        indices: Codes,
-        negative_indices: Codes | None = None,
-        guidance_scale: float | None = None,
-        num_inference_steps: int | None = None,
-        *,
-        seed: Seed = 0,
-        **settings: Any,
-    ) -> list[Image.Image]:
-        """See `SeedLlamaTokenizer.decode_image`."""
-        # Both may be None, for the folder's defaults. An image has 32 codes.
-        settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-        rows = torch.as_tensor(indices).reshape(-1, 32)
-        if negative_indices is not None:
-            settings["negative_codes"] = torch.as_tensor(negative_indices).reshape(-1, 32)
-        return self.images.draw(rows, seeds=seed_per_image(seed, len(rows)), **settings)
-
 
 class SeedLlamaTokenizer(LlamaTokenizer):
     """Text ⇄ ids as a slow LLaMA tokenizer, images ⇄ codes.
@@ -128,7 +114,7 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         super().__init__(text)
         self.images = images
         self.fp16 = fp16
-        self.image_tokenizer = ImageTokenizer(images)
+        self.image_tokenizer = ImageTokenizer(images, self.decode_image)
         self.processor = self.image_tokenizer.processor
 
     @classmethod
@@ -222,9 +208,12 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         **settings: Any,
     ) -> list[Image.Image]:
         """Codes `[B, 32]` (or one row) → B images; negative codes: one row, or one each."""
-        return self.image_tokenizer.decode(
-            indices, negative_indices, guidance_scale, num_inference_steps, seed=seed, **settings
-        )
+        # Both may be None, for the folder's defaults. An image has 32 codes.
+        settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        rows = torch.as_tensor(indices).reshape(-1, 32)
+        if negative_indices is not None:
+            settings["negative_codes"] = torch.as_tensor(negative_indices).reshape(-1, 32)
+        return self.images.draw(rows, seeds=seed_per_image(seed, len(rows)), **settings)
 
 
 class Seed1:

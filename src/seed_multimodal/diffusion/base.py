@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.config import read_table
 from seed_multimodal.diffusion.conditioner import (
     Conditioner,
     Generators,
@@ -64,51 +65,22 @@ if TYPE_CHECKING:
 DECODED_PIXELS = 1024**2  # of the images that the autoencoder decodes at once
 DEFAULTS = "seed_decode.json"  # default settings of a diffusion folder
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
-STABLE_DIFFUSION = "diffusers.pipelines.stable_diffusion"
-SCHEDULER_FILES = ("scheduler_config.json",)
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors",)
-TRANSFORMERS_WEIGHTS = ("model.safetensors",)
 
 
 class Part(NamedTuple):
     """How a part of a diffusers folder is stored."""
 
-    classes: tuple[str, ...] = ()  # that its `config.json` may name; schedulers: any
+    classes: Sequence[str] = ()  # that its `config.json` may name; schedulers: any
     module: str = "diffusers"  # of these classes
-    files: tuple[str, ...] = DIFFUSERS_WEIGHTS  # one of them must exist
+    files: Sequence[str] = DIFFUSERS_WEIGHTS  # one of them must exist
     optional: str = ""  # the sub-folder without which it is left out
 
 
 PARTS = {
     "denoiser": Part(tuple(DENOISERS)),  # in `unet` or `transformer`
     "vae": Part(AUTOENCODERS),
-    "scheduler": Part(files=SCHEDULER_FILES),
-    "text_encoder": Part(
-        ("CLIPTextModel",), "transformers", TRANSFORMERS_WEIGHTS, optional="text_encoder"
-    ),
-    "tokenizer": Part(
-        ("CLIPTokenizer",),
-        "transformers",
-        ("vocab.json", "tokenizer.json"),
-        optional="text_encoder",
-    ),
-    "image_normalizer": Part(("StableUnCLIPImageNormalizer",), STABLE_DIFFUSION),
-    "image_noising_scheduler": Part(files=SCHEDULER_FILES),
-    "code_adapter": Part(
-        ("CodeAdapter",), "seed_multimodal.models.seed.code_adapter", TRANSFORMERS_WEIGHTS
-    ),
-    "safety_checker": Part(
-        ("StableDiffusionSafetyChecker",),
-        f"{STABLE_DIFFUSION}.safety_checker",
-        TRANSFORMERS_WEIGHTS,
-        optional="safety_checker",
-    ),
-    "feature_extractor": Part(
-        ("CLIPImageProcessor",),
-        "transformers",
-        ("preprocessor_config.json",),
-        optional="safety_checker",
-    ),
+    **{name: Part(**row) for name, row in read_table(__file__).items()},
 }
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
 # Attributes of de-tokenizers with weights, in order of use.
@@ -334,15 +306,24 @@ class Detokenizer(Generic[Settings]):
 
         # 2. The images.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        denoising = self.prepare(checked, generators, embeds, negative_embeds, condition_images)
-        latents = self.denoise(checked, generators, denoising)
+        latents = self.denoise(checked, generators, embeds, negative_embeds, condition_images)
         images = self.to_images(latents)
         for hook in self._hooks:
             hook.offload()
         return images
 
-    def denoise(self, settings: Settings, generators: Generators, denoising: Denoising) -> Tensor:
-        """The denoising loop, of what `prepare` gives: latents `[B, C, h, w]` in float32."""
+    def denoise(
+        self,
+        settings: Settings,
+        generators: Generators,
+        embeds: Tensor | Sequence[Tensor],
+        negatives: Tensor | None = None,
+        images: Sequence[Image.Image | None] | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """The denoising loop: latents `[B, C, h, w]` in float32; arguments as of `prepare`."""
+        denoising = self.prepare(settings, generators, embeds, negatives, images, start)
+
         # 1. The scheduler.
         scheduler = self.scheduler
         if settings.preset == "fast":

@@ -325,8 +325,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
             detection = self.family.detection(message.images[-1], ids, opened=not is_tuned)
             task.notes.add(*detection.problems)
             detections.append(detection)
-        if self.log:
-            self._log_notes(tasks)
+        self._log_notes(tasks)
         return detections[0] if single else detections
 
     def draw(
@@ -428,8 +427,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         # 1. The settings.
         if force_image and images == "never":
             raise RequestError("force_image and images='never' ask for opposite things.")
-        if previews and not stream:
-            raise ConfigError("The option 'previews' is of streams.")
+        lengths = self._preview_lengths(previews, stream)
         if force_image:
             images = "forced"
         conversation = read_messages(messages, images_first=self.config.tuned)
@@ -447,7 +445,6 @@ class MultimodalSystem(TaskRunner, HubUpload):
             if drawing_options:
                 self.images.check_drawing(**drawing_options)
             drawing_options["should_stop"] = settings.should_stop
-            lengths = self._preview_lengths(previews)
             drawing = Drawing([settings.seed or 0], drawing_options, lengths, reads_back)
 
         # 2. The answer; a forced image follows the task's response.
@@ -477,8 +474,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         tasks = self._text_tasks(kind, conversations, options)
         events = self.run(tasks, batch_size=batch_size)
         texts = [self.family.text(event["answer"], kind) for _, event in events]
-        if self.log:
-            self._log_notes(tasks)
+        self._log_notes(tasks)
         return texts[0] if single else texts
 
     def _text_tasks(
@@ -514,9 +510,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         if "images" in options:
             raise ConfigError("The option 'images' is of chats; a drawing is always an image.")
         stream = options.pop("stream", False)
-        previews = options.pop("previews", None)
-        if previews and not stream:
-            raise ConfigError("The option 'previews' is of streams.")
+        lengths = self._preview_lengths(options.pop("previews", None), stream)
         negatives = options.pop("negative_prompt", None)
         if negatives is None or isinstance(negatives, str):
             negatives = [negatives] * len(conversations)
@@ -524,7 +518,6 @@ class MultimodalSystem(TaskRunner, HubUpload):
         self.images.check_drawing(**drawing)
         drawing["should_stop"] = options.get("should_stop")
         drawing["batch_size"] = min(batch_size, DRAWING_BATCH)
-        lengths = self._preview_lengths(previews) if stream else ()
 
         # 2. Of greedy settings, further images are sampled.
         options["images"] = "forced"
@@ -560,13 +553,13 @@ class MultimodalSystem(TaskRunner, HubUpload):
         if stream:
             return (event for _, event in events if event["type"] != "done")
         images = [event["image"] for _, event in events if event["type"] == "image"]
-        if self.log:
-            self._log_notes(tasks)
+        self._log_notes(tasks)
         return images[0] if single and num_images == 1 else images
 
     def _log_notes(self, tasks: Sequence[Task]) -> None:
         """Log what should be known about requests: once what is true of all."""
-        assert self.log is not None
+        if self.log is None:
+            return
         requests = [*{id(task.notes): task.notes for task in tasks}.values()]
         sentences = dict.fromkeys(sentence for notes in requests for sentence in notes)
         for sentence in sentences:
@@ -577,12 +570,16 @@ class MultimodalSystem(TaskRunner, HubUpload):
             for index in of_requests:
                 self.log(f"Request {index}: {sentence}")
 
-    def _preview_lengths(self, previews: Sequence[int] | None) -> Sequence[int]:
-        """Numbers of codes after which an unfinished image is shown; `previews`: as of `chat`."""
+    def _preview_lengths(self, previews: Sequence[int] | None, stream: bool) -> Sequence[int]:
+        """Numbers of codes after which a stream shows an unfinished image; `previews`: as of
+        `chat`."""
+        if previews and not stream:
+            raise ConfigError("The option 'previews' is of streams.")
         if previews is None:
             previews = self.config.previews
         lengths = check_value(Sequence[int], previews, "previews", minimum=1)
-        return lengths if self.images.progressive and self.images.can_draw else ()
+        is_shown = stream and self.images.progressive and self.images.can_draw
+        return lengths if is_shown else ()
 
     def _pop_drawing_options(self, options: Options) -> tuple[Options, bool]:
         """Take out of `options` the settings of the de-tokenizer, and whether drawings are

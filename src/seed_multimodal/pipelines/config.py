@@ -414,33 +414,25 @@ def _of_folder(name: str | Path) -> SystemConfig:
     folder = locate_system(name) or find_folder(name, WEIGHT_PATTERNS, advice)
     if (folder / SYSTEM).is_file():
         return SystemConfig.read(folder)
-    is_checkpoint = (folder / ADAPTER_CONFIG).is_file()
-    config = _of_checkpoint(folder) if is_checkpoint else _recognise(folder)
-    config.found = dataclasses.replace(config.found, name=str(folder))
-    return config
 
-
-def _recognise(folder: Path) -> SystemConfig:
-    """The system of a folder without `system.json`.
-
-    The first family knows single language models, those after it their own layouts, which may hold
-    a language model, too.
-    """
+    # The first family knows single language models, those after it their own layouts, which may
+    # hold a language model, too.
+    config: SystemConfig | None = None
+    if (folder / ADAPTER_CONFIG).is_file():
+        config = _of_checkpoint(folder)
     for spec in reversed(families()):
-        config: SystemConfig | None = spec.config.recognise(folder)
-        if config is not None:
-            return config
-    raise CheckpointError(f"{folder}: {_no_system(folder)}")
+        config = config or spec.config.recognise(folder)
+    if config is not None:
+        config.found = dataclasses.replace(config.found, name=str(folder))
+        return config
 
-
-def _no_system(folder: Path) -> str:
-    """Why a folder is no system; of a run's folder, its last checkpoint."""
+    # Of a run's folder, its last checkpoint.
     checkpoints = [*folder.glob("checkpoint-[0-9]*")]
     if checkpoints:
         last = max(checkpoints, key=lambda path: (len(path.name), path.name))
-        return f"is the folder of a run; name a checkpoint: {last}."
-    return (
-        f"holds no system: neither {SYSTEM}, nor the folders of an original model, nor a "
+        raise CheckpointError(f"{folder}: is the folder of a run; name a checkpoint: {last}.")
+    raise CheckpointError(
+        f"{folder}: holds no system: neither {SYSTEM}, nor the folders of an original model, nor a "
         "language model or an image tokenizer."
     )
 

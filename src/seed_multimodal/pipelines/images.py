@@ -158,7 +158,14 @@ class ImageCodec(ThreadState):
         """The family's de-tokenizer, loaded on first use. Raises CheckpointError: none."""
         with self._lock:
             if self._decoder is None:
-                self._decoder = self._new_decoder()
+                if self.load_decoder is None:
+                    raise CheckpointError(
+                        f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
+                    )
+                with quiet_loading("diffusers", "transformers"):
+                    self._decoder = self.load_decoder()
+                for part in self._decoder.parts.values():
+                    avoid_slow_bfloat16(part)
                 self.offload(self._offload)
                 if self.compiled:
                     compile_blocks(self._decoder.denoiser)
@@ -186,17 +193,6 @@ class ImageCodec(ThreadState):
         """
         if self.load_decoder is not None or not self.can_draw:
             _ = self.decoder
-
-    def _new_decoder(self) -> Detokenizer[Any]:
-        if self.load_decoder is None:
-            raise CheckpointError(
-                f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
-            )
-        with quiet_loading("diffusers", "transformers"):
-            decoder = self.load_decoder()
-        for part in decoder.parts.values():
-            avoid_slow_bfloat16(part)
-        return decoder
 
     def offload(self, parts: Collection[str]) -> None:
         """Keep these of "encoder" and "decoder" on the CPU while idle."""

@@ -74,14 +74,14 @@ class GeneratedAnswer:
 class Undrawn:
     """A complete image of an answer.
 
-    text: of the answer, before the image. answer: if it is complete.
+    parts: of the answer so far. answer: if it is complete.
     """
 
     task: Task
     prompt: Prompt
     part: ImagePart
     input: Any  # of the codec's `draw`
-    text: str
+    parts: Sequence[object]
     answer: Answer | None = None
 
 
@@ -162,8 +162,9 @@ class TaskRunner:
                     item.single_image()
                 parts = [part for part in answer.parts if isinstance(part, ImagePart)]
                 for part, image_input in zip(parts, item.inputs, strict=True):
-                    text = text_before(answer.parts, part)
-                    images.append(Undrawn(task, item.prompt, part, image_input, text, answer))
+                    images.append(
+                        Undrawn(task, item.prompt, part, image_input, answer.parts, answer)
+                    )
             images = [image for image in images if image.task.drawing is not None]
             for task, event in self._drawn(images, n_images) if images else ():
                 yield task, event
@@ -305,8 +306,8 @@ class TaskRunner:
                     event["image"] = None
                     if drawing is not None:
                         (image_input,) = self.family.image_inputs([part], request)
-                        text = text_before(request.reader.parts, part)
-                        yield from self._drawn([Undrawn(task, prompt, part, image_input, text)])
+                        parts = request.reader.parts
+                        yield from self._drawn([Undrawn(task, prompt, part, image_input, parts)])
                         continue
                 yield task, event
         except Stopped:  # before the drawing of an image
@@ -338,11 +339,10 @@ class TaskRunner:
         for length in drawing.previews if rows[0].answer else ():  # others were shown
             first_codes = [list(row.input[:length]) for row in rows]
             previews = self._previews(rows[0].task, first_codes, seeds)
-            for index, (row, codes, preview) in enumerate(
-                zip(rows, first_codes, previews, strict=True)
-            ):
+            shown = zip(rows, first_codes, previews, strict=True)
+            for index, (row, codes, preview) in enumerate(shown, first_index):
                 event: Event = {"type": "image_preview", "codes": codes, "image": preview}
-                yield row.task, {**event, "index": first_index + index}
+                yield row.task, {**event, "index": index}
 
         # 3. The images.
         inputs = [row.input for row in rows]
@@ -350,18 +350,13 @@ class TaskRunner:
         pictures = self.family.draw(inputs, prompts, seeds, drawing.settings)
         if drawing.reads_back:
             self._read_back(rows, pictures, first_index)
-        for index, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        for index, (row, picture) in enumerate(zip(rows, pictures, strict=True), first_index):
             row.part.image = picture
-            event = {
-                "type": "image",
-                "part": row.part,
-                "image": picture,
-                "index": first_index + index,
-            }
+            event = {"part": row.part, "image": picture, "index": index}
             event["codes"] = list(row.part.codes)
             if row.answer is not None:
-                event |= _done(row.task, row.answer) | {"type": "image"}
-            yield row.task, event
+                event |= _done(row.task, row.answer)
+            yield row.task, {**event, "type": "image"}
 
     def _previews(
         self, task: Task, codes: Sequence[Sequence[int]], seeds: Sequence[int]
@@ -412,7 +407,7 @@ class TaskRunner:
             is_only = len(rows) == 1 and first_index == 0
             which = "The image" if is_only else f"Image {first_index + index}"
             request_text = "" if isinstance(row.task.request, Prompt) else row.task.request[-1].text
-            claim = without_verdict(row.text, self.tasks.answer_after)
+            claim = without_verdict(text_before(row.parts, row.part), self.tasks.answer_after)
             described = described_before.get(id(before.get(index)))
             note = note_of(phrases, which, request_text, claim, described, descriptions[index])
             picture.info |= {DESCRIPTION: descriptions[index], NOTE: note}

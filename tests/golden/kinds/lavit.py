@@ -32,7 +32,7 @@ from seed_multimodal.models.lavit.modeling import (
     causal_mask,
     dropped_mask,
 )
-from seed_multimodal.models.lavit.pipeline import DRAWING, LavitFamily
+from seed_multimodal.models.lavit.pipeline import LavitFamily
 from seed_multimodal.models.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
@@ -298,7 +298,7 @@ def check_case(case, llm, tokenizer, rows: Tensor, outputs: Tensors):
     if of_images:  # the original generated as many new tokens as the longest prompt has
         renamed["max_new_tokens"] = max(map(len, positives))
     settings = GenerationSettings(
-        **{**DRAWING, "guidance": 4.0, "images": "forced", **renamed}  # the original's defaults
+        **{**LavitFamily.defaults["draw"], "images": "forced", **renamed}  # the original's defaults
     )
 
     # 2. Scores while no answer is finished. A pass has rows of prompts and negative prompts.

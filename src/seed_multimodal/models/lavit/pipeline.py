@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.config import read_table
 from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.images.io import ImageSource, code_row
 from seed_multimodal.inference.prompt import Prompt
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 
 
 MAX_BATCH = 16  # images in one pass of the vision encoder
-# Generation settings of the original programs.
-UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
-DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 DRAWING_TASKS = ("draw", "edit")
 
 Encode = Callable[..., list[Any]]  # pixels, `mode` and `generator` → what it computes of each
@@ -190,19 +188,7 @@ class LavitFamily(Family):
     tokenizer: LavitTokenizer | HubLavitTokenizer
     prompts_are_ids = False
     answers_only_about_images = True
-    defaults = {
-        "describe": {**UNDERSTANDING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
-        "ask": {
-            **UNDERSTANDING,
-            "num_beams": 5,
-            "max_new_tokens": 10,
-            "min_new_tokens": 2,
-            "length_penalty": 0.0,
-            "early_stopping": True,
-        },
-        "draw": {**DRAWING, "guidance": 4.0},
-        "edit": {**DRAWING, "guidance": 5.0},
-    }
+    defaults = read_table(__file__)
 
     # Of short answers; None: spaCy's, loaded with the first answer.
     lemmatizer: Callable[[str], str] | None = None
@@ -235,7 +221,7 @@ class LavitFamily(Family):
             vocabulary = self.tokenizer.vocabulary
             settings["stop_token_ids"] = (vocabulary.eoi_id,)
             # The images of a small model may have fewer codes than the original's minimum.
-            if {**DRAWING, **settings}["min_new_tokens"] > vocabulary.tokens_per_image:
+            if {**self.defaults[task], **settings}["min_new_tokens"] > vocabulary.tokens_per_image:
                 settings["min_new_tokens"] = 1
         return settings
 

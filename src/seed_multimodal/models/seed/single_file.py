@@ -20,7 +20,6 @@ from seed_multimodal.progress import import_library
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, tensors_below
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
     from transformers import PreTrainedModel
 
 Params = dict[str, Any]  # `model.params` of an original YAML file
@@ -68,10 +67,19 @@ def load_single_file(
     vae = _convert(diffusers.AutoencoderKL, "vae", tensors, params, file, dtype)
     vae.encoder = None
     vae.quant_conv = None
+    scheduler = diffusers.PNDMScheduler(  # the original's PLMS
+        num_train_timesteps=params["timesteps"],
+        beta_start=params["linear_start"],
+        beta_end=params["linear_end"],
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
     return {
         "denoiser": unet,
         "vae": vae,
-        "scheduler": _scheduler(params),
+        "scheduler": scheduler,
         "text_encoder": _text_encoder(tensors, params, file, dtype),
     }
 
@@ -112,21 +120,6 @@ def _convert(
             f"{file}: not Stable Diffusion 1's {name} ({first_line(error)})."
         ) from error
     return load_diffusers_network(network_class, config, state, f"{file}: {name}", dtype)
-
-
-def _scheduler(params: Params) -> SchedulerMixin:
-    """The original's PLMS, as in the diffusers folder of Stable Diffusion 1.4."""
-    from diffusers import PNDMScheduler
-
-    return PNDMScheduler(
-        num_train_timesteps=params["timesteps"],
-        beta_start=params["linear_start"],
-        beta_end=params["linear_end"],
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 def _text_encoder(
