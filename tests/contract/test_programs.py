@@ -34,6 +34,10 @@ src/inference/eval_seed_x_detokenizer.py --model {seed_x} --image image.png
     -> vis/image_recon.jpg 16x16
 src/inference/eval_seed_x_detokenizer_with_condition.py --model {seed_x} --image image.png
     -> vis/image_recon_with_condition.jpg 20x13
+src/inference/eval_seed_x_detokenizer.py --model {seed} --image image.png
+    -> vis/image_recon.jpg 16x16
+src/inference/eval_img2edit_seed_x_edit.py --model {seed} --image image.png
+    -> vis/1_Make it under the sunset.jpg 16x16
 src/inference/eval_text2img_seed_x.py --model {seed_x} --prompt cat -> vis/cat.png 16x16
 src/inference/eval_text2img_seed_x_i.py --model {seed_x} --prompt cat -> vis/cat.png 16x16
 src/inference/eval_img2edit_seed_x_edit.py --model {seed_x} --image image.png
@@ -109,6 +113,7 @@ scripts/seed_llama_inference_14B.py --device cpu -> pretrained/seed_llama_14b_sf
 scripts/seed_llama_inference_8B.py --model {seed} --tokenizer a.yaml -> --tokenizer
 scripts/seed_llama_inference_8B.py --engine openai -> --model 8b
 src/inference/eval_text2img_seed_x.py --model {seed_x} --llm a.yaml -> --llm
+src/inference/eval_seed_x_detokenizer_with_condition.py --model {seed} --image image.png -> SEED-X
 src/lavit/evaluate.py --model_path {lavit} --annopath absent.json -> absent.json
 # Data lie in the original's folders.
 src/lavit/evaluate.py --model_path {lavit} --task_name caption --dataset nocaps
@@ -134,6 +139,21 @@ MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_story.py
     --tokenizer absent.yaml --data absent.yaml --save_dir out -> absent.yaml
 MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_video.py
     --tokenizer absent.yaml --data absent.yaml --save_dir out -> absent.yaml
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel.py --tokenizer absent.yaml
+    --data absent.yaml --save_dir out --shard 2/2 -> --shard
+MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel.py --tokenizer absent.yaml
+    --data absent.yaml --save_dir out --device cuda:1 --gpus 4 -> cuda:1
+# Wrong settings of a training.
+MultiModalLLM/src/train/train.py output_dir=x --learning_rat 1 -> '--learning_rate'
+MultiModalLLM/src/train/train.py output_dir=x --num_train_epochs 3 -> --max_steps
+MultiModalLLM/src/train/train.py output_dir=x --max_steps many -> max_steps
+MultiModalLLM/src/train/train.py output_dir=x optim=pretrian -> 'pretrain'
+MultiModalLLM/src/train/train.py output_dir=log/lr=1e-4 -> quotes
+MultiModalLLM/src/train/train.py output_dir=x trainer.max_stepz=3 -> 'max_steps'
+MultiModalLLM/src/train/train.py output_dir=x trainer.precision=fp8 -> precision
+MultiModalLLM/src/train/train.py output_dir=x trainr.max_steps=3 -> 'trainer'
+MultiModalLLM/src/train/train.py output_dir=x tokenizer.pretrained_model_name_or_path=null
+    -> pretrained_model_name_or_path
 seed convert absent.pt -> absent.pt
 seed plot absent -> absent
 seed export-tokenizer --stage2 absent.pth --out out -> absent.pth
@@ -163,6 +183,38 @@ seed data check images -> seed_x.caption
 seed data check absent.jsonl --decoder chats --tokenizer absent -> did you mean 'chat'
 seed data convert absent.tar --out out -> absent.tar
 seed data index absent.jsonl -> absent.jsonl
+# Wrong values.
+seed reconstruct image.png --model {seed} --codes 33 -> 32
+seed reconstruct image.png --model {seed} --codes 8,16 --out one.png -> one.png
+seed reconstruct image.png --model {seed} --codes-file nowhere.jsonl -> --codes-file
+seed reconstruct image.png --model {seed} --steps 0 -> num_inference_steps
+seed draw fox --model {seed} --out pic.heic -> pic.heic
+seed draw fox --model {seed} --out pic.psd -> .png
+seed draw fox fish --model {seed} --out - -> -
+seed draw apple --model {seed} -n 2 --codes 8 -> --codes
+seed chat --message fox --model {seed} --out a.png -> a.png
+seed chat --image nowhere.png --message x --model {seed} -> nowhere.png
+seed chat --image - --model {seed} -> --message
+seed chat --image . --message x --model {seed} -> name its files
+seed edit image.png green --model {seed} --max-new-tokens 20 -> 20
+seed edit image.png green --model {seed} --out image.png/x -> image.png
+seed edit image.png green --model {seed} --temperature -1 -> temperature
+seed describe image.png --model {seed} --top-p nan -> top_p
+seed describe image.png --model {seed} --kv-cache inf -> kv_cache
+# Nothing can be made of these, known before a model is loaded.
+seed reconstruct image.png --condition image.png --model nano -> SEED-X
+seed reconstruct image.png --condition {seed}/system.json --model nano-x -> text
+seed init mine -> --llm
+seed init mine --llm nowhere/at/all --encoder absent -> nowhere/at/all
+seed init mine --llm Qwen/Qwen3-0.6B --encoder absent -> HF_HUB_OFFLINE
+seed init mine --size tiny --encoder pretrained/siglip2 -> pretrained/siglip2
+seed init mine --size tiny --data nowhere/pairs -> nowhere/pairs
+seed init mine --size tiny --chats nowhere.json -> nowhere.json
+# Classes of transformers that have no small network, or none that fits.
+seed init mine --size tiny --llm bert -> bert
+seed init mine --size tiny --llm qwen3_5 -> vocab_size
+seed init mine --size tiny --encoder hiera -> [7, 7]
+seed init mine --size tiny --encoder ijepa -> ijepa
 """)
 
 
@@ -219,13 +271,14 @@ def test_programs_print(command, call, capsys):
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_programs_refuse(command, call, capsys):
+def test_programs_refuse(command, call, tmp_path, capsys):
     if (ROOT / REFUSED[command]).exists():
         pytest.skip("the original weights are on this disk")
     assert call(command) == 2
     printed = capsys.readouterr()
     assert REFUSED[command] in printed.err.splitlines()[-1]
     assert "Traceback" not in printed.err and printed.out == ""
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["image.png"]  # nothing is written
 
 
 def test_every_program_and_command_has_a_row():

@@ -85,14 +85,12 @@ def test_bad_images_are_named_and_the_others_done(seed, bad, command, key):
         (("reconstruct", ROOT), "is a directory"),
         (("ask", ROOT / "README.md", os.devnull, "What?"), "is a text"),
         (("edit", os.devnull, "Put it at night."), "empty"),
-        (("reconstruct", FOX, "--condition", FOX), "SEED-X"),
-        (("reconstruct", FOX, "--condition", ROOT / "README.md", "--model", "nano-x"), "text"),
     ],
 )
 def test_wrong_files_are_named_before_a_model_loads(run_seed, flags, named):
     # A model of 13 billion parameters takes minutes to load.
-    code, lines, errors = run_seed("nano-x" if "nano-x" in flags else "nano", *flags)
-    assert code and lines == [] and named in errors and "Running on" not in errors
+    code, lines, errors = run_seed("absent", *flags)
+    assert code == 1 and lines == [] and named in errors
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link, "file URL"])
@@ -283,37 +281,6 @@ def test_chat_reads_lines(seed, bad, monkeypatch):
     assert "broken.png" in errors
     assert errors.count("/reset") == 3  # the help, also at commands that lack something
     assert images_of(records(lines)[1])
-
-
-# ---- wrong values
-
-
-# Commands → what their last line names.
-REFUSED = {
-    "reconstruct {image} --codes 33": "32",
-    "reconstruct {image} --codes 8,16 --out one.png": "one.png",
-    "draw fox --out pic.heic": "pic.heic",
-    "draw fox --out pic.psd": ".png",
-    "draw fox fish --out -": "-",
-    "chat --message fox --out a.png": "a.png",
-    "chat --image nowhere.png --message x": "nowhere.png",
-    "chat --image -": "--message",
-    "chat --image . --message x": "name its files",
-    "reconstruct {image} --codes-file nowhere.jsonl": "--codes-file",
-    "reconstruct {image} --steps 0": "num_inference_steps",
-    "draw apple -n 2 --codes 8": "--codes",
-    "edit {image} green --max-new-tokens 20": "20",
-    "edit {image} green --out {image}/x": "cat.jpg",
-    "edit {image} green --temperature -1": "temperature",
-    "describe {image} --top-p nan": "top_p",
-    "describe {image} --kv-cache inf": "kv_cache",
-}
-
-
-@pytest.mark.parametrize("command", REFUSED)
-def test_wrong_values_are_named(seed, command):
-    code, lines, errors = seed(*command.format(image=CAT).split())
-    assert (code, lines) == (2, []) and REFUSED[command] in errors.splitlines()[-1]
 
 
 def test_names_are_printed_in_one_line(seed, tmp_path):

@@ -14,7 +14,7 @@ from real_processes import run_process
 from repository import APPLICATION, ROOT
 
 from seed_multimodal.cli.init import init
-from seed_multimodal.cli.main import build_parser, main
+from seed_multimodal.cli.main import build_parser
 from seed_multimodal.cli.recipe import SCRIPT, Step, script_lines
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
@@ -110,33 +110,6 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         assert path in (out / "README.md").read_text()
         assert needed is not None and (path in needed[1]) == (decoder == "unclip")
     assert load_text_tokenizer(out / "llm_tokenizer").vocabulary.n_codes == 64
-
-
-# Flags → what the refusal names; `seed init` without any needs --llm and --encoder.
-REFUSED = {
-    "": "--llm",
-    "--llm nowhere/at/all": "nowhere/at/all",
-    "--llm Qwen/Qwen3-0.6B": "HF_HUB_OFFLINE",
-    "--encoder pretrained/siglip2": "pretrained/siglip2",
-    "--data nowhere/pairs": "nowhere/pairs",
-    "--chats nowhere.json": "nowhere.json",
-    # Classes of transformers that have no small network, or none that fits.
-    "--size tiny --llm bert": "bert",
-    "--size tiny --llm qwen3_5": "vocab_size",
-    "--size tiny --encoder hiera": "[7, 7]",
-    "--size tiny --encoder ijepa": "ijepa",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", REFUSED)
-def test_parts_that_cannot_be_used_are_named(parts, flags, tmp_path, capsys):
-    argv = ["init", str(tmp_path / "mine"), *flags.split()]
-    if flags:
-        argv[1:1] = ["--llm", str(parts / "llm"), "--encoder", str(parts / "encoder")]
-    assert main(argv) == 2
-    assert REFUSED[flags] in capsys.readouterr().err
-    assert not (tmp_path / "mine").exists()
 
 
 @pytest.mark.slow

@@ -132,27 +132,6 @@ def test_translate_flags_of_the_original(arguments, overrides):
     ] == overrides
 
 
-# Arguments, and what the error names.
-WRONG = [
-    ("--learning_rat 1", "'--learning_rate'"),
-    ("--num_train_epochs 3", "--max_steps"),
-    ("--max_steps many", "max_steps"),
-    ("optim=pretrian", "'pretrain'"),
-    ("output_dir=log/lr=1e-4", "quotes"),
-    ("trainer.max_stepz=3", "'max_steps'"),
-    ("trainer.precision=fp8", "precision"),
-    ("trainr.max_steps=3", "'trainer'"),
-    ("tokenizer.pretrained_model_name_or_path=null", "pretrained_model_name_or_path"),
-]
-
-
-@pytest.mark.parametrize("arguments, named", WRONG, ids=[row[0] for row in WRONG])
-def test_compose_and_read_with_a_wrong_setting(arguments, named, files):
-    chosen = [f"{group}={file}" for group, file in files.items()]
-    with pytest.raises(ConfigError, match=named):
-        LlmTask.run_type.read(runs.compose([*chosen, "output_dir=x", *arguments.split()]))
-
-
 @pytest.mark.parametrize("group", ["model", "data"])
 def test_main_with_a_target_that_is_not_allowed(group, files, tmp_path, capsys):
     # A configuration of a stranger must not start a program.

@@ -113,15 +113,6 @@ def test_programs_with_several_images(project, prompts):
     assert sorted(file.name for file in Path("vis").iterdir()) == ["car.png", "men.png"]
 
 
-def test_detokenizers_with_a_system_of_codes(tiny_folder, tmp_path, monkeypatch, capsys):
-    # As with `--model nano`, which has neither embeddings nor condition images.
-    monkeypatch.chdir(tmp_path)
-    for name, code in (("eval_seed_x_detokenizer", 0), ("eval_img2edit_seed_x_edit", 0)):
-        assert run(name, f"--model {tiny_folder}") == code
-    assert run("eval_seed_x_detokenizer_with_condition", f"--model {tiny_folder}") == 2
-    assert "SEED-X" in capsys.readouterr().err
-
-
 # ---- missing weights, wrong configurations
 
 

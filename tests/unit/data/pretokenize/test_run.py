@@ -16,7 +16,6 @@ from real_processes import processes_with, wait_until
 from repository import APPLICATION, NANO
 from tiny import read_json, write_json
 
-from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
@@ -247,20 +246,3 @@ def test_run_without_a_usable_record(start, tmp_path, capfd):
         assert start(tmp_path / "out", data={"files": str(tmp_path / "a.json")}) == 1
         log = capfd.readouterr().err
         assert "bad 7" in log and "no record was written" in log
-
-
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--shard", "2/2"], "--shard"),
-        (["--device", "cuda:1", "--gpus", "4"], "cuda:1"),
-    ],
-)
-def test_extraction_script_wrong_flags(flags, named, data, tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(APPLICATION)
-    required = (
-        f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
-        f"--save_dir {tmp_path / 'out'} --device cpu"
-    ).split()
-    assert extraction_script("caption", "tool", "text", [*required, *flags]) == 2
-    assert named in capfd.readouterr().err
