@@ -378,10 +378,10 @@ class BaseEngine(ABC):
         forced_ids = forced_ids or [()] * len(prompts)
         for prompt, first_settings, ids in zip(prompts, settings, forced_ids, strict=True):
             is_one_search = first_settings.num_beams > 1
-            for answer in range(1 if is_one_search else first_settings.num_return_sequences):
+            for index in range(1 if is_one_search else first_settings.num_return_sequences):
                 seed = first_settings.seed
                 if seed is not None:
-                    seed = (seed + answer) % 2**63
+                    seed = (seed + index) % 2**63
                 copy_settings = replace(first_settings, seed=seed)
                 sequences.append(self._begun(Request(prompt, copy_settings, (), records, ids)))
 
