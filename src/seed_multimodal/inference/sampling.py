@@ -87,7 +87,7 @@ class ImageConstraints:
         # 3. What breaks an image; padding of the output layer.
         for state, grammar in zip(states, grammars, strict=True):
             if state not in self._forbidden:
-                allowed = [id for id in range(vocabulary.size) if grammar.allows(id)]
+                allowed = [id for id in grammar.candidates() if grammar.allows(id)]
                 mask = torch.ones_like(scores[0], dtype=torch.bool)
                 mask[allowed] = False
                 self._forbidden[state] = mask

@@ -73,7 +73,8 @@ class Answer:
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()  # the generated tokens
-    notes: Sequence[str] = ()  # sentences about the request and the answer, see `pipelines.tasks`
+    # Sentences about the request and the answer, see `pipelines.tasks`.
+    notes: Sequence[str] = field(default=(), compare=False)
     answer_after: str = ""  # of `TaskPrompts`; a verdict is in `parts`, not in `text`
     prompt_tokens: int = field(default=0, compare=False)  # of `chat`
     # "stop"; "length": no end within the tokens; "cancelled"

@@ -207,6 +207,15 @@ class ImageGrammar:
         ends = self.budget == 0 and self.length > 0 and self.n_in_image is None
         return n_codes, fits, ends and self.end_id is not None
 
+    def candidates(self) -> Sequence[int]:
+        """Tokens of which some may follow: in an image those of images, and ignored ones."""
+        vocabulary = self.vocabulary
+        if self.n_in_image is None:
+            return range(vocabulary.size)
+        codes = range(vocabulary.code_start, vocabulary.code_start + vocabulary.n_codes)
+        ignored = range(vocabulary.ignored_below_id)
+        return [*ignored, *codes, vocabulary.boi_id, vocabulary.eoi_id]
+
     def allows(self, id: int) -> bool:
         """Whether a token may follow."""
         vocabulary = self.vocabulary

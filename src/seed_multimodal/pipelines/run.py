@@ -312,7 +312,19 @@ class TaskRunner:
                 yield task, event
         except Stopped:  # before the drawing of an image
             pass
-        yield task, _done(task, self._read(task, request).answer)
+
+        # 3. What the answer lacks.
+        answer = self._read(task, request).answer
+        n_tokens = len(answer.ids)
+        vocabulary = self.tokenizer.vocabulary
+        needed = 0 if vocabulary.image_only_when_forced else vocabulary.image_length
+        is_cut = answer.finish_reason == "length" and n_tokens < needed
+        if is_cut and task.generation.images != "never":
+            task.notes.add(
+                f"The answer was cut off after {n_tokens} tokens; an image needs {needed}."
+            )
+        task.notes.add(*self.family.boxes(answer)[1])
+        yield task, _done(task, answer)
 
     # ---- images
 

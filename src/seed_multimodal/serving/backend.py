@@ -500,21 +500,15 @@ class Backend:
 
         # 4. What is known at the end: the last event has the answer.
         answer = event["answer"]
-        edges_of_boxes, problems = self.system.family.boxes(answer)
+        edges_of_boxes, _ = self.system.family.boxes(answer)
         # They are on the last image; boxes of a text alone have none to be drawn on.
         boxes = [{"image": len(images) - 1, "box": edges} for edges in edges_of_boxes if images]
-        n_tokens = len(answer.ids)
-        needed = 0 if self.vocabulary.image_only_when_forced else self.vocabulary.image_length
-        if answer.finish_reason == "length" and n_tokens < needed and request.images != "never":
-            problems.append(
-                f"The answer was cut off after {n_tokens} tokens; an image needs {needed}."
-            )
         n_reasoning = len(self.system.tokenizer.encode(answer.reasoning))
         details = f"{request.usage_names[1]}_tokens_details"
         usage = {details: {"reasoning_tokens": n_reasoning}}
         yield {
             "boxes": boxes,
-            "notes": event["notes"] + problems,
+            "notes": event["notes"],
             "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
             "usage": usage_of(answer, *request.usage_names) | usage,
         }
