@@ -281,6 +281,11 @@ def replace_text(file: Path, text: str) -> None:
         handle.write(text.encode(errors="backslashreplace"))
 
 
+def replace_json(file: Path, value: object) -> None:
+    """Write a JSON file, as `replace_text`."""
+    replace_text(file, json.dumps(value, indent=1) + "\n")
+
+
 def replace_folder(temporary: Path, target: Path) -> None:
     """Rename a finished folder to `target`, then remove the old one. Raises OSError."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")

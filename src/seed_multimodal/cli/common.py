@@ -47,7 +47,7 @@ from seed_multimodal.images.io import StoredImage, read_string, save_image
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
-from seed_multimodal.settings import Dataclass, DataclassInstance, nearest, read_settings
+from seed_multimodal.settings import Dataclass, nearest
 
 if TYPE_CHECKING:
     from seed_multimodal.images.io import ImageSource
@@ -180,11 +180,8 @@ def add_command(
     return parser
 
 
-def add_settings(parser: ArgumentParser, kind: Dataclass, separator: str = "-") -> None:
-    """A flag for each setting of a dataclass that has a help text; values are those of the text.
-
-    separator: of words in flags.
-    """
+def add_settings(parser: ArgumentParser, kind: Dataclass) -> None:
+    """A flag for each setting of a dataclass that has a help text; values are those of the text."""
     for field in fields(kind):
         options = {
             name: field.metadata[name]
@@ -199,19 +196,13 @@ def add_settings(parser: ArgumentParser, kind: Dataclass, separator: str = "-") 
             options |= {"action": "extend", "nargs": "+"}
         if field.default is MISSING:
             options["required"] = True
-        flags = field.metadata.get("flag", "--" + field.name.replace("_", separator))
+        flags = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
         parser.add_argument(*flags.split(), dest=field.name, **options)
-
-
-def read_flags(args: Namespace, kind: type[DataclassInstance]) -> None:
-    """Replace the flags of `add_settings` by settings with types and defaults. Raises
-    ConfigError."""
-    vars(args).update(vars(read_settings(kind, set_flags(args, kind), "flags")))
 
 
 def set_flags(args: Namespace, kind: Dataclass) -> Options:
     """The settings of a dataclass that flags have set."""
-    return _values_of(args, *(field.name for field in fields(kind)))
+    return values_of(args, *(field.name for field in fields(kind)))
 
 
 def _ratios() -> list[str]:
@@ -243,7 +234,7 @@ def add_condition_flags(parser: ArgumentParser) -> None:
 
 def chosen_settings(args: Namespace) -> Options:
     """The flags of generation and drawing that were set."""
-    return _values_of(args, *SETTINGS)
+    return values_of(args, *SETTINGS)
 
 
 # ---- loading
@@ -271,7 +262,7 @@ def load_system(
             image_device=image_device,
             load_decoder=load_decoder,
             log=log,
-            **_values_of(args, *LOADING_FLAGS, *LANGUAGE_MODEL_FLAGS),
+            **values_of(args, *LOADING_FLAGS, *LANGUAGE_MODEL_FLAGS),
         )
         limit_threads(system.llm, system.images.model)
     return system
@@ -284,13 +275,13 @@ def load_images(args: Namespace, name: str | SystemConfig | None = None) -> Imag
         from seed_multimodal.pipelines.images import open_images
 
         codec: ImageCodec = open_images(
-            name or args.model, log=log_line, **_values_of(args, *LOADING_FLAGS)
+            name or args.model, log=log_line, **values_of(args, *LOADING_FLAGS)
         )
         limit_threads(codec.model)
     return codec
 
 
-def _values_of(args: Namespace, *flags: str) -> Options:
+def values_of(args: Namespace, *flags: str) -> Options:
     """The values of those flags that the program has and that are set."""
     values = vars(args)
     return {flag: values[flag] for flag in flags if values.get(flag) is not None}

@@ -62,6 +62,8 @@ EVALUATE_TOKENIZER = "seed_multimodal.evaluation.tokenizer:evaluate_tokenizer"
 EVALUATE_PREFIXES = "seed_multimodal.evaluation.prefix:evaluate_prefixes"
 # The program → its benchmark.
 PROGRAMS = {"eval_vqa.py": "vqa", "eval_caption.py": "caption"}
+# Flags of the system that is measured.
+_add_system = partial(add_common, seed=42, batch_size=16, language=True)
 
 
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -72,7 +74,7 @@ def eval_program(program: str, description: str, argv: Sequence[str] | None = No
         return run_program(parser, evaluate, argv)
     # Drawings without scores, with the prompts of the pretrained model.
     add_settings(parser, OriginalDrawings)
-    _add_system(parser, "generated_images", "8b", draws=True)
+    _add_system(parser, "8b", out="generated_images", generation=True, drawing=True)
     parser.set_defaults(
         benchmark="text2image", file=BUILT_IN, original=True, best_of=1, prompts="plain"
     )
@@ -92,9 +94,7 @@ def add_commands(kinds: Commands) -> None:
     prefix.set_defaults(work=partial(measure, PrefixSettings, EVALUATE_PREFIXES))
     suite = kinds.add_parser("suite", help="the papers' tables, next to published figures")
     add_settings(suite, SuiteSettings)
-    add_common(
-        suite, "nano", seed=42, out="outputs/suite", batch_size=16, language=True, drawing=True
-    )
+    _add_system(suite, "nano", out="outputs/suite", drawing=True)
     suite.set_defaults(work=run_tables)
 
     # Each benchmark.
@@ -110,21 +110,8 @@ def _add_benchmark(parser: ArgumentParser, command: str, out: str, model: str) -
     """Flags of a benchmark and of the system."""
     kind = benchmark_class(command)
     add_settings(parser, kind)
-    _add_system(parser, out, model, kind.draws)
+    _add_system(parser, model, out=out, generation=True, drawing=kind.draws)
     parser.set_defaults(work=evaluate, benchmark=command)
-
-
-def _add_system(parser: ArgumentParser, out: str, model: str, draws: bool) -> None:
-    add_common(
-        parser,
-        model,
-        seed=42,
-        out=out,
-        batch_size=16,
-        language=True,
-        generation=True,
-        drawing=draws,
-    )
 
 
 # ---- work

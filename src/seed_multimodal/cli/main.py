@@ -37,6 +37,9 @@ from seed_multimodal.entry import run_guarded
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands
 
+# Common flags of a command that generates.
+_add_generation = partial(add_common, batch_size=16, language=True, generation=True)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse's own errors exit with 2)."""
@@ -95,12 +98,3 @@ def _add_language_commands(commands: Commands) -> None:
     # Both, in a conversation.
     conversation = add_command(commands, chat.chat)
     _add_generation(conversation, out="outputs/chat", drawing=True, batch_size=0)
-
-
-def _add_generation(
-    parser: ArgumentParser, out: str = "", drawing: bool = False, batch_size: int = 16
-) -> None:
-    """Common flags of a command that generates; see `add_common`."""
-    add_common(
-        parser, out=out, batch_size=batch_size, language=True, generation=True, drawing=drawing
-    )

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.cli.common import add_command, add_flags, cat_image, emit
+from seed_multimodal.cli.common import add_command, add_flags, cat_image, emit, values_of
 from seed_multimodal.disk import output_folder, read_json_object, writing
 from seed_multimodal.entry import DONE, SOME_FAILED
 from seed_multimodal.errors import ConfigError
@@ -144,12 +144,7 @@ def assemble(args: Namespace) -> int:
     """Make the folder and print its path."""
     from seed_multimodal.pipelines.assemble import assemble_system
 
-    # The flags that were given name the parts.
-    parts = {}
-    for name in find_family(args.kind).config.parts():
-        path = getattr(args, name, None)
-        if path is not None:
-            parts[name] = path
+    parts = values_of(args, *find_family(args.kind).config.parts())
     settings = read_json_object(Path(args.settings), ConfigError) if args.settings else {}
     folder = assemble_system(args.kind, args.out, parts, settings, force=args.force)
     emit(args, {"folder": str(folder)}, f"{folder}: open it with --model {folder}")

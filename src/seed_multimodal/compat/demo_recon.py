@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import add_device, log_line, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import save_image
-from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,50 +25,15 @@ if TYPE_CHECKING:
     from seed_multimodal.compat.seed_llama import Seed1
 
 
-@dataclass
-class ReconSettings:
-    """Flags of the program."""
-
-    image: list[str] | None = setting(None, help="default: images/cat.jpg")
-    model: str = setting("pretrained", help="folder of the tokenizer (default: pretrained)")
-    out: str = setting("outputs/txt2img-samples", help="folder", flag="--out --outdir")
-    ckpt: str | None = setting(
-        None,
-        help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: that next to the "
-        "tokenizer, or in pretrained/)",
-    )
-    config: str | None = setting(
-        None, help="YAML of a --ckpt file of other sizes (default: Stable Diffusion 1's)"
-    )
-    ddim_steps: int = setting(50, help="denoising steps (default: 50)")
-    scale: float = setting(7.5, help="guidance (default: 7.5)")
-    n_samples: int = setting(6, minimum=1, help="images in a batch (default: 6)")
-    n_iter: int = setting(1, minimum=1, help="batches for each image (default: 1)")
-    n_rows: int = setting(0, help="images in a row of the grid (default: n_samples)")
-    seed: int = setting(42, help="of the starting noise (default: 42)")
-    fixed_code: bool = setting(False, const=True, help="the same noise in each iteration")
-    height: int | None = setting(
-        None, help="in pixels (default: what the model was trained on)", flag="--H"
-    )
-    width: int | None = setting(None, help="in pixels", flag="--W")
-    dpm_solver: bool = setting(False, const=True, help="sample with the DPM solver")
-    precision: str = setting("autocast", choices=("full", "autocast"), help="full: float32")
-    skip_grid: bool = setting(False, const=True, help="write no grid")
-    skip_save: bool = setting(False, const=True, help="write no single images")
-
-
 def recon_script(description: str | None, argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser = common.program_parser("demo_recon.py", str(description))
-    common.add_settings(parser, ReconSettings, "_")
-    add_device(parser, None, "by --precision")
     common.add_flags(parser, "demo_recon.py")
+    add_device(parser, None, "by --precision")
     return run_program(parser, _recon, argv)
 
 
 def _recon(args: Namespace) -> int:
-    common.read_flags(args, ReconSettings)
-
     # 1. The model.
     writable_folder(args.out, ConfigError)
     with common.loading(args):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from seed_multimodal.cli import common
 from seed_multimodal.config import read_table
 from seed_multimodal.entry import add_language_model, run_program
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import check_value, setting
+from seed_multimodal.settings import check_value
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -21,46 +20,10 @@ if TYPE_CHECKING:
 DATA: dict[str, dict[str, tuple[str, str, str | None]]] = read_table(__file__)
 
 
-@dataclass
-class EvaluationFlags:
-    """The original's flags, then ours."""
-
-    task_name: str = setting("vqa", choices=tuple(DATA), help="default: vqa")
-    model_path: str = setting("./", help="default: pretrained/LaVIT-7B-v2")
-    dtype: str = setting("bf16", help="bf16, fp16 or fp32 (default: bf16)", flag="--model_dtype")
-    annopath: str | None = setting(
-        None,
-        help="file of questions, images to describe, or captions (default: the original's place of "
-        "--dataset below data/)",
-    )
-    images: Path | None = setting(
-        None, help="folder of the images (default: the original's place)", flag="--imagepath"
-    )
-    dataset: str | None = setting(
-        None, help="vqa: vqav2 (default), okvqa, gqa, vizwiz; caption: coco, nocaps, flickr"
-    )
-    batch_size: int = setting(2, minimum=1, help="default: 2")
-    resolution: int = setting(224, minimum=1, help="of real images for FID (default: 224)")
-    truth: Path | None = setting(
-        None, help="answers or captions to compare with (default: found by name)"
-    )
-    out: str | None = setting(None, help="folder of the results (default: tmp/TASK/DATASET)")
-    limit: int | None = setting(None, minimum=1, help="the first LIMIT samples only")
-    clip: Path | None = setting(
-        None,
-        help="CLIP ViT-L/14: a folder, or OpenAI's file (default: openai_clip_ViT-L-14.bin in "
-        "--model_path, else pretrained/clip-vit-large-patch14)",
-    )
-    inception: Path | None = setting(None, help="weights of FID's network")
-    device: str | None = setting(
-        None, help="auto, cpu, cuda, cuda:N or mps (default: that of the process)"
-    )
-
-
 def evaluate_script(description: str | None, argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser = common.program_parser("evaluate.py", str(description))
-    common.add_settings(parser, EvaluationFlags, "_")
+    common.add_flags(parser, "evaluate.py")
     add_language_model(parser)
     parser.set_defaults(max_bad=20, prompts="chat")
     return run_program(parser, _evaluate, argv)
@@ -75,7 +38,6 @@ def _evaluate(args: Namespace) -> int:
     from seed_multimodal.evaluation.text2image import find_clip
 
     # 1. The data: by the flags, else at the original's paths.
-    common.read_flags(args, EvaluationFlags)
     task = args.task_name
     draws = task == "text2image"
     datasets = [*DATA[task]]

@@ -46,7 +46,7 @@ NO_FLAGS = {
 class Request:
     """A request of a program.
 
-    work: the function of `WORKS` that makes it.
+    work: the method of `Run` that makes it.
     image: the original's image. images: files of the run.
     texts: the original's texts, or those of the run. flag: of the user's; "": none.
     name: of the file of its drawing, made of {image} (the source's stem), {text}, {stem} (the
@@ -138,7 +138,7 @@ def _work(program: Program, args: Namespace) -> int:
     if program.others and len(requests) > 1:
         if not (run.is_original or run.system.config.found.original):
             requests = _resolve(program.others, args)
-    return max(WORKS[request.work](run, request) for request in requests)
+    return max(getattr(run, request.work)(request) for request in requests)
 
 
 def _requests(program: Program, args: Namespace) -> list[Request]:
@@ -228,116 +228,107 @@ class Run:
         )
         print(self.outputs.save(image, stem, suffix=suffix))
 
+    # ---- requests, by their `work`
 
-# ---- requests
+    def chat(self, request: Request) -> int:
+        """A message in the original's words: the text and the images of its answer."""
+        message = {"role": "user", "content": [*map(Path, request.images), *request.texts]}
+        answer = self.system.chat([message], seed=self.args.seed)
+        print(answer.text)
+        for image in answer.images:
+            self.save(request, image)
+        return DONE
 
-
-def _chat(run: Run, request: Request) -> int:
-    """A message in the original's words: the text and the images of its answer."""
-    message = {"role": "user", "content": [*map(Path, request.images), *request.texts]}
-    answer = run.system.chat([message], seed=run.args.seed)
-    print(answer.text)
-    for image in answer.images:
-        run.save(request, image)
-    return DONE
-
-
-def _ask(run: Run, request: Request) -> int:
-    """Questions about all images at once."""
-    images = [Path(file) for file in request.images]
-    for question in request.texts:
-        print(run.system.ask([images], question, **run.options)[0])
-    return DONE
-
-
-def _understand(run: Run, request: Request) -> int:
-    """A caption of each image, and answers to the questions."""
-
-    def answer(name: str, image: Image.Image) -> None:
-        print(f"{name}: {run.system.describe(image, seed=run.args.seed)}")
+    def ask(self, request: Request) -> int:
+        """Questions about all images at once."""
+        images = [Path(file) for file in request.images]
         for question in request.texts:
-            print(f"  {question} {run.system.ask(image, question, seed=run.args.seed)}")
+            print(self.system.ask([images], question, **self.options)[0])
+        return DONE
 
-    return common.run_each(run.args, request.images, answer, run.codec.open)
+    def understand(self, request: Request) -> int:
+        """A caption of each image, and answers to the questions."""
 
+        def answer(name: str, image: Image.Image) -> None:
+            print(f"{name}: {self.system.describe(image, seed=self.args.seed)}")
+            for question in request.texts:
+                print(f"  {question} {self.system.ask(image, question, seed=self.args.seed)}")
 
-def _detect(run: Run, request: Request) -> int:
-    """What is looked for in each image, and the image with boxes."""
-    for file in request.images:
-        for phrase in request.texts:
-            detection = run.system.detect(Path(file), phrase, **run.options)
-            print(detection.text)
-            run.save(request, detection.drawn(), file)
-    return DONE
+        return common.run_each(self.args, request.images, answer, self.codec.open)
 
+    def detect(self, request: Request) -> int:
+        """What is looked for in each image, and the image with boxes."""
+        for file in request.images:
+            for phrase in request.texts:
+                detection = self.system.detect(Path(file), phrase, **self.options)
+                print(detection.text)
+                self.save(request, detection.drawn(), file)
+        return DONE
 
-def _draw(run: Run, request: Request) -> int:
-    """Images of each text."""
-    options = {**run.options, "num_images": run.args.num_return_images}
-    template = "{}"
-    if request.prompt and run.is_original:
-        template = request.prompt
-        options["verbatim"] = True
+    def draw(self, request: Request) -> int:
+        """Images of each text."""
+        options = {**self.options, "num_images": self.args.num_return_images}
+        template = "{}"
+        if request.prompt and self.is_original:
+            template = request.prompt
+            options["verbatim"] = True
 
-    def draw(text: str) -> Sequence[Image.Image]:
-        return run.system.draw([template.format(text)], **options)
+        def draw(text: str) -> Sequence[Image.Image]:
+            return self.system.draw([template.format(text)], **options)
 
-    def save(text: str, images: Sequence[Image.Image]) -> None:
-        for image in images:
-            run.save(request, image, text=text)
+        def save(text: str, images: Sequence[Image.Image]) -> None:
+            for image in images:
+                self.save(request, image, text=text)
 
-    return common.run_each(run.args, request.texts, save, draw)
+        return common.run_each(self.args, request.texts, save, draw)
 
+    def edit(self, request: Request) -> int:
+        """Each image changed by each instruction."""
 
-def _edit(run: Run, request: Request) -> int:
-    """Each image changed by each instruction."""
+        def edit(name: str, image: Image.Image) -> None:
+            for text in request.texts:
+                self.save(request, self.system.edit(image, text, **self.options), name, text)
 
-    def edit(name: str, image: Image.Image) -> None:
-        for text in request.texts:
-            run.save(request, run.system.edit(image, text, **run.options), name, text)
+        return common.run_each(self.args, request.images, edit, self.codec.open)
 
-    return common.run_each(run.args, request.images, edit, run.codec.open)
+    def compose(self, request: Request) -> int:
+        """An image of images and texts in order; texts with the suffix of an image are files."""
+        content: list[str | Path] = []
+        for part in [*request.images, *request.texts]:
+            is_file = Path(part).suffix.lower() in Image.registered_extensions()
+            content.append(Path(part) if is_file else part)
+        image = self.system.compose(content, **self.options)
+        stems = [part.stem if isinstance(part, Path) else part for part in content]
+        self.save(request, image, text="_".join(stems))
+        return DONE
 
+    def reconstruct(self, request: Request) -> int:
+        """Each image drawn again from its codes or features."""
+        args, codec = self.args, self.codec
+        is_seed_x = "conditions" in codec.codec_settings
+        if not is_seed_x and (request.condition or args.embeddings):
+            raise ConfigError(
+                f"{args.model} is not a SEED-X: its images have neither --embeddings nor a "
+                "condition image; take --model nano-x."
+            )
+        codec.check_drawing(**self.settings)
 
-def _compose(run: Run, request: Request) -> int:
-    """An image of images and texts in order; texts with the suffix of an image are files."""
-    content: list[str | Path] = []
-    for part in [*request.images, *request.texts]:
-        is_file = Path(part).suffix.lower() in Image.registered_extensions()
-        content.append(Path(part) if is_file else part)
-    image = run.system.compose(content, **run.options)
-    stems = [part.stem if isinstance(part, Path) else part for part in content]
-    run.save(request, image, text="_".join(stems))
-    return DONE
+        def rebuild(name: str, image: Image.Image) -> None:
+            settings = dict(self.settings)
+            if request.condition:
+                # By flag, else the original's for the original's image, else the image itself.
+                condition = args.condition
+                if not condition and not args.image:
+                    condition = locate(f"demo_images/{request.condition}")
+                settings["conditions"] = [codec.open(condition or image)]
+            means = {"embeddings": args.embeddings} if args.embeddings else {}
+            # The selection of patches and the noise have the same seed.
+            encoded = list(codec.encode([image], seed=args.seed, **means))
+            if codec.has_codes:
+                print(*encoded[0].tolist())
+            self.save(request, codec.draw(encoded, seeds=[args.seed], **settings)[0], name)
 
-
-def _reconstruct(run: Run, request: Request) -> int:
-    """Each image drawn again from its codes or features."""
-    args, codec = run.args, run.codec
-    is_seed_x = "conditions" in codec.codec_settings
-    if not is_seed_x and (request.condition or args.embeddings):
-        raise ConfigError(
-            f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition "
-            "image; take --model nano-x."
-        )
-    codec.check_drawing(**run.settings)
-
-    def rebuild(name: str, image: Image.Image) -> None:
-        settings = dict(run.settings)
-        if request.condition:
-            # By flag, else the original's for the original's image, else the image itself.
-            condition = args.condition
-            if not condition and not args.image:
-                condition = locate(f"demo_images/{request.condition}")
-            settings["conditions"] = [codec.open(condition or image)]
-        means = {"embeddings": args.embeddings} if args.embeddings else {}
-        # The selection of patches and the noise have the same seed.
-        encoded = list(codec.encode([image], seed=args.seed, **means))
-        if codec.has_codes:
-            print(*encoded[0].tolist())
-        run.save(request, codec.draw(encoded, seeds=[args.seed], **settings)[0], name)
-
-    return common.run_each(args, request.images, rebuild, codec.open)
+        return common.run_each(args, request.images, rebuild, codec.open)
 
 
 # ---- systems
@@ -380,16 +371,6 @@ def _find_lavit(args: Namespace, needs_llm: bool) -> SystemConfig:
 
 # ---- the tables of names in the rows
 
-WORKS: dict[str, Callable[[Run, Request], int]] = {
-    "chat": _chat,
-    "ask": _ask,
-    "understand": _understand,
-    "detect": _detect,
-    "draw": _draw,
-    "edit": _edit,
-    "compose": _compose,
-    "reconstruct": _reconstruct,
-}
 SYSTEMS: dict[str, Callable[[Namespace, bool], SystemConfig]] = {
     "seed_llama": _find_seed_llama,
     "seed_x": _find_seed_x,

@@ -264,7 +264,9 @@ class Seed1:
         path = locate_or_same(folder)  # of a hub name in the local cache
         is_file = path.is_file()
         if not diffusion:
-            diffusion = _find_diffusion(path.parent if is_file else path)
+            # Next to the tokenizer, else its usual folder.
+            names = [(path.parent if is_file else path) / name for name in DIFFUSION_NAMES]
+            diffusion = next((name for name in names if name.exists()), Path(SD_FOLDER))
         diffusion_path = locate(diffusion)
         missing: list[str] = []
         if not is_file and not (path / "config.json").is_file():
@@ -306,11 +308,3 @@ class Seed1:
     def reconstruct(self, images: Sequence[ImageSource], **options: Any) -> list[Image.Image]:
         """Images → images of their codes; `options`: of `draw`."""
         return self.draw(self.tokenize(images), **options)
-
-
-def _find_diffusion(folder: Path) -> Path:
-    """Stable Diffusion next to SEED-1's tokenizer, else its usual folder."""
-    for name in DIFFUSION_NAMES:
-        if (folder / name).exists():
-            return folder / name
-    return Path(SD_FOLDER)

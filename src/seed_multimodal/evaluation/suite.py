@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.config import read_table
-from seed_multimodal.disk import JsonObject, replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_json, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
 from seed_multimodal.evaluation.benchmark import (
@@ -131,7 +131,7 @@ def run_suite(settings: SuiteSettings, load: Callable[[], MultimodalSystem]) -> 
     with writing(settings.out, DataError):
         settings.out.mkdir(parents=True, exist_ok=True)
         replace_text(settings.out / "suite.md", suite_table(entries))
-        replace_text(file, json.dumps(entries, indent=1) + "\n")
+        replace_json(file, entries)
     return entries
 
 

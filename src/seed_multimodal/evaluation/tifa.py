@@ -86,13 +86,13 @@ class AskedDrawings(JudgedDrawings[QuestionPrompt]):
         verdicts: list[list[float]] = []
         for image in images:
             rows = self.judge_model.probabilities(image, questions)
-            verdicts.append([self.right_share(row) for row in rows])
+            shares: list[float] = []
+            for row in rows:
+                # Of those of all answers, if there are several.
+                total = sum(row) if self.wrong_answers else 1.0
+                shares.append(row[0] / total if total else 0.0)
+            verdicts.append(shares)
         return verdicts
-
-    def right_share(self, row: Sequence[float]) -> float:
-        """The probability of the right answer, of those of all answers if there are several."""
-        total = sum(row) if self.wrong_answers else 1.0
-        return row[0] / total if total else 0.0
 
     def score(self, samples: Sequence[QuestionPrompt], lines: Sequence[Line]) -> Scores:
         """Results of the prompts, and means over images; questions without image count 0."""

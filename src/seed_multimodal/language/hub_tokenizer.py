@@ -11,13 +11,12 @@ space next to images stays.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.disk import read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, TextTokenizer
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer
@@ -159,7 +158,7 @@ class HubTokenizer(TextTokenizer):
             "eos_token_ids": list(self.eos_token_ids),
             "n_locations": self._n_locations,
         }
-        (target / IMAGE_TOKENS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        replace_json(target / IMAGE_TOKENS, values)
         return target
 
     # ---- text ⇄ ids

@@ -5,7 +5,6 @@ A checkpoint is a PEFT adapter, output of DeepSpeed's `zero_to_fp32.py`, or a tu
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import warnings
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_text
+from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.language.llm import (
     EMBEDDING,
@@ -281,7 +280,7 @@ def _save_merged(
     # 4. The index of several files, and the configuration.
     if split.is_sharded:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-        replace_text(folder / INDEX_FILES[0], json.dumps(index, indent=1) + "\n")
+        replace_json(folder / INDEX_FILES[0], index)
     llama.config.dtype = dtype
     llama.config.architectures = [type(llama).__name__]
     llama.config.save_pretrained(folder)
@@ -331,8 +330,7 @@ def merge_adapter(
         if weights.agent:
             save_state_dict(weights.agent, agent_folder / "model.safetensors")
         if agent_config is not None:
-            content = json.dumps(agent_config, indent=1)
-            (agent_folder / "config.json").write_text(content, encoding="utf-8")
+            replace_json(agent_folder / "config.json", agent_config)
     return (
         f"{out}: {n_tensors} tensors, {len(weights.lora) // 2} with LoRA merged in, "
         f"{len(weights.full)} replaced by trained ones; {len(weights.agent)} tensors of resamplers."

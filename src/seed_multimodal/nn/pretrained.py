@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.nn.layers import Network
 from seed_multimodal.progress import quiet_loading
@@ -147,7 +147,7 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         save_state_dict(weights, folder / WEIGHTS)
         values = {"model_type": self.model_type} if self.model_type else {}
         values |= dataclasses.asdict(self.config)
-        replace_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+        replace_json(folder / CONFIG, values)
         return folder
 
 

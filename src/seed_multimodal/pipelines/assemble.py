@@ -5,12 +5,17 @@ Parts are copied under their names in `system.json`, without training files.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from seed_multimodal.disk import JsonObject, atomic_folder, output_folder, replace_text
+from seed_multimodal.disk import (
+    JsonObject,
+    atomic_folder,
+    output_folder,
+    replace_json,
+    replace_text,
+)
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.config import SYSTEM, SystemConfig
@@ -115,8 +120,7 @@ def join(
         if (folder / name).exists():
             names[name] = name
     config_class.arrange(folder, names)
-    content = json.dumps({**settings, "system": config_class.system, **names}, indent=1)
-    replace_text(folder / SYSTEM, content)
+    replace_json(folder / SYSTEM, {**settings, "system": config_class.system, **names})
     write_hub_files(config_class, folder)
 
 
@@ -134,7 +138,7 @@ def write_hub_files(config_class: type[SystemConfig], folder: Path) -> None:
             "AutoModelForMultimodalLM": f"{module}.{model}",
         },
     }
-    replace_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    replace_json(folder / "config.json", config)
     write_processor(f"{name}Processor", folder)
 
 
@@ -142,5 +146,5 @@ def write_processor(class_name: str, folder: Path, **keys: str) -> None:
     """Write `processor_config.json`, with further keys, and the module that it names."""
     auto_map = {"AutoProcessor": f"{REMOTE_CODE.stem}.{class_name}"}
     content = {"processor_class": class_name, "auto_map": auto_map, **keys}
-    replace_text(folder / PROCESSOR_CONFIG, json.dumps(content, indent=1) + "\n")
+    replace_json(folder / PROCESSOR_CONFIG, content)
     shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)

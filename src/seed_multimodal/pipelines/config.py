@@ -16,7 +16,6 @@ A family has a subclass: its parts are fields made by `part`, its settings the o
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from seed_multimodal.disk import JsonObject, read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.models.registry import families, find_family
@@ -450,7 +449,7 @@ def write_checkpoint_system(folder: Path, system: str, **parts: str | Path | Non
     for key in config.parts():
         path: Path | None = getattr(config, key)
         values[key] = None if path is None else "." if path == folder else portable_path(path)
-    replace_text(folder / SYSTEM, json.dumps(values, indent=1) + "\n")
+    replace_json(folder / SYSTEM, values)
 
 
 def _of_checkpoint(folder: Path) -> SystemConfig:

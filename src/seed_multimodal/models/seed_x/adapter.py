@@ -16,7 +16,6 @@ width of a head.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.training import reads_images
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.layers import SdxlHead, multi_head
 from seed_multimodal.settings import read_settings, setting
@@ -237,6 +236,5 @@ class SDXLAdapter(nn.Module):
         """Write the weights and the resampler's sizes."""
         path = Path(folder)
         save_state_dict(self.state_dict(), path / WEIGHTS)
-        sizes = dataclasses.asdict(self.resampler.config)
-        replace_text(path / RESAMPLER_CONFIG, json.dumps(sizes, indent=1) + "\n")
+        replace_json(path / RESAMPLER_CONFIG, dataclasses.asdict(self.resampler.config))
         return path

@@ -10,7 +10,6 @@ tokens and target images of a step have equal weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from seed_multimodal.config import from_compat
 from seed_multimodal.data.decoders.features import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES, copy_to
-from seed_multimodal.disk import JsonObject, read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed_x.data import SeedXOptions
 from seed_multimodal.models.seed_x.losses import TrainedAgent, loss_parts
@@ -315,7 +314,7 @@ class TuningTask(LlmTask):
             "train_embeddings": self.run.model.train_embeddings,
             "llm": llm_config,
         }
-        replace_text(folder / AGENT_CONFIG, json.dumps(agent_config, indent=1))
+        replace_json(folder / AGENT_CONFIG, agent_config)
         self.tokenizer.save_pretrained(folder)
         self.record_base(folder)
 

@@ -7,7 +7,6 @@ zeros.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS, pooled_tokens
 from seed_multimodal.diffusion.training import ConditionDropout, TrainedLayers
-from seed_multimodal.disk import replace_text
+from seed_multimodal.disk import replace_json
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
@@ -147,8 +146,7 @@ class DetokenizerTask(PixelTask):
             return  # a student's denoiser
         detokenizer = self.module.detokenizer
         assert isinstance(detokenizer, SdxlDetokenizer)
-        config = json.dumps(asdict(detokenizer.resampler.config), indent=1)
-        replace_text(folder / RESAMPLER_CONFIG, config + "\n")
+        replace_json(folder / RESAMPLER_CONFIG, asdict(detokenizer.resampler.config))
 
 
 @torch.no_grad()
