@@ -24,7 +24,6 @@ from seed_multimodal.entry import (  # noqa: E402
     AUTO,
     MAX_RUNNING,
     add_dtype,
-    add_language_model,
     bounded_int,
     run_program,
 )
@@ -119,7 +118,8 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--tokenizer_device", default="auto", help="device that reads and draws (default: auto)"
     )
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
-    add_language_model(parser, max_running=False)
+    llm_flags = ("--quantization", "--compile", "--kv-cache --kv_cache")
+    add_flags(parser, "language model", llm_flags)
     add_flags(parser, "engine")
     # What waits on the CPU until it works; the original's flags accept a value, too.
     parser.add_argument(

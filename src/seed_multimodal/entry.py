@@ -201,40 +201,6 @@ def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: st
     )
 
 
-def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> None:
-    """`--quantization`, `--compile`, `--kv-cache` and `--max-running`, for programs that load a
-    language model."""
-    parser.add_argument(
-        "--quantization",
-        choices=("8bit", "4bit", "int8", "int4"),
-        help="language model in 8 or 4 bit, by bitsandbytes (8bit, 4bit) or torchao (int8, int4)",
-    )
-    parser.add_argument(
-        "--compile",
-        dest="compiled",
-        action="store_true",
-        help="compile the language model: a slow first token, then faster ones",
-    )
-    parser.add_argument(
-        "--kv-cache",
-        "--kv_cache",
-        dest="kv_cache",
-        type=float,
-        metavar="GIB",
-        help="memory for keys and values (default: half of the GPU's free memory, 4 GiB on a CPU)",
-    )
-    if max_running:
-        parser.add_argument(
-            "--max-running",
-            dest="max_running",
-            type=bounded_int(1),
-            default=MAX_RUNNING,
-            metavar="ROWS",
-            help="rows of that cache: sequences at once, fewer if it is too small "
-            "(default: %(default)s)",
-        )
-
-
 def bounded_int(minimum: int) -> Callable[[str], int]:
     """A flag's type: integers from `minimum` on."""
 

@@ -94,12 +94,12 @@ class SeedWarning(UserWarning):
     """A user-facing warning; the program continues."""
 
 
-def first_line(error: BaseException, max_length: int = 300) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another library's error without its full stop, or the error's type."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return lines[0].rstrip(".")[:max_length]
+    return lines[0].rstrip(".")[:300]
 
 
 def printable(name: str) -> str:

@@ -44,7 +44,6 @@ class Progress(tqdm):
     start: initial progress.
     every: seconds between two lines.
     log: receives the lines; None: no output.
-    unit_scale: thousands as k, M, G.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Progress(tqdm):
         start: float = 0,
         every: float = 30.0,
         log: Callable[[str], None] | None = log_line,
-        unit_scale: bool = False,
     ) -> None:
         on_terminal = log in (log_line, print) and sys.stderr.isatty()
         self.log = None if on_terminal else log
@@ -76,7 +74,6 @@ class Progress(tqdm):
             file=file,
             total=total,
             unit=unit,
-            unit_scale=unit_scale,
             initial=start,
             disable=log is None,
             leave=False,

@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from seed_multimodal import __version__
-from seed_multimodal.cli.common import add_common, load_system
+from seed_multimodal.cli.common import add_common, add_flags, load_system
 from seed_multimodal.disk import JsonObject, replace_text, writable_folder, writing
-from seed_multimodal.entry import DONE, add_language_model, run_program
+from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import save_image
 from seed_multimodal.images.sheet import PAPER, Cell, Row, contact_sheet
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default=Path("outputs/quickstart"), type=Path, metavar="FOLDER")
     add_common(parser)
-    add_language_model(parser)
+    add_flags(parser, "language model")
     return run_program(parser, _main, argv)
 
 

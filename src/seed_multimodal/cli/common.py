@@ -139,7 +139,7 @@ def add_common(
         )
     # Its models.
     if language:
-        entry.add_language_model(parser)
+        add_flags(parser, "language model")
         add_flags(parser, "offload")
         add_flags(parser, "engine")
     if generation:
@@ -425,7 +425,9 @@ class Outputs:
         self._stdout: BinaryIO | None = None
         # A folder may be named like an image.
         suffix = self.path.suffix.lower()
-        self.is_file = out in STDOUT or (_is_image_suffix(suffix) and not self.path.is_dir())
+        kind = mimetypes.guess_type(f"x{suffix}", strict=False)[0] or ""
+        is_image = kind.startswith("image/") or suffix in (".jxl", *Image.registered_extensions())
+        self.is_file = out in STDOUT or (is_image and not self.path.is_dir())
         if self.is_file and count > 1:
             raise ConfigError(f"{out}: one file for several images; give --out a folder.")
         if out in STDOUT:
@@ -456,12 +458,6 @@ class Outputs:
                 break
         self._names.add(key)
         return str(save_image(image, self.path / name))
-
-
-def _is_image_suffix(suffix: str) -> bool:
-    """Whether files with this suffix are images, of formats that Pillow knows or not."""
-    kind = mimetypes.guess_type(f"x{suffix}", strict=False)[0] or ""
-    return kind.startswith("image/") or suffix in (".jxl", *Image.registered_extensions())
 
 
 def _can_save(suffix: str) -> bool:

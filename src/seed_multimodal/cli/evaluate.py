@@ -119,7 +119,12 @@ def _add_benchmark(parser: ArgumentParser, command: str, out: str, model: str) -
 
 def evaluate(args: Namespace) -> int:
     """A benchmark with the settings of the flags; returns the exit code."""
-    _use_local_gpu(args)
+    # Of several processes each has a GPU.
+    if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if args.benchmark == "vqa" and args.file is None:
         return _ask_once(args)
     kind = benchmark_class(args.benchmark)
@@ -173,15 +178,6 @@ def _options(args: Namespace) -> Options:
     if "temperature" in options or "top_p" in options:
         options = {"do_sample": True, **options}
     return options
-
-
-def _use_local_gpu(args: Namespace) -> None:
-    """Set `args.device` to this process's GPU, if there are several."""
-    if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda"):
-        import torch
-
-        if torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def _load(args: Namespace) -> MultimodalSystem:

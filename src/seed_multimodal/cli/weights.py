@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seed_multimodal import entry
-from seed_multimodal.cli.common import add_command, cat_image, emit, load_system
+from seed_multimodal.cli.common import add_command, add_flags, cat_image, emit, load_system
 from seed_multimodal.disk import (
     JsonObject,
     read_json_object,
@@ -41,7 +41,7 @@ def add_commands(commands: Commands) -> None:
     )
     verifier = add_command(commands, verify)
     entry.add_device(verifier)
-    entry.add_language_model(verifier)
+    add_flags(verifier, "language model")
 
 
 def fetch(args: Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from seed_multimodal.cli import common
 from seed_multimodal.config import read_table
-from seed_multimodal.entry import add_language_model, run_program
+from seed_multimodal.entry import run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_value
 
@@ -24,7 +24,7 @@ def evaluate_script(description: str | None, argv: Sequence[str] | None = None) 
     """Run the program; returns its exit code."""
     parser = common.program_parser("evaluate.py", str(description))
     common.add_flags(parser, "evaluate.py")
-    add_language_model(parser)
+    common.add_flags(parser, "language model")
     parser.set_defaults(max_bad=20, prompts="chat")
     return run_program(parser, _evaluate, argv)
 

@@ -157,19 +157,16 @@ def _resolve(requests: Sequence[Request], args: Namespace) -> list[Request]:
         texts = getattr(args, request.flag) if request.flag else None
         images = args.image
         if images is None and request.image and not (texts and request.text_alone):
-            images = [_default_image(request.image)]
+            # In images/ or demo_images/, or `REPLACEMENT_IMAGE`.
+            folder = project_root(Path(__file__).parent) / "images"
+            image = folder / request.image
+            if not image.is_file():
+                image = locate(f"demo_images/{request.image}") or folder / REPLACEMENT_IMAGE
+            images = [str(image)]
         texts = texts or request.texts
         if texts or not request.flag:
             resolved.append(replace(request, images=images or (), texts=texts))
     return resolved
-
-
-def _default_image(name: str) -> str:
-    """The image in images/ or demo_images/, or `REPLACEMENT_IMAGE`."""
-    images = project_root(Path(__file__).parent) / "images"
-    if (images / name).is_file():
-        return str(images / name)
-    return str(locate(f"demo_images/{name}") or images / REPLACEMENT_IMAGE)
 
 
 class Run:

@@ -174,6 +174,7 @@ class Detokenizer(Generic[Settings]):
         self.device = torch.device(self.denoiser.device)
         self.factor = spatial_factor(self.vae)  # pixels of a latent's side
         self.size_unit = size_unit(self.denoiser, self.vae)
+        self.reads_sizes = is_sdxl(self.denoiser)
         self._hooks: list[OffloadHook] = []
 
     @property
@@ -371,7 +372,7 @@ class Detokenizer(Generic[Settings]):
             start = self.conditioner.warm_latents(
                 features, generators, self.scheduler, condition, latent_size
             )
-        time_ids = self.time_ids(settings, len(embeds)) if is_sdxl(self.denoiser) else None
+        time_ids = self.time_ids(settings, len(embeds)) if self.reads_sizes else None
         conditions, null = self.conditions(read, negatives, time_ids, settings, generators)
         n_runs, guide = self.guide(settings)
         if n_runs > 1:

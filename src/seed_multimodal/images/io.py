@@ -170,7 +170,15 @@ class StoredImage:
         if isinstance(source, str):
             source = read_string(source, self.name, self.limits)
         if isinstance(source, os.PathLike):
-            data = self._path_bytes(Path(source))
+            path = Path(source)
+            try:
+                data = read_patiently(path, functools.partial(_read_all, path, self.limits))
+            except OSError as error:
+                reason = str(error.strerror).lower()
+                if path.is_dir():
+                    reason += "; name its files, such as FOLDER/*"
+                full_path = "" if self.name == str(path) else f" ({short_name(str(path), 200)})"
+                raise ImageError(f"{self.name}: {reason}{full_path}.") from error
         elif hasattr(source, "read"):
             data = _stream_bytes(source, self.name, self.limits)
         elif isinstance(source, bytes | bytearray | memoryview):
@@ -178,21 +186,8 @@ class StoredImage:
         else:
             raise ImageError(f"{self.name}: {type(source).__name__} is no image.")
         self.limits.check_bytes(len(data), self.name)
-        return self._open_header(data)
 
-    def _path_bytes(self, path: Path) -> bytes:
-        """The bytes of a file or pipe. Raises ImageError, or ReadError: a fault of the machine."""
-        try:
-            return read_patiently(path, functools.partial(_read_all, path, self.limits))
-        except OSError as error:
-            reason = str(error.strerror).lower()
-            if path.is_dir():
-                reason += "; name its files, such as FOLDER/*"
-            full_path = "" if self.name == str(path) else f" ({short_name(str(path), 200)})"
-            raise ImageError(f"{self.name}: {reason}{full_path}.") from error
-
-    def _open_header(self, data: bytes) -> Image.Image:
-        """The image of a file, not yet decoded."""
+        # 3. Its header.
         _register_plugins()
         formats = [format for format in FORMATS if format in Image.OPEN]
         try:

@@ -322,8 +322,8 @@ class CodeCodec(ImageCodec):
 
     def read(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Encoded]:
         """As `encode`, with the images' distances."""
-        pixels = [self.transform(self.open(image)) for image in images]
-        return self._encode_batcher(None, pixels)
+        opened = [open_image(image, at_least=self.min_side).image for image in images]
+        return self._encode_batcher(None, [*map(self.transform, opened)])
 
     @torch.inference_mode()
     def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Encoded]:

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from seed_multimodal.cli.common import load_system, program_parser
+from seed_multimodal.cli.common import add_flags, load_system, program_parser
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import (
     DONE,
     add_device,
-    add_language_model,
     bounded_int,
     log_line,
     run_program,
@@ -109,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a training's work folder: also write MODEL/README.md, with its records",
     )
     add_device(parser)
-    add_language_model(parser)
+    add_flags(parser, "language model")
     return run_program(parser, report, arguments, "report")
 
 

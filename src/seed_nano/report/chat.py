@@ -18,8 +18,8 @@ from statistics import fmean
 
 from PIL import Image
 
-from seed_multimodal.cli.common import load_system, program_parser
-from seed_multimodal.entry import DONE, add_device, add_language_model, bounded_int, run_program
+from seed_multimodal.cli.common import add_flags, load_system, program_parser
+from seed_multimodal.entry import DONE, add_device, bounded_int, run_program
 from seed_multimodal.language.answer import Answer
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_nano.report.scoring import caption_labels, same_answer
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--scenes", type=bounded_int(1), default=20, help="scenes of each request (%(default)s)"
     )
     add_device(parser)
-    add_language_model(parser)
+    add_flags(parser, "language model")
     return run_program(parser, run, arguments, "chat report")
 
 

@@ -25,9 +25,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from seed_multimodal.cli.common import load_system, program_parser
+from seed_multimodal.cli.common import add_flags, load_system, program_parser
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.entry import DONE, add_device, add_language_model, run_program
+from seed_multimodal.entry import DONE, add_device, run_program
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_nano.report.chat import CONCURRENT, SIDE
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--judge", help="folder of the judge (default: see the report)")
     parser.add_argument("--wrong", action="store_true", help="also list the wrong answers")
     add_device(parser)
-    add_language_model(parser)
+    add_flags(parser, "language model")
     return run_program(parser, run, arguments, "requests report")
 
 

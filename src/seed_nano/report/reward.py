@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seed_multimodal.cli.common import load_system, program_parser
+from seed_multimodal.cli.common import add_flags, load_system, program_parser
 from seed_multimodal.disk import JsonObject, replace_text
-from seed_multimodal.entry import DONE, add_device, add_language_model, run_program
+from seed_multimodal.entry import DONE, add_device, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.rl.rewards import Records, Reward
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model", nargs="+", default=["nano"], help="systems; the first: the start"
     )
     add_device(parser)
-    add_language_model(parser)
+    add_flags(parser, "language model")
     return run_program(parser, run, argv, "reward report")
 
 

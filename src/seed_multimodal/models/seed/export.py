@@ -25,7 +25,6 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS, VISION, VISION_FILES
 from seed_multimodal.models.seed.configuration import TokenizerConfig
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
@@ -101,7 +100,14 @@ def export_tokenizer(
         sizes = sizes or tokenizer_class.layout.saved_config(Path(file).parent)
     sizes = sizes or tokenizer_class.config_class.of_original(files[stage2_file])
     if text_tokenizer is not None:
-        _check_vocabulary(text_tokenizer.vocabulary, sizes, stage2)
+        vocabulary = text_tokenizer.vocabulary
+        n_codes = vocabulary.n_codes
+        length = vocabulary.tokens_per_image
+        if (n_codes, length) != (sizes.codebook_size, sizes.num_query):
+            raise CheckpointError(
+                f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but "
+                f"the text tokenizer has tokens for {n_codes}, {length} to an image."
+            )
 
     # 2. Each tensor's file.
     origin = _latest(files, stage2_file)
@@ -141,19 +147,6 @@ def export_tokenizer(
 def part_of(name: str) -> str:
     """The first part of a tensor's name."""
     return name.split(".")[0]
-
-
-def _check_vocabulary(
-    vocabulary: ImageVocabulary, config: TokenizerConfig, stage2: str | Path
-) -> None:
-    """Raise CheckpointError unless the vocabulary has the codes of the tokenizer."""
-    n_codes = vocabulary.n_codes
-    tokens_per_image = vocabulary.tokens_per_image
-    if (n_codes, tokens_per_image) != (config.codebook_size, config.num_query):
-        raise CheckpointError(
-            f"{stage2}: has {config.codebook_size} codes, {config.num_query} to an image, but the "
-            f"text tokenizer has tokens for {n_codes}, {tokens_per_image} to an image."
-        )
 
 
 def _choose(kind: str, state: Mapping[str, Tensor], file: str | Path) -> str:

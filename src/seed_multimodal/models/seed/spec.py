@@ -66,7 +66,10 @@ class SeedLlamaConfig(CodeSystemConfig):
     def recognise(cls, folder: Path) -> Self | None:
         """An image tokenizer, or a language model whose other parts are the original's."""
         sizes = read_sizes(folder)
-        if _is_image_tokenizer(folder, sizes.get("model_type")):
+        names = ("seed_quantizer", "causal_qformer")
+        has_original_files = any(any(folder.glob(f"{name}.*")) for name in names)
+        is_tokenizer = sizes.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
+        if is_tokenizer or has_original_files or folder.suffix in WEIGHT_SUFFIXES:
             parent = folder.parent if folder.is_file() else folder
             unclip = Path(catalogue().parts["unclip"].folder)
             return cls(
@@ -126,15 +129,6 @@ class SeedLlamaConfig(CodeSystemConfig):
         if detokenizer is not None and detokenizer.parent == parts["tokenizer"]:
             del parts["detokenizer"]
         return parts
-
-
-def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
-    """Whether a folder or file is an image tokenizer of SEED-LLaMA."""
-    if model_type in ("seed2_tokenizer", "seed1_tokenizer"):
-        return True
-    if path.suffix in WEIGHT_SUFFIXES:
-        return True
-    return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
 
 
 SPEC = FamilySpec.read(SeedLlamaConfig, Path(__file__).parent)
