@@ -64,7 +64,7 @@ def predict(
         if name in conditions:
             converted[name] = conditions[name].to(denoiser.dtype)
     latents = latents.to(denoiser.dtype)
-    if denoiser_kind(denoiser).folder == "unet":
+    if DENOISERS[type(denoiser).__name__].folder == "unet":
         return denoiser(latents, step, **converted).sample
 
     # A transformer. SANA has a scale; a variance, if it has learned one, is left out.
@@ -128,7 +128,7 @@ def conditions_of(
     config = denoiser.config
     if pooled is None:
         return conditions
-    if is_sdxl(denoiser):
+    if config.get("addition_embed_type") == "text_time":
         assert time_ids is not None
         conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
     elif config.get("class_embed_type") == "projection":

@@ -83,7 +83,7 @@ class ImageLimits:
     max_bytes: int = 200 << 20  # of the file
     max_side: int = 30_000  # pixels
 
-    def check_size(self, size: tuple[int, int], name: str) -> None:
+    def check_size(self, size: tuple[int, int], name: object) -> None:
         """Raise ImageError for an image of another `size` (width, height)."""
         width, height = size
         if not 0 < width * height <= self.max_pixels or max(size) > self.max_side:
@@ -92,7 +92,7 @@ class ImageLimits:
                 f"{self.max_pixels} pixels, {self.max_side} a side)."
             )
 
-    def check_bytes(self, count: int, name: str) -> None:
+    def check_bytes(self, count: int, name: object) -> None:
         """Raise ImageError for a file of so many bytes."""
         if count == 0:
             raise ImageError(f"{name}: is empty (0 bytes).")
@@ -142,14 +142,13 @@ class StoredImage:
         except SeedError:
             raise
         except Exception as error:  # of the caller's file, array or function
-            raise ImageError(f"{self.name}: cannot be read ({first_line(error)}).") from error
-        limits.check_size(self.size, self.name)
+            raise ImageError(f"{self}: cannot be read ({first_line(error)}).") from error
+        limits.check_size(self.size, self)
         # A caller's own image is not changed, as the decoder's reduction would.
         is_own = self.image is not source
         self.is_jpeg = is_own and isinstance(self.image, JpegImagePlugin.JpegImageFile)
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         """In error messages: as the caller says, or the name of a path or open file."""
         if self._name:
             return self._name
@@ -164,11 +163,11 @@ class StoredImage:
         if isinstance(source, Image.Image):
             return source
         if hasattr(source, "__array__"):
-            return _array_image(source, self.name)
+            return _array_image(source, str(self))
 
         # 2. The bytes of a file.
         if isinstance(source, str):
-            source = read_string(source, self.name, self.limits)
+            source = read_string(source, str(self), self.limits)
         if isinstance(source, os.PathLike):
             path = Path(source)
             try:
@@ -177,15 +176,15 @@ class StoredImage:
                 reason = str(error.strerror).lower()
                 if path.is_dir():
                     reason += "; name its files, such as FOLDER/*"
-                full_path = "" if self.name == str(path) else f" ({short_name(str(path), 200)})"
-                raise ImageError(f"{self.name}: {reason}{full_path}.") from error
+                full_path = "" if str(self) == str(path) else f" ({short_name(str(path), 200)})"
+                raise ImageError(f"{self}: {reason}{full_path}.") from error
         elif hasattr(source, "read"):
-            data = _stream_bytes(source, self.name, self.limits)
+            data = _stream_bytes(source, str(self), self.limits)
         elif isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
         else:
-            raise ImageError(f"{self.name}: {type(source).__name__} is no image.")
-        self.limits.check_bytes(len(data), self.name)
+            raise ImageError(f"{self}: {type(source).__name__} is no image.")
+        self.limits.check_bytes(len(data), self)
 
         # 3. Its header.
         _register_plugins()
@@ -193,14 +192,14 @@ class StoredImage:
         try:
             return Image.open(io.BytesIO(data), formats=formats)
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{self.name}: rejected, because it has too many pixels.") from error
+            raise ImageError(f"{self}: rejected, because it has too many pixels.") from error
         except Exception as error:
             # What the file is instead, by its first bytes.
             reason = name_bytes(data[:2000])
             if not reason and _IMAGE_START.match(data):
                 reason = "an image whose header is damaged"
             reason = reason or f"no image in a known format ({', '.join(formats)})"
-            raise ImageError(f"{self.name}: is {reason}.") from error
+            raise ImageError(f"{self}: is {reason}.") from error
 
     def orientation(self) -> int:
         """EXIF orientation, 1 for upright or damaged metadata."""
@@ -255,9 +254,9 @@ class StoredImage:
             has_file = getattr(self.image, "fp", None) or not getattr(self.image, "tile", None)
             if not has_file or "closed" in str(error):
                 reason = "was closed before it was read"
-            raise ImageError(f"{self.name}: the image {reason}.") from error
+            raise ImageError(f"{self}: the image {reason}.") from error
         # An icon may be larger than in its header.
-        self.limits.check_size(plain.size, self.name)
+        self.limits.check_size(plain.size, self)
         # The orientation is read after decoding, because Pillow rotates TIFFs itself.
         plain.getexif()[ExifTags.Base.Orientation] = self.orientation()
         ImageOps.exif_transpose(plain, in_place=True)

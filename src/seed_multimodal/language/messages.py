@@ -193,7 +193,7 @@ def image_conversations(
     for index, (group, text) in enumerate(zip(groups, texts, strict=True)):
         request = as_request(text)
         content = [*group, request] if request else group
-        conversations.append(user_message(content, index))
+        conversations.append([_new_message("user", content, index)])
     return conversations, single
 
 

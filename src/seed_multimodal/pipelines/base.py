@@ -325,7 +325,8 @@ class MultimodalSystem(TaskRunner, HubUpload):
             detection = self.family.detection(message.images[-1], ids, opened=not is_tuned)
             task.notes.add(*detection.problems)
             detections.append(detection)
-        self._log_notes(tasks)
+        if self.log:
+            self._log_notes(tasks)
         return detections[0] if single else detections
 
     def draw(
@@ -474,7 +475,8 @@ class MultimodalSystem(TaskRunner, HubUpload):
         tasks = self._text_tasks(kind, conversations, options)
         events = self.run(tasks, batch_size=batch_size)
         texts = [self.family.text(event["answer"], kind) for _, event in events]
-        self._log_notes(tasks)
+        if self.log:
+            self._log_notes(tasks)
         return texts[0] if single else texts
 
     def _text_tasks(
@@ -553,13 +555,13 @@ class MultimodalSystem(TaskRunner, HubUpload):
         if stream:
             return (event for _, event in events if event["type"] != "done")
         images = [event["image"] for _, event in events if event["type"] == "image"]
-        self._log_notes(tasks)
+        if self.log:
+            self._log_notes(tasks)
         return images[0] if single and num_images == 1 else images
 
     def _log_notes(self, tasks: Sequence[Task]) -> None:
         """Log what should be known about requests: once what is true of all."""
-        if self.log is None:
-            return
+        assert self.log is not None
         requests = [*{id(task.notes): task.notes for task in tasks}.values()]
         sentences = dict.fromkeys(sentence for notes in requests for sentence in notes)
         for sentence in sentences:

@@ -5,7 +5,6 @@ images ─► codes ─► prompt ids ─► language model ─► answer ids �
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -274,10 +273,20 @@ class Family:
         # 1. Words in capitals, where the system learned them in lower case.
         if self.config.known_words is not None:
             capitals = read_known_words(self.config.known_words).in_capitals
-            conversations = [
-                [in_lower_case(message, capitals) for message in conversation]
-                for conversation in conversations
-            ]
+            in_lower_case: list[list[Message]] = []
+            for conversation in conversations:
+                in_lower_case.append([])
+                for message in conversation:
+                    if message.role == "user":
+                        content = [
+                            capitals.sub(lambda word: word[0].lower(), part)
+                            if type(part) is str
+                            else part
+                            for part in message.content
+                        ]
+                        message = replace(message, content=tuple(content))
+                    in_lower_case[-1].append(message)
+            conversations = in_lower_case
 
         # 2. All images are encoded together; the prompts use them up in the same order.
         images: list[ImageSource] = []
@@ -358,17 +367,6 @@ class Family:
             else:
                 parts.append(self.images.check_codes([item])[0].tolist())
         return parts
-
-
-def in_lower_case(message: Message, capitals: re.Pattern[str]) -> Message:
-    """A user's message with the words of a pattern in lower case."""
-    if message.role != "user":
-        return message
-    content = [
-        capitals.sub(lambda word: word[0].lower(), part) if type(part) is str else part
-        for part in message.content
-    ]
-    return replace(message, content=tuple(content))
 
 
 def load_language_model(
