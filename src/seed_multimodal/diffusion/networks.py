@@ -80,7 +80,7 @@ def context_dim(denoiser: nn.Module) -> int:
 
 def is_sdxl(denoiser: nn.Module) -> bool:
     """Whether a denoiser reads pooled embeddings and sizes, as SDXL's U-Net."""
-    return denoiser.config.get("addition_embed_type") == "text_time"
+    return bool(denoiser.config.get("addition_embed_type") == "text_time")
 
 
 def pooled_dim(denoiser: nn.Module) -> int:

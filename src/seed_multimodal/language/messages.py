@@ -217,9 +217,22 @@ def _read_message(message: object, index: int) -> Message:
 
 
 def _new_message(role: str, content: Any, index: int) -> Message:
-    """A checked message. Raises RequestError: a user's that is empty, or holds codes as text."""
-    items = [content] if is_single(content) else content
-    message = Message(role, tuple(_item(item, index) for item in items))
+    """A checked message. Raises RequestError: a user's that is empty, or holds codes as text; other
+    content."""
+    # 1. Its parts, also in the format of transformers or OpenAI.
+    parts: list[ContentPart] = []
+    for item in [content] if is_single(content) else content:
+        part = _chat_part(item, index) if isinstance(item, Mapping) else item
+        if not (isinstance(part, (str, ImagePart)) or is_image(part) or code_row(part)):
+            raise RequestError(
+                f"Message {index} holds {str(part)[:80]}; content is text, images (PIL, Path, "
+                "bytes, array), codes (a list of whole numbers), or parts of a chat message with "
+                "the type text or image ({'type': 'image', 'image': IMAGE})."
+            )
+        parts.append(part)
+    message = Message(role, tuple(parts))
+
+    # 2. What a user may not send.
     is_blank = all(isinstance(item, str) and not item.strip(BLANK) for item in message.content)
     if role in ("user", "raw") and is_blank:
         raise RequestError(f"Message {index} is empty.")
@@ -229,18 +242,6 @@ def _new_message(role: str, content: Any, index: int) -> Message:
             f"Message {index} holds {token[0]} as text; send an image as codes, a list of numbers."
         )
     return message
-
-
-def _item(item: object, index: int) -> ContentPart:
-    """A text, image or codes of a message, also in the format of transformers or OpenAI."""
-    part = _chat_part(item, index) if isinstance(item, Mapping) else item
-    if isinstance(part, (str, ImagePart)) or is_image(part) or code_row(part):
-        return part
-    raise RequestError(
-        f"Message {index} holds {str(part)[:80]}; content is text, images (PIL, Path, bytes, "
-        "array), codes (a list of whole numbers), or parts of a chat message with the type text "
-        "or image ({'type': 'image', 'image': IMAGE})."
-    )
 
 
 def _chat_part(part: Mapping[str, object], index: int) -> object:

@@ -364,11 +364,11 @@ class TaskRunner:
             self._read_back(rows, pictures, first_index)
         for index, (row, picture) in enumerate(zip(rows, pictures, strict=True), first_index):
             row.part.image = picture
-            event = {"part": row.part, "image": picture, "index": index}
+            event = {"type": "image", "part": row.part, "image": picture, "index": index}
             event["codes"] = list(row.part.codes)
             if row.answer is not None:
-                event |= _done(row.task, row.answer)
-            yield row.task, {**event, "type": "image"}
+                event |= _done(row.task, row.answer) | {"type": "image"}
+            yield row.task, event
 
     def _previews(
         self, task: Task, codes: Sequence[Sequence[int]], seeds: Sequence[int]
