@@ -8,7 +8,7 @@ import pytest
 from real_processes import run_process
 from repository import ROOT
 
-pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(900)]
 # Benchmark → lines of the card.
 LINES = {
     "tokenizer encode": 3,

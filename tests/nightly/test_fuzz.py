@@ -23,7 +23,6 @@ from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
 ]

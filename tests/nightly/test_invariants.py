@@ -2,8 +2,8 @@
 how a run is computed do not change what it computes.
 
 Both runs of a row have equal losses within its tolerance, and the residual has zero mean: a
-systematic difference, as of a loss that is averaged twice, is no rounding. Killed and resumed runs:
-test_kills.py; two processes of every trainer: e2e/test_trainers.py.
+systematic difference, as of a loss that is averaged twice, is no rounding. Killed and resumed
+runs, and two processes of every trainer: e2e/test_trainers.py.
 """
 
 import json
@@ -18,12 +18,7 @@ from lavis_runs import require_lavis
 from tiny import read_json
 from trainers import LAVIS, TRAINERS, TWO
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.process,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-]
+pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(900)]
 STEPS = 12
 BY_NAME = {entry.name: entry for entry in TRAINERS}
 WORKERS = "trainer.dataloader_num_workers"

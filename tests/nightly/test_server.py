@@ -23,7 +23,7 @@ from served import CHAT, read, serving, user
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
 
-pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(900)]
 PLAIN = [str(ROOT / "gradio_demo" / "seed_llama_flask.py")]
 FAULTY = [str(ROOT / "tests" / "support" / "faulty_server.py"), "0.02"]
 SYSTEMS = [NANO, NANO.with_name("nano-x"), NANO.with_name("nano-lavit")]

@@ -1,5 +1,5 @@
-"""The training programs at tiny size: a table for tests/e2e/test_trainers.py,
-tests/nightly/test_kills.py and tests/nightly/test_invariants.py.
+"""The training programs at tiny size: a table for tests/e2e/test_trainers.py and
+tests/nightly/test_invariants.py.
 
 A new trainer is tested by its entry in `TRAINERS` (invariants: by a row in that file).
 """

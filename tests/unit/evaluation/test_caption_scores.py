@@ -37,7 +37,6 @@ def test_caption_scores_without_java(monkeypatch, capsys):
 
 @pytest.mark.nightly
 @pytest.mark.process
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 def test_caption_scores_with_java():
     scores, notes = caption_scores(CAPTIONS, REFERENCES)

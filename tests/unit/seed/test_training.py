@@ -60,6 +60,15 @@ def test_stage1_embedding_loss_in_training_and_evaluation():
     assert_close(output.loss_embedding, expected)
 
 
+def test_stage1_starts_from_berts_text_layers():
+    # In both branches, and the decoder of words shares their table.
+    qformer = stage1().Qformer
+    layer = qformer.bert.encoder.layer[1]
+    text_weight = layer.intermediate.dense.weight
+    assert torch.equal(layer.intermediate_query.dense.weight, text_weight)
+    assert qformer.cls.predictions.decoder.weight is qformer.bert.embeddings.word_embeddings.weight
+
+
 def test_stage1_contrast_is_computed_in_fp32_under_autocast():
     # In half precision the similarities of hundreds of pairs are equal, and gradients off by 4 %.
     rows = torch.randn(64, 768)

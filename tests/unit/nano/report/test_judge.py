@@ -44,7 +44,6 @@ FRESH = [few_things(7, index) for index in range(48)]
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 def test_a_trained_judge_reads_scenes_and_finds_equal_ones(trained):
     drawings = [Image.fromarray(render(scene)) for scene in FRESH]
     right = (trained.labels(drawings) == label_tensor(FRESH, JUDGE_CLASSES)).float().mean(0)

@@ -34,7 +34,6 @@ class Packed(System):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
 def test_sections_of_packed_answers(name):
     from seed_nano.report.judge import Judge

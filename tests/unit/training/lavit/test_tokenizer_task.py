@@ -83,7 +83,6 @@ def test_dead_codes_are_those_that_many_features_missed(task, data):
 
 @pytest.mark.nightly
 @pytest.mark.process
-@pytest.mark.slow
 def test_two_processes_train_one_model_and_codebook(tmp_path):
     # Codebooks that move by each process's own images make tokenizers that differ by the rank.
     torch.multiprocessing.spawn(toy.train_in_two, (str(tmp_path),), nprocs=2)
