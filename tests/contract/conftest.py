@@ -55,6 +55,6 @@ def mosaic_folder(installed, tiny_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def mosaic(mosaic_folder):
-    from seed_multimodal.pipelines.base import MultimodalSystem
+    from systems import load
 
-    return MultimodalSystem.from_pretrained(mosaic_folder, device="cpu", log=None)
+    return load(mosaic_folder)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from repository import ROOT
+from systems import load
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ImageError
@@ -199,9 +200,7 @@ def test_images_of_the_caller_stay_as_they_are(kind):
 @pytest.mark.slow
 def test_boxes_are_in_pixels_of_the_file(tmp_path):
     # Of a phone's photo the model sees a small copy.
-    from seed_multimodal.pipelines.base import MultimodalSystem
-
-    system = MultimodalSystem.from_pretrained("nano-x", device="cpu", log=None)
+    system = load("nano-x")
     shares = []
     for side in (1000, 4000):
         PICTURE.resize((side, side)).save(tmp_path / "large.png")

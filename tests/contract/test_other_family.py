@@ -12,6 +12,7 @@ from installed_package import install
 from PIL import Image
 from random_images import noise
 from repository import ROOT
+from systems import load
 
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.models.registry import families, find_family
@@ -61,7 +62,6 @@ def test_init_prints_a_command_whose_checkpoint_is_a_system(mosaic, tmp_path, ca
     import yaml
 
     from seed_multimodal.cli.main import main
-    from seed_multimodal.pipelines.base import MultimodalSystem
     from seed_multimodal.training.cli import main as train
 
     # 1. A model with random weights, and data.
@@ -79,7 +79,7 @@ def test_init_prints_a_command_whose_checkpoint_is_a_system(mosaic, tmp_path, ca
 
     # 3. The checkpoint, with the tokenizer of the system that it was trained on.
     checkpoint = out / "run" / "checkpoint-2"
-    trained = MultimodalSystem.from_pretrained(checkpoint, device="cpu", log=None)
+    trained = load(checkpoint)
     assert type(trained) is type(mosaic)
     assert trained.config.path("llm") == checkpoint
     assert isinstance(trained.describe(noise(1)), str)
@@ -176,13 +176,12 @@ def test_a_name_that_two_families_have(other_site, monkeypatch, spec, named):
 
 @pytest.mark.process
 def test_a_package_that_is_imported_before_the_library(installed):
-    from real_processes import run_process
+    from real_processes import run_checked
 
     program = (
         "import transformers.models.auto.configuration_auto, mosaic.spec\n"
         "from seed_multimodal.models.registry import find_family\n"
         "assert find_family('mosaic') is mosaic.spec.SPEC\n"
     )
-    run = run_process([sys.executable, "-c", program])
-    assert run.returncode == 0
+    run = run_checked([sys.executable, "-c", program])
     assert "cannot be imported" not in run.stderr, run.stderr

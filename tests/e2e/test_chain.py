@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from llm_runs import environment
-from real_processes import run_process
+from real_processes import run_checked
 from repository import APPLICATION, NANO, ROOT
 from tiny import read_json, write_json
 
@@ -41,14 +41,13 @@ def train(out, model: str, files: Path, decoder: str, steps, *more: str) -> Path
     source = {"name": "mine", "files": str(files), "decoder": decoder}
     write_json(data, {"sources": [source], "length": 360, "rows": 1})
     groups = f"model={model} tokenizer=nano data={data} optim=nano trainer=nano"
-    done = run_process(
+    run_checked(
         [sys.executable, "src/train/train.py", *groups.split(), f"trainer.max_steps={steps}"]
         + [f"output_dir={out}", *more],
         cwd=APPLICATION,
         timeout=170,
         env=environment(),
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (out / "curves.png").is_file()
     return out / f"checkpoint-{steps}"
 

@@ -1,13 +1,13 @@
 """The documentation's site: a strict build, no requests to other hosts, and commands that the
 parser accepts."""
 
-import os
 import re
 import shlex
 import sys
 
 import pytest
-from real_processes import run_process
+from llm_runs import environment
+from real_processes import run_checked
 from repository import ROOT
 
 from seed_multimodal.cli.main import build_parser
@@ -23,12 +23,11 @@ LOADED = re.compile(
 def test_build_strict_makes_every_page_without_other_hosts(tmp_path):
     # `--strict` fails on broken links and anchors.
     site = tmp_path / "site"
-    done = run_process(
+    run_checked(
         f"{sys.executable} -m mkdocs build --strict --site-dir {site}".split(),
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env=environment(),
     )
-    assert done.returncode == 0, done.stderr
     sources = [page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")]
     assert all((site / page.with_suffix(".html")).is_file() for page in sources)
 

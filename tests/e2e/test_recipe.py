@@ -9,10 +9,10 @@ import pytest
 import torch
 from lavis_runs import environment
 from llm_runs import losses
-from real_processes import nothing_stays_behind, processes_with, run_process, wait_until
+from real_processes import nothing_stays_behind, processes_with, run_checked, wait_until
 from repository import FOX
+from systems import load
 
-from seed_multimodal import SeedLlama
 from seed_multimodal.cli.main import main
 
 __all__ = ["nothing_stays_behind"]
@@ -27,15 +27,9 @@ def recipe(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("recipe") / "mine"
     flags = f"--size tiny --codes {N_CODES} --codebook {CODEBOOK}"
     assert main(["init", *flags.split(), str(out)]) == 0
-    done = run_process(["bash", str(out / "run.sh")], timeout=400, env=environment())
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_checked(["bash", str(out / "run.sh")], timeout=400, env=environment())
     assert done.stdout.count("Next: bash /") == 2  # the next command of both stages
     return out
-
-
-@pytest.fixture(scope="module")
-def seed(recipe) -> SeedLlama:
-    return SeedLlama.from_pretrained(recipe / "system", device="cpu", log=None)
 
 
 pytestmark = [pytest.mark.process, pytest.mark.nightly, pytest.mark.timeout(500)]
@@ -48,7 +42,9 @@ def test_training_of_the_recipe_learns(recipe, run):
     assert values[-1] < 0.98 * values[0]
 
 
-def test_system_of_the_recipe_reads_and_draws(seed):
+def test_system_of_the_recipe_reads_and_draws(recipe):
+    seed = load(recipe / "system")
+
     # 1. Codes differ between images, and so do the drawings of codes.
     codes = seed.tokenize([FOX, FOX.with_name("whale.png")])
     assert codes.shape == (2, N_CODES)
@@ -71,8 +67,7 @@ def test_longer_trainings_reach_the_system(recipe):
     text = script.read_text().replace("SFT_STEPS=50", "SFT_STEPS=51")
     script.write_text(text.replace("DECODER_STEPS=80", "DECODER_STEPS=81"))
     weights = (recipe / "system/llm/model.safetensors").read_bytes()
-    done = run_process(["bash", str(script)], env=environment())
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_checked(["bash", str(script)], env=environment())
     assert done.stderr.count("finished (") == 7
     steps = re.findall(r"(?m)^== (\w+)$", done.stderr)
     assert steps == ["sft", "merge", "decoder", "system"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from llm_runs import environment
-from real_processes import free_port, run_process
+from real_processes import free_port, run_checked
 from repository import ROOT
 from tiny import write_json
 
@@ -32,7 +32,7 @@ def sbatch(tmp_path):
     port = free_port()
 
     def run(script: str, *arguments, **more: str) -> str:
-        done = run_process(
+        return run_checked(
             ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)],
             cwd=ROOT,
             timeout=170,
@@ -45,9 +45,7 @@ def sbatch(tmp_path):
                 MASTER_PORT=str(port),
                 **more,
             ),
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout
+        ).stdout
 
     return run
 

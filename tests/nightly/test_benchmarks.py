@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from real_processes import run_process
+from real_processes import run_checked
 from repository import ROOT
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(900)]
@@ -25,9 +25,7 @@ LINES = {
 def run(*command: str, folder=ROOT) -> str:
     """What a program prints; without compilation."""
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VIRTUAL_ENV": sys.prefix}
-    done = run_process(command, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_checked(command, cwd=folder, env=environment).stdout
 
 
 def test_gpu_card_of_nano_on_a_cpu(tmp_path):

@@ -51,6 +51,14 @@ def lines(path, records: Iterable[dict | str]) -> Path:
     return write(path, "".join(f"{text}\n" for text in texts))
 
 
+def write_any(path, content) -> Path:
+    """A text as it is, lines of JSON (`.jsonl`), or JSON."""
+    if not isinstance(content, str):
+        items = content if path.suffix == ".jsonl" else [content]
+        content = "\n".join(map(json.dumps, items))
+    return write(path, content)
+
+
 def fields_of(source) -> list[dict]:
     """The fields of all records."""
     return [source.read(index).fields for index in range(len(source))]

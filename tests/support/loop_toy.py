@@ -8,15 +8,17 @@ FOLDER/losses.RANK.txt.
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from llm_runs import environment
 from safetensors.torch import load_file
 from tiny import read_json
 from torch import nn
@@ -190,6 +192,22 @@ def read_losses(folder) -> dict[int, float]:
     # A line may be half written.
     pairs = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
     return {int(pair[0]): float.fromhex(pair[1]) for pair in pairs if len(pair) == 2}
+
+
+def start(folder, *stages: dict, before: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
+    """Another process that trains the stages."""
+    return subprocess.Popen(
+        [*before, __file__, str(folder), *map(json.dumps, stages)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def steps(folder) -> list[int]:
+    """Steps of the stage's checkpoints in a run's folder, newest first."""
+    return [step for step, _ in checkpoints(folder / "toy.checkpoints")]
 
 
 def log_lines(folder, name="toy") -> list[dict[str, float]]:

@@ -30,6 +30,13 @@ def run_process(
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
+def run_checked(*arguments, **options) -> subprocess.CompletedProcess[str]:
+    """`run_process` of a command that must succeed."""
+    done = run_process(*arguments, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
 def kill(process, group: bool = False):
     """Kill a process that still runs; `group`: with its children."""
     if process.poll() is not None:

@@ -260,22 +260,20 @@ def _rl(parts_dir, output) -> list[str]:
 # ---- use of each result
 
 
-def _start_stage2(parts_dir, output):
-    checkpoint = f"model.pretrained={output / 'checkpoint_0.pth'}"
-    entry = next(entry for entry in TRAINERS if entry.name == "stage2")
-    arguments = entry.arguments(parts_dir, output.with_name("used"), 1, 9, [])
-    assert entry.main([*arguments, "model.load_pretrained=True", checkpoint]) == 0
+def _is_evaluated(stage: str) -> Callable[[Path, Path], None]:
+    """The result's losses of held-out images are measured."""
 
+    def use(parts_dir, output):
+        config = lavis_runs.write_config(stage, parts_dir, output.with_name("used"))
+        saved = [
+            "model.load_pretrained=False",
+            "model.load_finetuned=True",
+            f"model.finetuned={output / 'checkpoint_0.pth'}",
+            "run.test_splits=[val]",
+        ]
+        assert lavis_runs.program("evaluate").main([*config, "--options", *saved]) == 0
 
-def _evaluate_stage2(parts_dir, output):
-    config = lavis_runs.write_config("stage2", parts_dir, output.with_name("used"))
-    saved = [
-        "model.load_pretrained=False",
-        "model.load_finetuned=True",
-        f"model.finetuned={output / 'checkpoint_0.pth'}",
-        "run.test_splits=[val]",
-    ]
-    assert lavis_runs.program("evaluate").main([*config, "--options", *saved]) == 0
+    return use
 
 
 def _export_lavit(parts_dir, output):
@@ -328,7 +326,7 @@ TRAINERS = [
     Trainer(
         "stage1",
         options=_lavis("stage1"),
-        use=_start_stage2,
+        use=_is_evaluated("stage1"),
         double=["run.batch_size_train=16"],
         log="stage1.log.jsonl",
         **_STAGE,
@@ -339,7 +337,7 @@ TRAINERS = [
         options=_lavis(
             "stage2", "model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"
         ),
-        use=_evaluate_stage2,
+        use=_is_evaluated("stage2"),
         double=(),
         log="stage2.log.jsonl",
         **_STAGE,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from data_files import lines
-from llm_runs import APPLICATION, TRAINER, log_lines, merged
+from llm_runs import APPLICATION, TRAINER, merged
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 
@@ -36,11 +36,6 @@ RUN = {
     "optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
     "trainer": {**TRAINER, "max_steps": 4, "save_steps": 2, "sample_steps": 0},
 }
-
-
-def read_losses(output) -> list[float]:
-    """The losses of the run's log, by step."""
-    return [line["loss"] for line in log_lines(output)]
 
 
 def write_images(folder, sizes: Iterable[tuple[int, int]]):

@@ -9,19 +9,6 @@ from repository import APPLICATION, ROOT
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 
-
-@pytest.fixture
-def parts(released_seed_x, monkeypatch) -> dict:
-    """What the programs build, by `seed_multimodal.config.instantiate`."""
-    from seed_multimodal.config import instantiate
-
-    monkeypatch.chdir(released_seed_x)
-    tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")
-    llm = instantiate("configs/clm_models/llm_seed_x_i.yaml", torch_dtype=torch.float32)
-    agent = instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm)
-    return {"tokenizer": tokenizer, "agent": agent.eval().to("cpu", dtype=torch.float32)}
-
-
 # ---- import paths
 
 
@@ -63,15 +50,18 @@ def test_seed_1_has_its_class_and_names_missing_weights(tmp_path, monkeypatch):
 # ---- SEED-X
 
 
-def test_agent_with_wrong_arguments(parts, released_seed_x):
+def test_agent_with_wrong_arguments(released_seed_x, monkeypatch):
     from tiny.diffusion import FEATURES
     from tiny.seed_x import WORDS
     from transformers import LlamaTokenizer as Theirs
 
+    from seed_multimodal.config import instantiate
     from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 
-    agent = parts["agent"]
-    tokenizer = parts["tokenizer"]
+    monkeypatch.chdir(released_seed_x)
+    tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")
+    llm = instantiate("configs/clm_models/llm_seed_x_i.yaml", torch_dtype=torch.float32)
+    agent = instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm).eval()
     assert isinstance(tokenizer, LlamaTokenizer)
     theirs = Theirs.from_pretrained(
         released_seed_x / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"

@@ -1,11 +1,11 @@
 """Files of benchmarks: each published format, and the faults that its readers name."""
 
 import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from data_files import write_any
 from random_images import noise
 
 from seed_multimodal.errors import DataError, ImageError
@@ -42,17 +42,6 @@ KARPATHY = {
     ]
 }
 SEVEN = Sample(7, "", COCO_NAME, references=["one", "three"])
-
-
-def write(path, value) -> Path:
-    """A text, lines of JSON (`.jsonl`), a table (`.csv`) or JSON."""
-    text = value
-    if path.suffix == ".jsonl":
-        text = "\n".join(map(json.dumps, value))
-    elif not isinstance(value, str):
-        text = json.dumps(value)
-    path.write_text(text)
-    return path
 
 
 def without_locations(samples: list[Sample]) -> list[Sample]:
@@ -96,8 +85,8 @@ GQA = {
 )
 def test_read_questions_of_each_format(questions, answers, expected, tmp_path):
     # The files of VQAv2, VizWiz, GQA and LaVIT's lists, as they are published.
-    file = write(tmp_path / "q.json", questions)
-    truth = None if answers is None else write(tmp_path / "a.json", answers)
+    file = write_any(tmp_path / "q.json", questions)
+    truth = None if answers is None else write_any(tmp_path / "a.json", answers)
     assert without_locations(read_questions(file, truth)) == [expected]
 
 
@@ -120,24 +109,26 @@ def test_read_questions_of_each_format(questions, answers, expected, tmp_path):
 )
 def test_read_captions_of_each_format(content, expected, tmp_path):
     # An image has all its references, in whichever order its captions are listed.
-    assert without_locations(read_captions(write(tmp_path / "c.json", content))) == expected
+    assert without_locations(read_captions(write_any(tmp_path / "c.json", content))) == expected
 
 
 def test_read_captions_of_texts_to_draw(tmp_path):
     # Lines keep their numbers, so that drawings are found again.
-    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"), each_text=True)
+    texts = read_captions(
+        write_any(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"), each_text=True
+    )
     assert [(sample.key, sample.caption) for sample in texts] == [(1, "a fox"), (3, "a hill")]
     # Each text is a sample, also the second one of an image, or one without.
     lines = [{"image": "9.jpg", "text": "a"}, {"image": "9.jpg", "text": "b"}, {"text": "c"}]
-    listed = read_captions(write(tmp_path / "l.jsonl", lines), each_text=True)
+    listed = read_captions(write_any(tmp_path / "l.jsonl", lines), each_text=True)
     keys = [(sample.key, sample.image) for sample in listed]
     assert keys == [(9, "9.jpg"), ("item 1", "9.jpg"), ("item 2", None)]
 
 
 def test_read_captions_with_references_in_another_file(tmp_path):
     # NoCaps' file has no file names.
-    path = write(tmp_path / "p.json", [{"image": "val/a.jpg", "img_id": 7}])
-    truth = write(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]})
+    path = write_any(tmp_path / "p.json", [{"image": "val/a.jpg", "img_id": 7}])
+    truth = write_any(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]})
     expected = replace(SEVEN, image="val/a.jpg")
     assert without_locations(read_captions(path, truth=truth)) == [expected]
 
@@ -156,7 +147,7 @@ BAD_ITEMS = {
 def test_an_unusable_item_does_not_end_the_file(read, item, name, tmp_path):
     # One broken line of a million is counted as bad, with its number.
     good = [{**QUESTION, "question_id": id, "image": f"{id}.jpg", "caption": "a"} for id in (1, 9)]
-    first, bad, last = read(write(tmp_path / "q.json", [good[0], item, good[1]]))
+    first, bad, last = read(write_any(tmp_path / "q.json", [good[0], item, good[1]]))
     assert (first.key, bad.key, last.key) == (1, "item 1", 9)
     assert not first.problem
     assert "q.json: item 1" in bad.problem
@@ -213,7 +204,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("read, content, name", BAD_FILES.values(), ids=BAD_FILES)
 def test_a_file_of_another_layout_is_named_with_the_fault(read, content, name, tmp_path):
     # Half of a benchmark would be scored, or all of it as wrong.
-    write_file = write_dpg if read is read_dpg else write
+    write_file = write_dpg if read is read_dpg else write_any
     file = write_file(tmp_path / "data.json", content)
     with pytest.raises(DataError, match=f"(?s)data.json.*{name}"):
         read(file)
@@ -221,13 +212,13 @@ def test_a_file_of_another_layout_is_named_with_the_fault(read, content, name, t
 
 def test_samples_without_a_reference_are_of_another_set(tmp_path):
     # Questions of one split with answers of another would score zero.
-    questions = write(tmp_path / "q.json", [QUESTION, {**QUESTION, "question_id": 3}])
-    answers = write(tmp_path / "a.json", [{"question_id": 3, "answer": "x"}])
+    questions = write_any(tmp_path / "q.json", [QUESTION, {**QUESTION, "question_id": 3}])
+    answers = write_any(tmp_path / "a.json", [{"question_id": 3, "answer": "x"}])
     with pytest.raises(DataError, match=r"a\.json.*q\.json.* 2\b"):
         read_questions(questions, answers)
-    captions = write(tmp_path / "c.json", [{"image": "9.jpg"}])
+    captions = write_any(tmp_path / "c.json", [{"image": "9.jpg"}])
     with pytest.raises(DataError, match=r"gt\.json.*c\.json.* 9\b"):
-        read_captions(captions, truth=write(tmp_path / "gt.json", COCO))
+        read_captions(captions, truth=write_any(tmp_path / "gt.json", COCO))
 
 
 def test_read_dpg_takes_prompts_of_files_and_numbers_of_any_order(tmp_path):

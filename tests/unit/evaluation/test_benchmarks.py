@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from data_files import write_any
 from random_images import noise
 from tiny import read_json
 
@@ -150,20 +151,13 @@ BENCHMARKS = {
 }
 
 
-def as_text(name, content) -> str:
-    if isinstance(content, str):
-        return content
-    items = content if name.endswith(".jsonl") else [content]
-    return "\n".join(map(json.dumps, items))
-
-
 def evaluate(case: Recorded, lines: list[dict], model: Path) -> int:
     """The command with these answers, in the working folder."""
     for name, content in case.files.items():
-        Path(name).write_text(as_text(name, content))
+        write_any(Path(name), content)
     out = Path("out")
     out.mkdir()
-    (out / "samples-0.jsonl").write_text(as_text(".jsonl", lines))
+    write_any(out / "samples-0.jsonl", lines)
     # Drawings whose judgement is recorded are still there, as the two benchmarks name them.
     for index, line in enumerate(lines):
         for number in range(case.n_images):

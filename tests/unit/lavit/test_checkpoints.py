@@ -18,11 +18,6 @@ from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS
 
 
-@pytest.fixture
-def pixels() -> Tensor:
-    return normal(1, 2, 3, 16, 16)
-
-
 def original(folder) -> Path:
     """An original folder of stage 1 (seed 0) and stage 2 (seed 1)."""
     state = small_tokenizer(0).state_dict()
@@ -57,7 +52,8 @@ def assert_equal(rows: list[Tensor], others: list[Tensor]):
 
 
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "saved"])
-def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path, pixels):
+def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path):
+    pixels = normal(1, 2, 3, 16, 16)
     # Codes of the first, features of the second: mixed up, images would be described wrongly.
     first, second = two_stages()
     language_model = None

@@ -9,12 +9,6 @@ from torch import nn
 from seed_multimodal.nn import layers
 from seed_multimodal.nn.layers import FEW_ROWS, avoid_slow_bfloat16
 
-
-@pytest.fixture
-def plain_cpu(monkeypatch):
-    monkeypatch.setattr(layers, "cpu_computes_bfloat16", lambda: False)
-
-
 LAYERS = {
     "convolution": (nn.Conv2d(8, 16, 3, padding=1), (2, 8, 12, 12)),
     "linear": (nn.Linear(8, 16, bias=False), (2, FEW_ROWS, 8)),
@@ -22,7 +16,8 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_computes_in_float32_and_keeps_bfloat16_weights(plain_cpu, name):
+def test_computes_in_float32_and_keeps_bfloat16_weights(monkeypatch, name):
+    monkeypatch.setattr(layers, "cpu_computes_bfloat16", lambda: False)
     plain, shape = LAYERS[name]
     layer = copy.deepcopy(plain).bfloat16()
     features = torch.randn(shape).bfloat16()

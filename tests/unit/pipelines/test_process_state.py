@@ -5,7 +5,8 @@ import os
 import sys
 
 import pytest
-from real_processes import run_process
+from llm_runs import environment
+from real_processes import run_checked, run_process
 from repository import FOX, ROOT
 
 # Eight threads use three systems for the first time, which are loaded before or by them, while a
@@ -110,9 +111,8 @@ for system in (before, load()):
 
 def run(program, *arguments):
     command = [sys.executable, "-c", program, *arguments]
-    result = run_process(command, env={**os.environ, "PYTHONPATH": "src"}, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+    done = run_checked(command, env={**os.environ, "PYTHONPATH": "src"}, cwd=ROOT)
+    return done.stdout.strip()
 
 
 @pytest.mark.process
@@ -141,8 +141,6 @@ def test_defaults_of_torch_change_nothing(name):
 def test_errors_of_a_library_are_no_damaged_files():
     # Under -OO transformers cannot be imported: its decorators read docstrings.
     command = [sys.executable, "-OO", "-m", "seed_multimodal", "describe", str(FOX)]
-    result = run_process(
-        [*command, "--model", "nano"], env={**os.environ, "PYTHONPATH": "src"}, cwd=ROOT
-    )
+    result = run_process([*command, "--model", "nano"], env=environment(), cwd=ROOT)
     assert result.returncode == 0 or "docstring" in result.stderr
     assert "download" not in result.stderr

@@ -14,18 +14,13 @@ from seed_multimodal.models.seed.diffusion import CodesDetokenizer
 SETTINGS = {"num_inference_steps": 2}
 
 
-@pytest.fixture(scope="module")
-def system(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("codes") / "system"
-    shutil.copytree(tiny_folder, folder)
-    shutil.rmtree(folder / "seed_tokenizer" / "diffusion_model")
-    write_code_decoder(folder / "seed_tokenizer" / "diffusion_model")
-    return load(folder)
-
-
-def test_draw_reads_codes(system):
+def test_draw_reads_codes(tiny_folder, tmp_path):
     # All or the first codes, with negative ones.
-    codec = system.images
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    decoder = tmp_path / "seed_tokenizer" / "diffusion_model"
+    shutil.rmtree(decoder)
+    write_code_decoder(decoder)
+    codec = load(tmp_path).images
     assert isinstance(codec.decoder, CodesDetokenizer)
     codes = torch.randint(0, N_CODES, (2, 32), generator=torch.Generator().manual_seed(0))
     [image] = codec.draw(codes[:1], seeds=[1], **SETTINGS)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from lavis_runs import APPLICATION, environment, log_of
-from real_processes import run_process
+from real_processes import run_checked
 from tensors import equal
 from trainers import TWO
 
@@ -59,8 +59,7 @@ def test_train_in_two_processes_that_share_the_split(yaml, run, tmp_path):
     )
     arguments = yaml("stage2", *options, name="two")
     command = [sys.executable, *TWO, "train.py", *arguments]
-    done = run_process(command, 170, cwd=APPLICATION, env=environment())
-    assert done.returncode == 0, done.stderr
+    run_checked(command, 170, cwd=APPLICATION, env=environment())
     run(yaml("stage2", *options, "run.batch_size_train=16", name="one"))
     pair, single = (log_of(tmp_path / name, "stage2")[4] for name in ("two", "one"))
     keys = [key for key in single if key.startswith("valid/")]

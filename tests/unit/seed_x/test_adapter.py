@@ -2,8 +2,6 @@
 condition channels: `unit/training/seed_x/test_detokenizer.py`).
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from tensors import equal
@@ -14,13 +12,8 @@ from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.models.seed_x.adapter import SDXLAdapter
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_sdxl(tmp_path_factory.mktemp("sdxl") / "sdxl", complete=False)
-
-
 @pytest.mark.parametrize("name", ["a.bin", "original folder", "saved folder"])
-def test_from_pretrained_layouts(name, folder, tmp_path):
+def test_from_pretrained_layouts(name, tmp_path):
     # Each layout of the original and ours has the same weights.
     adapter = random_adapter(2)
     state = adapter.state_dict()
@@ -31,7 +24,7 @@ def test_from_pretrained_layouts(name, folder, tmp_path):
     else:
         file = tmp_path / "pytorch_model.bin" if path == tmp_path else path
         torch.save({"module": state}, file)
-    loaded = SDXLAdapter.from_pretrained(path, folder)
+    loaded = SDXLAdapter.from_pretrained(path, write_sdxl(tmp_path / "sdxl", complete=False))
     assert reads_images(loaded.unet)
     assert not loaded.training
     assert equal(loaded.state_dict(), state)

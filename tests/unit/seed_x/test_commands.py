@@ -6,22 +6,12 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
-def seed(run_seed, tiny_x_folder):
-    """Runs a `seed` command and returns its exit code, its records and stderr."""
-
-    def run(*argv: str) -> tuple[int, list[dict], str]:
-        code, lines, errors = run_seed(tiny_x_folder, *argv, "--json")
-        return code, [json.loads(line) for line in lines], errors
-
-    return run
-
-
-def test_ask_with_placeholders_of_images(seed, image):
+def test_ask_with_placeholders_of_images(run_seed, tiny_x_folder, image):
     question = "What is <image>?"
-    _, records, _ = seed("ask", image, image, question, "--max-new-tokens", "8")
-    assert [record["question"] for record in records] == [question] * 2
-    code, _, errors = seed("ask", image, "<image> or <image>?")
+    flags = ("--max-new-tokens", "8", "--json")
+    _, lines, _ = run_seed(tiny_x_folder, "ask", image, image, question, *flags)
+    assert [json.loads(line)["question"] for line in lines] == [question] * 2
+    code, _, errors = run_seed(tiny_x_folder, "ask", image, "<image> or <image>?")
     assert code == 1
     assert "<image>" in errors
 

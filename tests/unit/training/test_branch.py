@@ -9,11 +9,6 @@ import pytest
 from seed_multimodal.errors import CheckpointError
 
 
-def steps(folder) -> list[int]:
-    """Steps of the checkpoints in a folder, oldest first."""
-    return [step for step, _ in toy.checkpoints(folder)][::-1]
-
-
 @pytest.fixture
 def run(tmp_path, capsys):
     """`run(until, folder, **settings)` trains in a folder, by default the same one, until a step;
@@ -41,7 +36,7 @@ def test_resume_from_another_run_continues_after_a_stop(run, tmp_path):
     assert run(7) == str(checkpoints / "checkpoint-6")
     newest = str(checkpoints / "checkpoint-7")
     assert run(8, resume=newest) == newest
-    assert steps(other / "toy.checkpoints") == [2, 4]
+    assert toy.steps(other) == [4, 2]
 
 
 def test_resume_from_a_checkpoint_that_others_follow_fails(run, tmp_path):
@@ -50,7 +45,7 @@ def test_resume_from_a_checkpoint_that_others_follow_fails(run, tmp_path):
     for start in ("checkpoint-2", "../other/toy.checkpoints/checkpoint-2"):
         with pytest.raises(CheckpointError, match="output folder"):
             run(6, resume=str(tmp_path / "toy.checkpoints" / start))
-    assert steps(tmp_path / "toy.checkpoints") == [2, 4]
+    assert toy.steps(tmp_path) == [4, 2]
 
 
 def test_resume_never_or_from_nothing_fails(run, tmp_path):
@@ -79,5 +74,5 @@ def test_remains_of_a_killed_run(run, tmp_path, remains):
     run(4)
     shutil.copytree(folder / "checkpoint-2", folder / remains)
     assert run(5).endswith("checkpoint-4")
-    assert steps(folder) == [2, 4, 5]
+    assert toy.steps(tmp_path) == [5, 4, 2]
     assert (folder / remains).exists() == (not remains.startswith("."))

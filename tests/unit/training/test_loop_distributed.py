@@ -31,10 +31,10 @@ ENDLESS = {
 
 @pytest.mark.process
 @pytest.mark.timeout(900)
-def test_two_processes_equal_one_with_the_double_batch_and_stop_together(start_toy, tmp_path):
+def test_two_processes_equal_one_with_the_double_batch_and_stop_together(tmp_path):
     # By torchrun; a second stage in the same processes is stopped by SIGTERM to torchrun.
     folder = tmp_path / "two"
-    process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
+    process = toy.start(folder, EQUAL, ENDLESS, before=TWO)
     toy.train(tmp_path / "one", **{**EQUAL, "batch_size": 8})
     wait_until(lambda: lines(folder) >= 24 + 5, process, 600)
     process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both

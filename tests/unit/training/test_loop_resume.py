@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 
 import loop_toy as toy
 import pytest
@@ -18,7 +17,6 @@ from real_processes import STARTED, kill_when, nothing_stays_behind, processes_w
 
 from seed_multimodal.errors import SeedError
 
-Start = Callable[..., subprocess.Popen]
 LONG = {
     "max_steps": 40,
     "precision": "bf16",
@@ -32,17 +30,12 @@ LAUNCHER = [
 ]
 
 
-def steps(folder) -> list[int]:
-    """Steps of the checkpoints in a folder, newest first."""
-    return [step for step, _ in toy.checkpoints(folder)]
-
-
 @pytest.mark.process
 @pytest.mark.timeout(600)
-def test_resume_after_sigkill_is_bitwise_equal(start_toy, tmp_path):
+def test_resume_after_sigkill_is_bitwise_equal(tmp_path):
     # With accumulation and EMA in bf16, killed at a random micro-step.
     micro_step = random.SystemRandom().randint(2, 30)
-    process = start_toy(tmp_path / "killed", {**LONG, "pause": 0.05})
+    process = toy.start(tmp_path / "killed", {**LONG, "pause": 0.05})
     kill_when(lambda: len(toy.read_losses(tmp_path / "killed")) >= micro_step, process)
     assert not (tmp_path / "killed" / "toy.done.json").exists()
     uninterrupted = toy.train(tmp_path / "whole", **LONG)
@@ -97,7 +90,7 @@ def test_resume_after_sigterm_is_bitwise_equal(
     # The last one, and before it the newest scheduled ones; the interim one of the stop is gone.
     scheduled = [step for step in range(5, 0, -1) if step % save_steps == 0]
     kept = [6, *scheduled][:limit]
-    assert steps(folder / "stopped" / "toy.checkpoints") == kept
+    assert toy.steps(folder / "stopped") == kept
 
 
 def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
@@ -105,9 +98,9 @@ def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
     options = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": 2}
     with pytest.raises(SystemExit):
         toy.train(tmp_path, **options, stop_at=4)
-    assert steps(tmp_path / "toy.checkpoints") == [5, 3]
+    assert toy.steps(tmp_path) == [5, 3]
     toy.train(tmp_path, **options, max_steps=8)
-    assert steps(tmp_path / "toy.checkpoints") == [8, 6]
+    assert toy.steps(tmp_path) == [8, 6]
 
 
 @pytest.mark.parametrize(
@@ -144,9 +137,9 @@ def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, settings, nam
     assert named in capsys.readouterr().out
 
 
-def start_under_torchrun(start_toy: Start, folder, pause: float) -> subprocess.Popen:
+def start_under_torchrun(folder, pause: float) -> subprocess.Popen:
     """One process under our launcher, in its first step of `pause` seconds."""
-    process = start_toy(folder, {"pause": pause}, before=LAUNCHER)
+    process = toy.start(folder, {"pause": pause}, before=LAUNCHER)
     STARTED.append(process)
     wait_until((folder / "begun.0").exists, process)
     return process
@@ -155,27 +148,27 @@ def start_under_torchrun(start_toy: Start, folder, pause: float) -> subprocess.P
 @pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy, tmp_path):
+def test_sigterm_under_torchrun_waits_for_a_long_step(tmp_path):
     # torchrun alone kills a process after 30 seconds.
-    process = start_under_torchrun(start_toy, tmp_path, pause=40)
+    process = start_under_torchrun(tmp_path, pause=40)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # Slurm and a shell may both pass it on
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 143, output
-    assert steps(tmp_path / "toy.checkpoints") == [1]
+    assert toy.steps(tmp_path) == [1]
 
 
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_exit_code_after_sigterm_without_a_checkpoint(start_toy, tmp_path):
+def test_exit_code_after_sigterm_without_a_checkpoint(tmp_path):
     # 143 means that the step was saved.
-    process = start_under_torchrun(start_toy, tmp_path, pause=8)
+    process = start_under_torchrun(tmp_path, pause=8)
     process.send_signal(signal.SIGTERM)
     for pid in processes_with(str(tmp_path)):
         os.kill(pid, signal.SIGKILL)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 128 + signal.SIGKILL, output
-    assert not steps(tmp_path / "toy.checkpoints")
+    assert not toy.steps(tmp_path)
 
 
 def limited(folder, size, **options) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from data_files import jpeg
-from real_processes import processes_with, wait_until
+from real_processes import processes_with, run_checked, wait_until
 from repository import APPLICATION, NANO
 from tiny import read_json, write_json
 
@@ -126,14 +126,17 @@ def test_run_beside_others(finished_run, start, tmp_path, monkeypatch, capfd):
     assert content(out) == content(finished_run)
 
 
+def command_of(data, out) -> list[str]:
+    return (
+        f"{sys.executable} src/tools/extract_image_ids_to_torchdata_parallel.py "
+        f"--tokenizer configs/tokenizer/nano.yaml --data {data} "
+        f"--save_dir {out} --num_workers 0 --device cpu --batch_size 1"
+    ).split()
+
+
 @pytest.mark.process
 def test_run_started_twice(data, finished_run, tmp_path):
-    out = str(tmp_path / "out")
-    command = [
-        *(sys.executable, "src/tools/extract_image_ids_to_torchdata_parallel.py"),
-        *("--tokenizer", "configs/tokenizer/nano.yaml", "--data", data["files"]),
-        *("--save_dir", out, "--num_workers", "0", "--device", "cpu", "--batch_size", "1"),
-    ]
+    command = command_of(data["files"], tmp_path / "out")
     processes = [subprocess.Popen(command, cwd=APPLICATION) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert content(tmp_path / "out") == content(finished_run)
@@ -145,30 +148,19 @@ def test_run_started_twice(data, finished_run, tmp_path):
 def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
     # Finished shards are kept, the others are made again.
     out = tmp_path / "out"
-    command = {
-        "args": (
-            f"{sys.executable} src/tools/extract_image_ids_to_torchdata_parallel.py "
-            f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
-            f"--save_dir {out} --num_workers 0 --device cpu --gpus 2 --batch_size 1"
-        ).split(),
-        "cwd": APPLICATION,
-        "stderr": subprocess.PIPE,
-        "stdout": subprocess.DEVNULL,
-        "text": True,
-    }
-    process = subprocess.Popen(**command)
+    command = [*command_of(f"{data['files']}/data.yaml", out), "--gpus", "2"]
+    process = subprocess.Popen(command, cwd=APPLICATION)
     wait_until(lambda: any(out.glob("*.tar")), process, 120)
     workers = processes_with(str(out))
     assert len(workers) >= 2
     for pid in (process.pid, *workers):
         with contextlib.suppress(ProcessLookupError):  # it ended with its parent
             os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert 0 < len(finished) < SHARDS
-    second = subprocess.run(**command)
-    assert second.returncode == 0, second.stderr
-    assert "2 in this share" not in second.stderr and second.stderr.count("4 in this share") == 2
+    log = run_checked(command, cwd=APPLICATION).stderr
+    assert "2 in this share" not in log and log.count("4 in this share") == 2
     assert all((out / name).stat().st_mtime_ns == modified for name, modified in finished.items())
     assert content(out) == content(finished_run)
 

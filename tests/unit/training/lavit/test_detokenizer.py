@@ -1,9 +1,6 @@
 """LaVIT's pixel decoders: codes of images (contract:
 test_pixel_decoders.py)."""
 
-from pathlib import Path
-
-import pytest
 import torch
 from llm_runs import task_of
 from tensors import normal
@@ -12,11 +9,6 @@ from tiny.training import lavit_config, write_lavit_parts
 
 from seed_multimodal.models.lavit.modeling import DynamicCodes
 from seed_multimodal.models.lavit.train_pixels import LavitPixelTask
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return write_lavit_parts(tmp_path_factory.mktemp("lavit_pixels"))
 
 
 def test_codes_depend_on_the_image_and_the_seed_only():
@@ -32,10 +24,11 @@ def test_codes_depend_on_the_image_and_the_seed_only():
         assert not torch.equal(DynamicCodes(tokenizer, selection, seed).encode(pixels), codes)
 
 
-def test_codes_are_of_the_vision_encoders_preprocessing(parts, tmp_path):
+def test_codes_are_of_the_vision_encoders_preprocessing(tmp_path):
     # Else a decoder learns other codes than those it gets when it draws.
     tokenizer = write_tokenizer_of("siglip2", tmp_path, TOKENIZER)
     model = {"tokenizer": str(tmp_path / "tokenizer"), "selection": "threshold"}
+    parts = write_lavit_parts(tmp_path / "parts")
     task = task_of(LavitPixelTask, lavit_config(parts, tmp_path / "run", model=model))
     task.prepare()
     pixels = task.step_batches.at(0)[0]["encoder_image"]

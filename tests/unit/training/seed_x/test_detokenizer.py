@@ -1,8 +1,5 @@
 """SEED-X's de-tokenizer: features under autocast (contract: test_pixel_decoders.py)."""
 
-from pathlib import Path
-
-import pytest
 import torch
 from tiny.training import write_detokenizer_parts
 
@@ -21,13 +18,9 @@ from seed_multimodal.training.pixel_decoder.encoders import (
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return write_detokenizer_parts(tmp_path_factory.mktemp("detokenizer"))
-
-
-def test_image_features_under_autocast(parts):
+def test_image_features_under_autocast(tmp_path):
     # The VAE stays in float32, and a condition's latents are its means, not scaled.
+    parts = write_detokenizer_parts(tmp_path)
     vae = SdxlDetokenizer.load_part(parts / "sdxl", "vae")
     encoder = QwenVit.from_pretrained(parts / "vision")
     frozen = FrozenFeatures(
