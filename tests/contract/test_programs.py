@@ -154,6 +154,49 @@ MultiModalLLM/src/train/train.py output_dir=x trainer.precision=fp8 -> precision
 MultiModalLLM/src/train/train.py output_dir=x trainr.max_steps=3 -> 'trainer'
 MultiModalLLM/src/train/train.py output_dir=x tokenizer.pretrained_model_name_or_path=null
     -> pretrained_model_name_or_path
+MultiModalLLM/src/train/train.py output_dir=x model=nano_scratch model.atention=eager -> 'attention'
+MultiModalLLM/src/train/train.py output_dir=x data=lavit_pretrain data.lenght=4 -> 'length'
+MultiModalLLM/src/train/train.py output_dir=x data=lavit_pretrain data.too_long=splitt -> 'split'
+MultiModalLLM/src/train/train.py output_dir=x
+    data.sources=[{{name:a,files:b,decoder:pretrain.text,weight:0}}] -> sources[0] (a): weight
+MultiModalLLM/src/train/train.py output_dir=x
+    data.sources=[{{name:a,files:b,decoder:chat}},{{name:a,files:c,decoder:chat}}] -> 'a'
+MultiModalLLM/src/train/train.py output_dir=x deepspeed=configs/deepspeed/stage2_bf16_mefft.json
+    trainer.gradient_accumulation_steps=4 -> gradient_accumulation_steps
+MultiModalLLM/src/train/train.py output_dir=x deepspeed=configs/deepspeed/stage2_bf16_mefft.json
+    trainer.precision=fp32 -> bf16
+MultiModalLLM/src/train/train.py output_dir=x data.sample_weights=[1]
+    data.datapipes=[{{_target_:os.system,data_dir:a}}]
+    -> 'os.system'
+MultiModalLLM/src/train/train.py output_dir=x data.sample_weights=[1]
+    data.datapipes=[{{_target_:{pipes}_train.build_caption_datapipes_for_llm,reverse_ration:1}}]
+    -> 'reverse_ratio'
+MultiModalLLM/src/train/train.py output_dir=x data.sample_weights=[1]
+    data.datapipes=[{{_target_:{pipes}_train.build_caption_datapipes_for_llm}}]
+    -> 'data_dir'
+# Pipes without a counterpart: what to use instead.
+MultiModalLLM/src/train/train.py output_dir=x data.sample_weights=[1]
+    data.datapipes=[{{_target_:{pipes}_train.build_retrieval_augmented_datapipes_for_llm}}]
+    -> pretrain.interleaved
+MultiModalLLM/src/train/train.py output_dir=x data.sample_weights=[1]
+    data.datapipes=[{{_target_:{pipes}_train.build_caption_datapipes_with_pixels}}]
+    -> extract_image_ids
+MultiModalLLM/src/train/train.py output_dir=x data.sample_weights=[1]
+    data.datapipes=[{{_target_:{pipes}_preprocess.build_m3it_datapipes_with_pixel_values}}]
+    -> --fields plain
+MultiModalLLM/src/train/train_seed_x_sft.py output_dir=x agent.losses.rec_los_scale=1
+    -> rec_loss_scale
+MultiModalLLM/src/train/train_seed_decoder.py output_dir=x model.student_steps=2 -> teacher
+MultiModalLLM/src/train/train_seed_decoder.py output_dir=x model.teacher=any model.teacher_steps=4
+    model.student_steps=3 -> student_steps
+MultiModalLLM/src/train/train_seed_x_detokenizer.py output_dir=x model.sdxl=/nowhere -> /nowhere
+MultiModalLLM/src/train/train_lavit_detokenizer.py output_dir=x data.sizes=[[16,4]] -> sizes
+# Trainings and reports of nano.
+src/seed_nano/train/__main__.py nano --preset test --work work --only vea -> 'vae'
+src/seed_nano/train/__main__.py nano --preset test --work work train_vea.steps=3 -> 'train_vae'
+src/seed_nano/train/__main__.py nano --preset none.yaml --work work -> none.yaml
+src/seed_nano/report/__main__.py --model nano --out out --splits vol -> 'val'
+src/seed_nano/report/__main__.py --model nano --out out --judge none -> none
 seed convert absent.pt -> absent.pt
 seed plot absent -> absent
 seed export-tokenizer --stage2 absent.pth --out out -> absent.pth
@@ -161,9 +204,15 @@ seed export-gguf --model absent --out out -> absent
 seed check-llm --model absent -> absent
 seed assemble seed-x --llm absent --tokenizer absent --out mine --agent absent --vision absent
     -> --llm
+seed assemble seed-llama --llm absent --tokenizer {seed}/seed_tokenizer --out mine -> --llm
+seed assemble seed-llama --llm {seed}/seed_llama --tokenizer {seed}/seed_tokenizer --out mine
+    --settings {seed}/seed_llama/config.json -> 'architectures'
 seed assemble lavit --llm absent --tokenizer absent --out mine -> --llm
 # Not the first listed originals.
 seed fetch nano -> in pretrained/
+seed fetch 8c -> '8b'
+seed fetch 8b --mirror unclop=a/b -> 'unclip'
+seed fetch 8b --mirror unclip=/data/unclip -> unclip
 seed eval captions -> did you mean 'caption'
 # Not asked about an image of ours.
 seed eval vqa --images nowhere -> nowhere:
@@ -183,6 +232,8 @@ seed data check images -> seed_x.caption
 seed data check absent.jsonl --decoder chats --tokenizer absent -> did you mean 'chat'
 seed data convert absent.tar --out out -> absent.tar
 seed data index absent.jsonl -> absent.jsonl
+seed data index memory://d/none.tar -> memory://d/none.tar
+seed data index nosuch://d/a.tar -> nosuch://d/a.tar
 # Wrong values.
 seed reconstruct image.png --model {seed} --codes 33 -> 32
 seed reconstruct image.png --model {seed} --codes 8,16 --out one.png -> one.png
@@ -230,7 +281,7 @@ def call(
         if "--model" in command and "{" in command:
             command += " --device cpu"
         folders = {"seed": tiny_folder, "seed_x": tiny_x_folder, "lavit": tiny_lavit_folder}
-        program, *argv = command.format(**folders).split()
+        program, *argv = command.format(**folders, pipes="src.data.torchdata").split()
         monkeypatch.setattr(sys, "argv", [program, *argv])
         try:
             if program == "seed":

@@ -245,20 +245,6 @@ def test_fetch_names_what_it_does_not_get(server, fetch):
     assert Path("pretrained/eva_vit_g.pth").is_file()
 
 
-@pytest.mark.parametrize(
-    "command, named",
-    [
-        (["8c"], "'8b'"),
-        (["8b", "--mirror", "unclop=a/b"], "'unclip'"),
-        (["8b", "--mirror", "unclip=/data/unclip"], "unclip"),
-    ],
-)
-def test_fetch_of_unknown_names(server, capsys, command, named):
-    assert main(["fetch", *command]) == 2
-    assert named in capsys.readouterr().err
-    assert server.requests == []
-
-
 @pytest.mark.slow
 def test_fetch_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, fetch):
     seed_x = {}

@@ -175,18 +175,6 @@ def test_fill_config_of_a_deepspeed_file(file):
 
 
 @pytest.mark.parametrize(
-    "trainer, named",
-    [
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
-        ({"precision": "fp32"}, "bf16"),
-    ],
-)
-def test_fill_config_that_contradicts_the_trainer(trainer, named):
-    with pytest.raises(ConfigError, match=named):
-        filled(CONFIGS / "deepspeed" / "stage2_bf16_mefft.json", **trainer)
-
-
-@pytest.mark.parametrize(
     "precision, torch_dtype, used",
     [
         ("bf16", None, "bf16"),  # that of the run: the original fp16 weights stay exact
@@ -256,7 +244,6 @@ def test_read_model_settings_of_the_originals(file, config, expected):
 @pytest.mark.parametrize(
     "config, named",
     [
-        ({"path": "x", "atention": "eager"}, "'attention'"),
         ({}, "path"),
         ({**BASE, "pretrained_model_name_or_path": "???"}, "pretrained_model_name_or_path"),
         # Embeddings are not trained alone.

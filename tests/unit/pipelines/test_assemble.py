@@ -77,16 +77,3 @@ def test_save_system_writes_a_complete_folder(name, tmp_path):
     assert_equal_systems(saved, original)
     assert saved.config.notice == original.config.notice
     assert not (tmp_path / name / "report").exists()
-
-
-def test_assemble_with_wrong_settings_and_missing_parts(tiny_folder, tmp_path, capsys):
-    # Nothing is written where a part or a setting is wrong.
-    parts = {"tokenizer": tiny_folder / "seed_tokenizer"}
-    out = tmp_path / "system"
-    assert assemble("seed-llama", out, **parts, llm=tmp_path / "absent") == 2
-    assert "--llm" in capsys.readouterr().err
-    wrong = tmp_path / "settings.json"
-    wrong.write_text('{"templat": "vicuna"}')
-    assert assemble("seed-llama", out, **parts, settings=wrong) == 2
-    assert "'templat'" in capsys.readouterr().err
-    assert not out.exists()

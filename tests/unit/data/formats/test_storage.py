@@ -329,13 +329,6 @@ def test_local_copy_is_made_once(tmp_path):
     assert Path(f"{path}.log").read_text() == "copied\n"
 
 
-@pytest.mark.parametrize("url", ["memory://d/none.tar", "nosuch://d/a.tar"])
-def test_open_records_of_a_wrong_url(memory, url):
-    with pytest.raises(DataError) as error:
-        len(open_records(url))
-    assert str(error.value).startswith(url)
-
-
 # ---- the index
 
 

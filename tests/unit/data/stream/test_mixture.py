@@ -7,7 +7,7 @@ from data_files import lines
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
 CAPTIONS, DOCUMENTS, TEXTS = 66, 30, 35  # records of the sets of `mixed`
@@ -175,24 +175,3 @@ def test_source_without_a_usable_record(tmp_path, tokenizer, packing, record, na
     # One good record is enough.
     config = caption_and_texts(tmp_path, [bad] * 50 + [good], packing=packing)
     LlmBatches(read_data_settings(config), tokenizer)
-
-
-# ---- settings
-
-
-@pytest.mark.parametrize(
-    "change, source, named",
-    [
-        ({"lenght": 4}, {}, "'length'"),
-        ({"too_long": "splitt"}, {}, "'split'"),
-        ({}, {"weight": 0}, r"sources\[0\] \(captions\): weight"),
-        ({}, {"name": "texts"}, "'texts'"),
-    ],
-)
-def test_read_data_settings_with_wrong_values(mixed, change, source, named):
-    # Before hours of a training with a default in place of a misspelt value.
-    config = mixed(**change)
-    if source:
-        config["sources"][0].update(source)
-    with pytest.raises(ConfigError, match=named):
-        read_data_settings(config)

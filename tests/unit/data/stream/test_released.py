@@ -7,7 +7,6 @@ from seed_multimodal.compat.data_files import BUILDERS
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import decoder_names
 from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.errors import ConfigError
 
 DATA = APPLICATION / "configs" / "data"
 OURS = ("packing", "length", "rows", "too_long")  # keys that the original's files do not have
@@ -74,27 +73,3 @@ def test_read_data_settings_of_files_without_our_keys(name):
     original = {key: value for key, value in config.items() if key not in OURS}
     assert len(original) < len(config)
     assert read_data_settings(original) == read_data_settings(config)
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"_target_": "os.system"}, "'os.system'"),
-        ({"reverse_ration": 0.5}, r"datapipes\[0\]: .*'reverse_ratio'"),
-        ({"data_dir": None}, "'data_dir'"),
-        # Pipes without a counterpart: what to use instead.
-        (
-            {"_target_": f"{TRAIN}build_retrieval_augmented_datapipes_for_llm"},
-            "pretrain.interleaved",
-        ),
-        ({"_target_": f"{TRAIN}build_caption_datapipes_with_pixels"}, "extract_image_ids"),
-        (
-            {"_target_": "src.data.torchdata_preprocess.build_m3it_datapipes_with_pixel_values"},
-            "--fields plain",
-        ),
-    ],
-)
-def test_read_data_settings_with_wrong_keys(change, named):
-    pipe = {"_target_": CAPTION, "data_dir": "a", **change}
-    with pytest.raises(ConfigError, match=named):
-        read_data_settings({"datapipes": [pipe], "sample_weights": [1.0]})

@@ -58,13 +58,6 @@ def test_report_of_each_kind(fixture, kind, sheets, request, tmp_path):
         assert f"({name}.webp)" in text
 
 
-def test_report_with_wrong_values(tmp_path, capsys):
-    assert main(f"--model nano --out {tmp_path} --splits vol".split()) == 2
-    assert "'val'" in capsys.readouterr().err
-    assert main(f"--model nano --out {tmp_path} --judge {tmp_path / 'none'}".split()) == 2
-    assert str(tmp_path / "none") in capsys.readouterr().err
-
-
 def test_caption_words_by_label():
     # A caption is right label by label, in any words.
     labels = ("first", "second", "style", "background", "layout")

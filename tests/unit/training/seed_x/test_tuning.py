@@ -107,24 +107,11 @@ def test_encoder_file_of_the_original_is_read():
     assert encoder.sizes is not None and encoder.sizes.layers == 48
 
 
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"agent": {"losses": {"rec_los_scale": 1}}}, "rec_loss_scale"),
-        (
-            {"tokenizer": {"pretrained_model_name_or_path": str(NANO / "seed_tokenizer")}},
-            "SEED-X",
-        ),
-    ],
-)
-def test_prepare_with_parts_that_do_not_fit(config_of, tmp_path, changes, named):
-    # Named before hours of training.
-    with pytest.raises(ConfigError, match=named):
-        task_of(TuningTask, config_of(tmp_path, **changes)).prepare()
-
-
-def test_prepare_with_images_of_another_size(config_of, tmp_path):
-    # The error names the source whose option is missing.
+def test_prepare_with_another_tokenizer_or_size_of_images(config_of, tmp_path):
+    # Named before hours of training; of an option the source.
+    tokenizer = {"pretrained_model_name_or_path": str(NANO / "seed_tokenizer")}
+    with pytest.raises(ConfigError, match="SEED-X"):
+        task_of(TuningTask, config_of(tmp_path, tokenizer=tokenizer)).prepare()
     config = config_of(tmp_path)
     del config["data"]["sources"][3]["options"]["base_resolution"]
     with pytest.raises(ConfigError, match="source chat"):
