@@ -259,7 +259,9 @@ def describe_settings(kind: Dataclass, key: str) -> list[str]:
             lines += describe_settings(hint, full_key)
             continue
         choices = ", ".join(map(str, field.metadata.get("choices", ())))
-        lines.append(f"{full_key}={_default_text(field)}  ({choices or _type_name(hint)})")
+        # Without the modules of its names: `list[Path]`.
+        type_name = hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
+        lines.append(f"{full_key}={_default_text(field)}  ({choices or type_name})")
         # The fields of a list's items, such as those of `data.sources[]`.
         for inner in get_args(hint):
             if dataclasses.is_dataclass(inner) and str(hint).startswith("list"):
@@ -274,11 +276,6 @@ def _default_text(field: dataclasses.Field[object]) -> str:
     if default is dataclasses.MISSING:
         return "???"
     return json.dumps(default, default=str).replace('"', "")
-
-
-def _type_name(hint: TypeHint) -> str:
-    """A type without the modules of its names: `list[Path]`."""
-    return hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
 
 
 def changed_settings(

@@ -85,13 +85,12 @@ def add_commands(kinds: Commands) -> None:
     """The commands below `seed eval`."""
     # A tokenizer, and the suite of all benchmarks.
     tokenizer = kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook")
-    add_settings(tokenizer, TokenizerSettings)
-    add_device(tokenizer)
     tokenizer.set_defaults(work=partial(measure, TokenizerSettings, EVALUATE_TOKENIZER))
     prefix = kinds.add_parser("prefix", help="what the first codes of an image hold")
-    add_settings(prefix, PrefixSettings)
-    add_device(prefix)
     prefix.set_defaults(work=partial(measure, PrefixSettings, EVALUATE_PREFIXES))
+    for parser, kind in ((tokenizer, TokenizerSettings), (prefix, PrefixSettings)):
+        add_settings(parser, kind)
+        add_device(parser)
     suite = kinds.add_parser("suite", help="the papers' tables, next to published figures")
     add_settings(suite, SuiteSettings)
     _add_system(suite, "nano", out="outputs/suite", drawing=True)

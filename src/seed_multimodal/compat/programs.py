@@ -7,8 +7,9 @@ folder) gets the same requests through its own tasks.
 
 from __future__ import annotations
 
+import pkgutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -72,10 +73,10 @@ class Program:
     """A program of the originals.
 
     requests: what it asks for.
-    find: the function of `SYSTEMS` for the original system, from the flags and whether it needs a
-        language model.
+    find: the function ("module:function") for the original system, from the flags and whether it
+        needs a language model.
     options: of `common.add_common`.
-    flags: of `cli/flags.yaml`. add_flags: of `FURTHER_FLAGS`, which adds more.
+    flags: of `cli/flags.yaml`. add_flags: the function that adds more.
     defaults: of flags, and what `find` reads.
     files: part → the original's YAML file.
     alternatives: an image or a text of the user replaces all requests but that of the flag, or the
@@ -119,7 +120,7 @@ def run_original(file: str, description: str | None, argv: Sequence[str] | None 
         parser.add_argument("--image", nargs="+", action="extend", help="default: the original's")
     common.add_flags(parser, "original programs", program.flags)
     if program.add_flags:
-        FURTHER_FLAGS[program.add_flags](parser)
+        pkgutil.resolve_name(program.add_flags)(parser)
 
     # 2. The system, and the parts of the original one.
     common.add_common(parser, **program.options)
@@ -201,7 +202,7 @@ class Run:
         works = {request.work for request in requests}
         needs_llm = works != {"reconstruct"}
         is_named = program.files and not self.is_original
-        config = args.model if is_named else SYSTEMS[program.find](args, needs_llm)
+        config = args.model if is_named else pkgutil.resolve_name(program.find)(args, needs_llm)
         if needs_llm:
             self.system = common.load_system(
                 args,
@@ -331,7 +332,7 @@ class Run:
 # ---- systems
 
 
-def _find_seed_llama(args: Namespace, needs_llm: bool) -> SystemConfig:
+def find_seed_llama(args: Namespace, needs_llm: bool) -> SystemConfig:
     if args.engine != "torch":
         raise ConfigError(
             f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's "
@@ -350,27 +351,17 @@ def _find_seed_llama(args: Namespace, needs_llm: bool) -> SystemConfig:
     return config.require(*(key for key in config.parts() if getattr(config, key) is not None))
 
 
-def _find_seed_x(args: Namespace, needs_llm: bool) -> SystemConfig:
+def find_seed_x(args: Namespace, needs_llm: bool) -> SystemConfig:
     from seed_multimodal.compat.part_files import SDXL, config_of_files
 
     sdxl = args.diffusion_model_path or SDXL
     return config_of_files(args.files, tuned=args.tuned, sdxl=sdxl)
 
 
-def _find_lavit(args: Namespace, needs_llm: bool) -> SystemConfig:
+def find_lavit(args: Namespace, needs_llm: bool) -> SystemConfig:
     from seed_multimodal.models.lavit.spec import LavitConfig
 
     config = LavitConfig.find(args.model, head=args.pixel_decoding)
     # The safety checker's default folder is that of the pixel decoder.
     config.safety = (config.safety or config.pixels) if args.check_safety else None
     return config
-
-
-# ---- the tables of names in the rows
-
-SYSTEMS: dict[str, Callable[[Namespace, bool], SystemConfig]] = {
-    "seed_llama": _find_seed_llama,
-    "seed_x": _find_seed_x,
-    "lavit": _find_lavit,
-}
-FURTHER_FLAGS = {"condition": common.add_condition_flags, "size": common.add_size}

@@ -456,21 +456,17 @@ class TaskRunner:
             if verdict_end:
                 verdicts = self.engine.generate(prompts, settings)
                 for row, (prompt, ids) in enumerate(zip(prompts, verdicts, strict=True)):
-                    extended = [*prompt.ids, *self._verdict_ids(ids, verdict_end)]
-                    prompts[row] = Prompt(extended, prompt.images)
+                    # Up to the verdict's end; nothing without one.
+                    lengths = range(1, len(ids) + 1)
+                    texts_until = ((n, self.tokenizer.decode(ids[:n])) for n in lengths)
+                    length = next((n for n, text in texts_until if verdict_end in text), 0)
+                    prompts[row] = Prompt([*prompt.ids, *ids[:length]], prompt.images)
             continuations = [
                 [self.tokenizer.encode(text) for text in texts]
                 for texts in answers[start : start + batch_size]
             ]
             likelihoods += self.engine.likelihoods(prompts, continuations)
         return likelihoods
-
-    def _verdict_ids(self, answer_ids: Sequence[int], end: str) -> Sequence[int]:
-        """The tokens of an answer up to the `end` of its verdict; none without one."""
-        for length in range(1, len(answer_ids) + 1):
-            if end in self.tokenizer.decode(answer_ids[:length]):
-                return answer_ids[:length]
-        return ()
 
 
 def _done(task: Task, answer: Answer) -> Event:
