@@ -53,6 +53,7 @@ class DataclassInstance(Protocol):
 
 Dataclass = DataclassInstance | type[DataclassInstance]  # what `is_dataclass` accepts
 T = TypeVar("T", bound=DataclassInstance)
+Entry = TypeVar("Entry")  # of a table
 TypeHint = Any  # what an annotation may hold, such as `list[Path]` or a Literal
 
 
@@ -204,6 +205,15 @@ def check_keys(keys: Iterable[str], allowed: Iterable[str], label: str) -> None:
                 f"{label}: unknown key {key!r}{nearest(key, options)}; "
                 f"known keys are {', '.join(sorted(options)) or 'none'}."
             )
+
+
+def find_entry(table: Mapping[str, Entry], name: str, kind: str) -> Entry:
+    """An entry of a table. Raises ConfigError: none of this name (with the nearest)."""
+    if name not in table:
+        raise ConfigError(
+            f"{name!r} is no {kind}{nearest(name, table)}; there are {', '.join(table)}."
+        )
+    return table[name]
 
 
 def nearest(key: str, options: Iterable[str], similarity: float = 0.5) -> str:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.config import read_table
 from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
@@ -50,17 +51,7 @@ if TYPE_CHECKING:
 
 LLM = "language_model"
 CURRENT_FOLDER = ("", ".", "./")  # the default of `model_path`
-# The original's names of generation settings → ours.
-SETTING_NAMES = {
-    "use_nucleus_sampling": "do_sample",
-    "max_length": "max_new_tokens",
-    "max_len": "max_new_tokens",
-    "min_length": "min_new_tokens",
-    "min_len": "min_new_tokens",
-    "num_captions": "num_return_sequences",
-    "num_return_images": "num_return_sequences",
-    "guidance_scale": "guidance",
-}
+SETTING_NAMES: dict[str, str] = read_table(__file__)
 ImagesOrPixels = ImageSource | Sequence[ImageSource] | Tensor  # files, or pixels [B, 3, S, S]
 Texts = str | Sequence[str]  # one for all images, or one each
 TextPrompts = Texts | Sequence[Sequence[int]]  # texts, or rows of ids

@@ -19,15 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from seed_multimodal.config import load_yaml, read_table
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.plugins import import_entry, registered
-from seed_multimodal.settings import nearest, read_settings
+from seed_multimodal.settings import find_entry, read_settings
 
-T = TypeVar("T")
 BUILT_IN = (
     "seed_multimodal.models.seed.spec:SPEC",
     "seed_multimodal.models.seed_x.spec:SPEC",
@@ -213,22 +212,13 @@ def _check_names(specs: Sequence[FamilySpec]) -> None:
 
 def find_family(name: str) -> FamilySpec:
     """The family of a system's kind. Raises ConfigError: unknown (with the nearest)."""
-    return _find({spec.name: spec for spec in families()}, name, "model family")
+    return find_entry({spec.name: spec for spec in families()}, name, "model family")
 
 
 def find_training(program: str) -> Training:
     """The training of a program of any family. Raises ConfigError: unknown (with the nearest)."""
     trainings = {name: task for spec in families() for name, task in spec.trainings.items()}
-    return _find(trainings, program, "training")
-
-
-def _find(table: Mapping[str, T], name: str, kind: str) -> T:
-    """An entry of a table. Raises ConfigError: none of this name (with the nearest)."""
-    if name not in table:
-        raise ConfigError(
-            f"{name!r} is no {kind}{nearest(name, table)}; there are {', '.join(table)}."
-        )
-    return table[name]
+    return find_entry(trainings, program, "training")
 
 
 def tokenizer_exports() -> dict[str, TokenizerExport]:

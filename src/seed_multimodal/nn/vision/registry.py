@@ -14,12 +14,11 @@ from typing import Annotated, Any, cast
 
 from pydantic import PlainValidator
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.qwen import QwenEncoderConfig
-from seed_multimodal.settings import adapter, nearest, read_settings
+from seed_multimodal.settings import adapter, find_entry, read_settings
 
 VISION_CONFIGS: dict[str, type[VisionConfig]] = {
     "eva": EvaConfig,
@@ -40,14 +39,9 @@ def _by_type(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The class of a configuration, and its values; EVA's have no type."""
     values = dict(values)
     name = str(values.get("type", "eva"))
-    if name not in VISION_CONFIGS:
-        raise ConfigError(
-            f"{name!r} is no vision encoder{nearest(name, VISION_CONFIGS)}; there are "
-            f"{', '.join(VISION_CONFIGS)}."
-        )
     if name == "eva":
         values.pop("type", None)
-    return VISION_CONFIGS[name], values
+    return find_entry(VISION_CONFIGS, name, "vision encoder"), values
 
 
 def _parse(values: Any) -> VisionConfig:
