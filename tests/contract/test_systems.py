@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from random_images import noise, same
+from systems import load
 
 import seed_multimodal
 from seed_multimodal.errors import (
@@ -194,7 +195,7 @@ def test_a_request_crosses_few_functions(task, request_, options, functions, fil
     # What must be read to follow one request, in all threads, once everything is loaded; three
     # depend on when threads run and objects are freed.
     library = str(Path(seed_multimodal.__file__).parent)
-    systems = [MultimodalSystem.from_pretrained("nano", device="cpu", log=None) for _ in "ab"]
+    systems = [load("nano") for _ in "ab"]
     entered: set[tuple[str, str]] = set()
 
     def profile(frame, event: str, _):
@@ -366,7 +367,7 @@ def test_chat_of_several_turns(system, family):
 def test_chat_reads_only_new_tokens(model):
     # Each image is encoded once; keys and values of read tokens, also of a shared system
     # message, are cached.
-    system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
+    system = load(model)
     encoded: list[int] = []
     read: list[int] = []
     modules = system.images.model.modules()
@@ -395,7 +396,7 @@ def test_chat_reads_only_new_tokens(model):
 def test_ask_generates_nothing_behind_the_answer(model):
     # Behind it there may be a token for its end, or those of the next turn's opening: a model
     # that goes on would double the time of every answer.
-    system = MultimodalSystem.from_pretrained(model, device="cpu", log=None, load_decoder=False)
+    system = load(model, load_decoder=False)
     opening = sum(len(system.tokenizer.encode(stop)) for stop in system.settings().stop)
     questions = ("Where is the dog?", "Is there a star?", "How many are there?")
     conversations = [
@@ -526,13 +527,9 @@ def test_zero_temperature_or_top_p_is_greedy(system, options):
 # ---- loading and saving
 
 
-def load(system, **placement) -> MultimodalSystem:
-    return MultimodalSystem.from_pretrained(system.config, device="cpu", log=None, **placement)
-
-
 def test_from_pretrained_without_decoder(system, family):
     # Servers that only read save the de-tokenizer's memory.
-    reader = load(system, load_decoder=False)
+    reader = load(system.config, load_decoder=False)
     assert type(reader) is type(system)
     assert reader.describe(noise(1)) == system.describe(noise(1))
     if family.has_noise:
@@ -543,18 +540,18 @@ def test_from_pretrained_without_decoder(system, family):
 @pytest.mark.slow
 def test_from_pretrained_with_offload(system, family):
     # Parts on the device only while they work give the same results.
-    offloaded = load(system, offload=True)
+    offloaded = load(system.config, offload=True)
     assert offloaded.describe(noise(1)) == system.describe(noise(1))
     drawn = offloaded.draw("a fish", 1, **family.drawing)
     assert same(drawn, system.draw("a fish", 1, **family.drawing))
     with pytest.raises(ConfigError, match="--compile"):
-        load(system, compiled=True, offload=("llm",))
+        load(system.config, compiled=True, offload=("llm",))
 
 
 @pytest.mark.nightly
 @pytest.mark.process
 def test_from_pretrained_compiled_image_networks(tiny):
-    system = load(tiny)
+    system = load(tiny.config)
     system.images.compile()
     assert system.tokenize(noise(1)).tolist() == tiny.tokenize(noise(1)).tolist()
     assert same(system.draw("a fish", 1, **STEPS), tiny.draw("a fish", 1, **STEPS))
@@ -565,7 +562,7 @@ def test_save_pretrained_and_load(system, family, tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = system.save_pretrained(tmp_path / "mine")
-    saved = MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+    saved = load(folder)
     assert saved.describe(noise(1)) == system.describe(noise(1))
     assert "any-to-any" in (folder / "README.md").read_text()
     drawn = saved.draw("a fish", 1, **family.drawing)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import environment
-from llm_runs import losses
+from llm_runs import environment, losses
 from real_processes import nothing_stays_behind, processes_with, run_checked, wait_until
 from repository import FOX
 from systems import load

@@ -2,7 +2,6 @@
 nodes."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,6 @@ def sbatch(tmp_path):
             timeout=170,
             env=environment(
                 PATH=f"{tools}:{os.environ['PATH']}",
-                VIRTUAL_ENV=sys.prefix,
                 SLURM_JOB_NUM_NODES="2",
                 SLURM_JOB_NODELIST="a,b",
                 SLURM_JOB_ID=str(port),

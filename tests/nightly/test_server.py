@@ -20,6 +20,7 @@ import requests
 from PIL import Image
 from repository import NANO, ROOT
 from served import CHAT, read, serving, user
+from systems import load
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
 
@@ -208,9 +209,7 @@ def test_hostile_bodies_are_refused_and_visitors_answered():
 
 def test_conversations_together_equal_those_alone():
     # Continuous batching: other requests in the batch, streams and cancelled ones change nothing.
-    from seed_multimodal import MultimodalSystem
-
-    system = MultimodalSystem.from_pretrained(NANO, device="cpu", load_decoder=False, log=None)
+    system = load(NANO, load_decoder=False)
     jobs = []
     for seed in range(120):
         rng = random.Random(seed)
@@ -242,7 +241,7 @@ def test_conversations_together_equal_those_alone():
 
     with ThreadPoolExecutor(8) as pool:
         together = [*pool.map(answer, range(len(jobs)))]
-    fresh = MultimodalSystem.from_pretrained(NANO, device="cpu", load_decoder=False, log=None)
+    fresh = load(NANO, load_decoder=False)
     for ids, (messages, options) in zip(together, jobs, strict=True):
         assert ids is None or ids == list(fresh.chat(messages, **options).ids)
     assert system.engine.n_decoding == 0 and not system.engine.reading

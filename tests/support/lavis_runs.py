@@ -60,12 +60,6 @@ PROJECTS = {
 }
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Environment variables of programs and scripts of the application; their processes are
-    warm."""
-    return llm_runs.environment(VIRTUAL_ENV=sys.prefix, **more)
-
-
 def require_lavis():
     """Put the application on the import path and its names into LAVIS's registry; the test is
     skipped without LAVIS."""

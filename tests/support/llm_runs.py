@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,14 @@ def write_llama(folder, vocab_size):
     from tiny.language import random_llm
 
     random_llm("llama", vocab_size, initializer_range=0.02, **SIZES).save_pretrained(folder)
+
+
+def write_base(folder) -> Path:
+    """A random LLaMA for the tokenizer of `write_files`."""
+    from seed_multimodal import MultimodalTokenizer
+
+    write_llama(folder, MultimodalTokenizer.from_pretrained(TOKENIZER).vocabulary.size)
+    return folder
 
 
 def merged(groups: dict, changes) -> dict:
@@ -188,12 +197,14 @@ def overrides(files: dict[str, Path], output, *more: str) -> list[str]:
 
 
 def environment(**values: str) -> dict[str, str]:
-    """The environment with one thread and without the hub."""
+    """The environment with one thread and without the hub; scripts find this Python by
+    `VIRTUAL_ENV`."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT / "src"),
+        "VIRTUAL_ENV": sys.prefix,
         **values,
     }
 

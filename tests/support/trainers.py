@@ -88,7 +88,7 @@ class Trainer:
         return subprocess.Popen(
             [sys.executable, *before, self.program, *arguments],
             cwd=self.application,
-            env=lavis_runs.environment(**self.variables(parts_dir)),
+            env=llm_runs.environment(**self.variables(parts_dir)),
             text=True,
             start_new_session=True,
             stdout=subprocess.PIPE,
@@ -153,12 +153,8 @@ def _llm(parts_dir, output) -> list[str]:
 
 def _llm_parts(parts_dir):
     """A LLaMA in files, so that a checkpoint of LoRA is a system."""
-    from seed_multimodal import MultimodalTokenizer
-
-    vocabulary = MultimodalTokenizer.from_pretrained(llm_runs.TOKENIZER).vocabulary
-    llm_runs.write_llama(parts_dir / "base", vocabulary.size)
     lora = {**llm_runs.LORA, "lora_dropout": 0.0}
-    model = {"path": str(parts_dir / "base"), "sizes": None, "lora": lora}
+    model = {"path": str(llm_runs.write_base(parts_dir / "base")), "sizes": None, "lora": lora}
     llm_runs.write_files(parts_dir, model=model)
 
 

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lavis_runs import environment, require_lavis
-from llm_runs import compose
+from lavis_runs import require_lavis
+from llm_runs import compose, environment
 from real_processes import run_process
 from repository import APPLICATION, ROOT
 

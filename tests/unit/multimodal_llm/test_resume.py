@@ -58,12 +58,7 @@ def test_resume_with_another_weight_decay(train, two_steps, capsys):
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """A LLaMA in files."""
-    from seed_multimodal import MultimodalTokenizer
-
-    vocabulary = MultimodalTokenizer.from_pretrained(runs.TOKENIZER).vocabulary
-    runs.write_llama(tmp_path / "base", vocabulary.size)
-    return tmp_path / "base"
+    return runs.write_base(tmp_path / "base")
 
 
 def test_resume_on_another_base_or_tokenizer_fails(train, base, tmp_path):

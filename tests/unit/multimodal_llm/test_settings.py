@@ -10,7 +10,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from repository import APPLICATION
-from tiny import read_json
+from tiny import read_json, write_json
 
 from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.config import load_yaml
@@ -253,3 +253,27 @@ def test_read_model_settings_of_the_originals(file, config, expected):
 def test_read_model_settings_with_a_mistake(config, named):
     with pytest.raises(ConfigError, match=named):
         read_model_settings(config)
+
+
+@pytest.mark.parametrize(
+    "width, template, data, options, expected",
+    [
+        (4096, None, {}, {}, "vicuna"),
+        (5120, None, {}, {}, "llama2"),
+        (5120, "vicuna", {}, {}, "vicuna"),
+        (5120, None, {"template": "vicuna"}, {}, "vicuna"),
+        (5120, None, {}, {"template": "vicuna"}, "vicuna"),
+    ],
+)
+def test_read_gives_the_sources_the_template_of_the_model(
+    width, template, data, options, expected, tmp_path, files
+):
+    # That of the 7B or 13B by its width, unless the model, the data or the source names one;
+    # captions have none.
+    write_json(tmp_path / "config.json", {"hidden_size": width})
+    config = runs.compose(runs.overrides(files, "x"))
+    config["model"] = {"path": str(tmp_path), "template": template}
+    config["data"] |= data
+    config["data"]["sources"][1]["options"] = options
+    sources = LlmTask.run_type.read(config).data.sources
+    assert [source.options.get("template") for source in sources] == [None, expected]

@@ -4,7 +4,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import llm_runs as runs
@@ -36,7 +35,7 @@ def start(tmp_path, max_steps, **variables: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=runs.environment(VIRTUAL_ENV=sys.prefix, **variables),
+        env=runs.environment(**variables),
     )
     STARTED.append(process)
     return process

@@ -4,7 +4,8 @@ import sys
 from subprocess import CompletedProcess
 
 import pytest
-from lavis_runs import APPLICATION, environment
+from lavis_runs import APPLICATION
+from llm_runs import environment
 from real_processes import run_process
 
 CODE = """

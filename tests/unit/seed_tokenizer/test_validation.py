@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from lavis_runs import APPLICATION, environment, log_of
+from lavis_runs import APPLICATION, log_of
+from llm_runs import environment
 from real_processes import run_checked
 from tensors import equal
 from trainers import TWO
