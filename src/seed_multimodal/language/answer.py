@@ -19,7 +19,7 @@ from typing import Literal, Required, TypedDict
 
 from PIL import Image
 
-from seed_multimodal.language.prompts import verdict_of, without_verdict
+from seed_multimodal.language.prompts import split_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageGrammar, ImageVocabulary
 
@@ -89,7 +89,7 @@ class Answer:
     def reasoning(self) -> str:
         """What the model wrote before the answer: a verdict (see `TaskPrompts`), or nothing."""
         texts = [part for part in self.parts if isinstance(part, str)]
-        verdicts = [verdict_of(text.strip(), self.answer_after) for text in texts]
+        verdicts = [split_verdict(text.strip(), self.answer_after)[0] for text in texts]
         return " ".join(filter(None, verdicts))
 
     @property
@@ -103,7 +103,7 @@ class Answer:
         shown: list[str | ImagePart | BrokenImagePart] = []
         for part in self.parts:
             if isinstance(part, str):
-                part = without_verdict(part.strip(), self.answer_after)
+                part = split_verdict(part.strip(), self.answer_after)[1]
             shown.append(part)
         return shown
 

@@ -324,23 +324,10 @@ class TaskPrompts:
         return self.qa_prefix + question + self.qa_suffix
 
 
-def verdict_of(text: str, answer_after: str) -> str:
-    """The verdict that a text begins with (see `TaskPrompts`), or nothing."""
-    if not answer_after:
-        return ""
-    verdict, _, answer = text.partition(answer_after)
-    return verdict if answer else ""
-
-
-def without_verdict(text: str, answer_after: str, grows: bool = False) -> str:
-    """The text behind a verdict (see `TaskPrompts`), else all of it.
-
-    grows: it may still become a verdict: empty.
-    """
-    if not answer_after:
-        return text
-    answer = text.partition(answer_after)[2]
-    return answer or ("" if grows else text)
+def split_verdict(text: str, answer_after: str) -> tuple[str, str]:
+    """The verdict that a text begins with (see `TaskPrompts`), or nothing, and what follows."""
+    verdict, _, answer = text.partition(answer_after) if answer_after else ("", "", "")
+    return (verdict, answer) if answer else ("", text)
 
 
 DEFAULT_TASKS = TaskPrompts()

@@ -31,7 +31,7 @@ from seed_multimodal.language.messages import (
     without_oldest_rounds,
 )
 from seed_multimodal.language.phrases import Phrases
-from seed_multimodal.language.prompts import TaskPrompts, without_verdict
+from seed_multimodal.language.prompts import TaskPrompts, split_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import ImageCodec, ImageInput, Log
@@ -390,27 +390,21 @@ class TaskRunner:
         pictures that they had to change; note what contradicts the requests."""
         # 1. What is described: each picture once.
         reads_codes = self.family.prompts_are_ids
-        shown: list[Any] = [row.input for row in rows] if reads_codes else [*pictures]
-        before: dict[int, Any] = {}  # of a row
-        for index, row in enumerate(rows):
-            picture = None
-            if not isinstance(row.task.request, Prompt):
-                picture = picture_to_change(row.task.request, reads_codes)
-            if picture is not None:
-                before[index] = picture
-        distinct = {id(picture): picture for picture in before.values()}
-        shown += distinct.values()
+        conversations: list[Any] = [row.task.request for row in rows]
+        changed = [picture_to_change(turns, reads_codes) for turns in conversations]
+        distinct = {id(picture): picture for picture in changed if picture is not None}
+        drawn: list[Any] = [row.input for row in rows] if reads_codes else [*pictures]
 
         # 2. As `describe`, without its notes.
         settings = self.family.generation_settings("describe", {})
         tasks: list[Task] = []
-        for item in shown:
-            request = user_message([item, self.tasks.describe])
-            tasks.append(Task("describe", request, settings))
+        for item in (*drawn, *distinct.values()):
+            turns = user_message([item, self.tasks.describe])
+            tasks.append(Task("describe", turns, settings))
         descriptions: list[str] = []
         for answers in self.generate(tasks):
             descriptions += [self.family.text(item.answer, "describe") for item in answers]
-        described_before = dict(zip(distinct, descriptions[len(rows) :], strict=True))
+        before = dict(zip(distinct, descriptions[len(rows) :], strict=True))
 
         # 3. The comparisons.
         words = self.config.known_words
@@ -418,10 +412,10 @@ class TaskRunner:
         for index, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
             is_only = len(rows) == 1 and first_index == 0
             which = "The image" if is_only else f"Image {first_index + index}"
-            request_text = "" if isinstance(row.task.request, Prompt) else row.task.request[-1].text
-            claim = without_verdict(text_before(row.parts, row.part), self.tasks.answer_after)
-            described = described_before.get(id(before.get(index)))
-            note = note_of(phrases, which, request_text, claim, described, descriptions[index])
+            request = conversations[index][-1].text
+            _, claim = split_verdict(text_before(row.parts, row.part), self.tasks.answer_after)
+            old = before.get(id(changed[index]))
+            note = note_of(phrases, which, request, claim, old, descriptions[index])
             picture.info |= {DESCRIPTION: descriptions[index], NOTE: note}
             row.task.notes.add(note)
 

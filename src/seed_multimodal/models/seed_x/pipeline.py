@@ -38,7 +38,7 @@ from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import ContentPart, Images, Message, flatten_images
-from seed_multimodal.language.prompts import Turn, interleave, without_verdict
+from seed_multimodal.language.prompts import Turn, interleave, split_verdict
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, Ids
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
@@ -366,7 +366,7 @@ class SeedXFamily(Family):
 
         opened: whether the prompt ended inside a box.
         """
-        text = without_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
+        _, text = split_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
         text = text.removesuffix("</s>").strip()
         n_locations = self.prompt_writer.vocabulary.n_locations
         boxes, problems = read_boxes(text, opened, n_locations)
