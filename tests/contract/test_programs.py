@@ -157,14 +157,10 @@ MultiModalLLM/src/train/train.py output_dir=x tokenizer.pretrained_model_name_or
 MultiModalLLM/src/train/train.py output_dir=x model=nano_scratch model.atention=eager -> 'attention'
 MultiModalLLM/src/train/train.py output_dir=x data=lavit_pretrain data.lenght=4 -> 'length'
 MultiModalLLM/src/train/train.py output_dir=x data=lavit_pretrain data.too_long=splitt -> 'split'
-MultiModalLLM/src/train/train.py output_dir=x
+MultiModalLLM/src/train/train.py output_dir=x data=lavit_pretrain
     data.sources=[{{name:a,files:b,decoder:pretrain.text,weight:0}}] -> sources[0] (a): weight
-MultiModalLLM/src/train/train.py output_dir=x
+MultiModalLLM/src/train/train.py output_dir=x data=lavit_pretrain
     data.sources=[{{name:a,files:b,decoder:chat}},{{name:a,files:c,decoder:chat}}] -> 'a'
-MultiModalLLM/src/train/train.py output_dir=x deepspeed=configs/deepspeed/stage2_bf16_mefft.json
-    trainer.gradient_accumulation_steps=4 -> gradient_accumulation_steps
-MultiModalLLM/src/train/train.py output_dir=x deepspeed=configs/deepspeed/stage2_bf16_mefft.json
-    trainer.precision=fp32 -> bf16
 MultiModalLLM/src/train/train.py output_dir=x data.sample_weights=[1]
     data.datapipes=[{{_target_:os.system,data_dir:a}}]
     -> 'os.system'

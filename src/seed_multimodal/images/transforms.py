@@ -257,5 +257,11 @@ def read_preprocessing(folder: str | Path, advice: str = "") -> ImageTransform:
     )
 
 
-# The tokenizer's own preprocessing of a file.
-seed_image_processor = functools.partial(ImageTransform, interpolation="bicubic")
+def seed_image_processor(
+    image_size: int = 224,
+    keep_ratio: bool = False,
+    interpolation: str = "bicubic",
+    shorter_side: int | None = None,
+) -> ImageTransform:
+    """The tokenizer's own preprocessing of a file: by default squash, bicubic."""
+    return ImageTransform(image_size, keep_ratio, interpolation, shorter_side)

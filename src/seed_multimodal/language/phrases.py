@@ -10,14 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 BACKGROUND = "background"  # a table of attributes
-# Of requests: what they remove, replace without naming it, and say of a background.
-_REMOVES = re.compile(r"\b(?:remove|delete|erase|get rid of|take away)\b", re.I)
-_REPLACES_UNNAMED = re.compile(
-    r"\b(?:remove|delete|erase|rid of|take|replace|swap|exchange|turn|change|make)\b[^.]*"
-    r"\b(?:it|them|this|that|these|those|everything|all|both|one)\b",
-    re.I,
-)
-_BACKGROUNDS = (BACKGROUND, "scene", "place", "colour", "color")
+# Of requests: what they remove; put in place of what they name, or of "it"; and how they speak of
+# any background.
+_REMOVES = re.compile(r"\b(?:remove|delete|erase|rid of|take away)\b", re.I)
+_REPLACES = re.compile(r"\b(?:replace|exchange|turn|change|make|become|into)\b", re.I)
+_UNNAMED = re.compile(r"\b(?:it|them|this|that|these|those|everything|all|both|one)\b", re.I)
+_BACKGROUNDS = {BACKGROUND, "scene", "place", "colour", "color"}
 _WORDS = re.compile(r"[a-z]+")
 
 ByValue = Mapping[str, Sequence[str]]  # a value → the phrases that mean it
@@ -68,13 +66,17 @@ class Phrases:
             facts["relation"] = f"{first} {relation[1]} {second}"
         return [thing for thing in things if facts[thing] != "0"], facts
 
-    def words_of_background(self, value: str) -> set[str]:
-        """Words of requests that ask for a background: of its phrases alone, or of any change."""
+    def asked_backgrounds(self, request: str) -> list[str]:
+        """Backgrounds of which a request has a word that is of no other one's phrases."""
         counts = Counter[str]()
         for phrases in self.backgrounds.values():
             counts.update({word for phrase in phrases for word in phrase.split()})
-        words = {word for phrase in self.backgrounds[value] for word in phrase.split()}
-        return {word for word in words if counts[word] == 1} | {*_BACKGROUNDS}
+        asked = {word for word in _WORDS.findall(request.lower()) if counts[word] == 1}
+        return [
+            value
+            for value, phrases in self.backgrounds.items()
+            if asked & {word for phrase in phrases for word in phrase.split()}
+        ]
 
     def contradictions(self, requests: Sequence[str], description: str) -> list[str]:
         """What a description says otherwise than the first of some texts that names a thing."""
@@ -105,26 +107,40 @@ class Phrases:
         """What an edit does not show as asked, by descriptions of its images.
 
         Things that are named, but in neither; new, but not named; gone, but neither named nor
-        replaced; to be removed, but as many as before. A background that was not asked for.
+        replaced; to be removed, but as many as before. Another number, relation or background.
         """
-        # 1. Things.
+        # 1. Things. One may be replaced by another that is named.
         old, old_facts = self.read(before)
-        named, _ = self.read(request)
+        named, asked_facts = self.read(request)
         new, new_facts = self.read(after)
         differences = [f"no {thing}" for thing in named if thing not in (*old, *new)]
-        if not _REPLACES_UNNAMED.search(request):
-            gone = [thing for thing in old if thing not in (*named, *new)]
-            differences += [f"no {thing}" for thing in gone]
-        if _REMOVES.search(request):
+        removes = _REMOVES.search(request) is not None
+        replaces = _REPLACES.search(request) and any(thing not in old for thing in named)
+        may_go = [*named] if removes or replaces else []
+        if _UNNAMED.search(request) and (removes or replaces):
+            may_go += old
+        gone = [thing for thing in old if thing not in (*may_go, *new)]
+        differences += [f"no {thing}" for thing in gone]
+        if removes:
             kept = [thing for thing in named if thing in old and thing in new]
             kept = [thing for thing in kept if old_facts[thing] == new_facts[thing]]
             differences += [f"still {thing}" for thing in kept]
         differences += [f"also {thing}" for thing in new if thing not in (*old, *named)]
 
-        # 2. The background.
+        # 2. Numbers of several, and the relation.
+        for name in ("relation", *named):
+            asked = asked_facts.get(name, "")
+            shown = new_facts.get(name, "")
+            if asked not in ("", "0", "1") and shown not in ("", asked):
+                differences.append(f"{name} {shown}, not {asked}")
+
+        # 3. The background.
         was = old_facts.get(BACKGROUND)
         now = new_facts.get(BACKGROUND)
-        words = {*_WORDS.findall(request.lower())}
-        if was and now and was != now and not words & self.words_of_background(now):
+        backgrounds = self.asked_backgrounds(request)
+        if now and backgrounds and now not in backgrounds:
+            differences.append(f"{BACKGROUND} {now}, not {backgrounds[0]}")
+        is_unasked = not backgrounds and not _BACKGROUNDS & {*_WORDS.findall(request.lower())}
+        if was and now and was != now and is_unasked:
             differences.append(f"{BACKGROUND} {now}, not {was}")
         return differences

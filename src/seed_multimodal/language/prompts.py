@@ -274,6 +274,7 @@ DRAW_RESPONSE = "Here is the picture."
 # Also the response to a request for an image in a conversation that has one already.
 EDIT_RESPONSE = "Here it is."
 
+_UNFINISHED_VERDICT = re.compile(r": (?:yes|no)\b")
 # Requests of the original inference scripts: about an image, for an image, for a change of one.
 DEMO_QUESTIONS = (
     "What is this animal?",
@@ -325,8 +326,13 @@ class TaskPrompts:
 
 
 def split_verdict(text: str, answer_after: str) -> tuple[str, str]:
-    """The verdict that a text begins with (see `TaskPrompts`), or nothing, and what follows."""
+    """The verdict that a text begins with (see `TaskPrompts`), or nothing, and what follows.
+
+    A text that broke off behind a "yes" or "no" of a verdict is all of it.
+    """
     verdict, _, answer = text.partition(answer_after) if answer_after else ("", "", "")
+    if not answer and answer_after and _UNFINISHED_VERDICT.search(text):
+        return text, ""
     return (verdict, answer) if answer else ("", text)
 
 

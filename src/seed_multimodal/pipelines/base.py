@@ -513,9 +513,11 @@ class MultimodalSystem(TaskRunner, HubUpload):
             raise ConfigError("The option 'images' is of chats; a drawing is always an image.")
         stream = options.pop("stream", False)
         lengths = self._preview_lengths(options.pop("previews", None), stream)
-        negatives = options.pop("negative_prompt", None)
+        negatives: Any = options.pop("negative_prompt", None)
         if negatives is None or isinstance(negatives, str):
             negatives = [negatives] * len(conversations)
+        if len(request_texts([text or "" for text in negatives], True)) != len(conversations):
+            raise RequestError(f"negative_prompt: one text, or {len(conversations)} are needed.")
         drawing, reads_back = self._pop_drawing_options(options)
         self.images.check_drawing(**drawing)
         drawing["should_stop"] = options.get("should_stop")

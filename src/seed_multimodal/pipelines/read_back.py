@@ -15,14 +15,19 @@ NOTE = "note"
 NO_CHANGE = "Nothing has changed."
 NOTHING_READ: tuple[list[str], dict[str, str]] = ([], {})  # of a text without known phrases
 
-# Requests that change the picture of an earlier message, and those that ask for a new one.
+# Requests that change the picture of an earlier message, those that ask for a new one, what shows
+# that they speak of the old one, and questions.
 _CHANGES = re.compile(
-    r"^\W*(?:and|now|also|then|but)\b|\b(?:add|remove|delete|erase|put|place|move|shift|make|turn|"
-    r"change|replace|swap|exchange|take|get rid|without|instead|another|more|less|fewer|bigger|"
-    r"larger|smaller|it|them|its|their)\b",
+    r"^\W*(?:and|also)\b(?! now)|\b(?:add|remove|delete|erase|put|place|move|shift|make|turn|"
+    r"change|replace|swap|exchange|take|get rid|without|another|more|less|fewer|bigger|larger|"
+    r"smaller|it|them|its|their)\b",
     re.I,
 )
-_DRAWS = re.compile(r"\b(?:draw|paint|sketch|generate|create|(?:picture|image|drawing) of)\b", re.I)
+_DRAWS = re.compile(
+    r"\b(?:draw|paint|sketch|generate|create|make me|(?:picture|image|drawing) of)\b", re.I
+)
+_SPEAKS_OF_IT = re.compile(r"\b(?:it|them|its|their)\b", re.I)
+_ASKS = re.compile(r"^(?!.*\b(?:can|could|would|will) you\b).*\?\s*$", re.I | re.S)
 
 
 def picture_to_change(conversation: Sequence[Message], reads_codes: bool) -> ContentPart | None:
@@ -35,7 +40,8 @@ def picture_to_change(conversation: Sequence[Message], reads_codes: bool) -> Con
     pictures = _pictures(last, reads_codes)
     if pictures or not last.is_text:
         return pictures[0] if len(pictures) == 1 else None
-    if _DRAWS.search(last.text) or not _CHANGES.search(last.text):
+    is_new = _DRAWS.search(last.text) and not _SPEAKS_OF_IT.search(last.text)
+    if is_new or _ASKS.search(last.text) or not _CHANGES.search(last.text):
         return None
     for message in reversed(earlier):
         pictures = _pictures(message, reads_codes)
@@ -73,8 +79,8 @@ def note_of(
     if before is not None:
         differences += phrases.unasked_changes(before, request, after)
         says_same = phrases.read(before) == phrases.read(after) != NOTHING_READ
-        if says_same and _CHANGES.search(request):
-            note = NO_CHANGE
+        if says_same and not _ASKS.search(request):
+            note = NO_CHANGE if which == "The image" else f"{which}: {NO_CHANGE}"
     if not differences:
         return note
     named = "; ".join(dict.fromkeys(differences))

@@ -319,7 +319,7 @@ class TaskRunner:
         vocabulary = self.tokenizer.vocabulary
         needed = 0 if vocabulary.image_only_when_forced else vocabulary.image_length
         is_cut = answer.finish_reason == "length" and n_tokens < needed
-        if is_cut and task.generation.images != "never":
+        if is_cut and task.generation.images != "never" and not answer.reasoning:
             task.notes.add(
                 f"The answer was cut off after {n_tokens} tokens; an image needs {needed}."
             )
@@ -504,10 +504,17 @@ def _with_reasoning(events: Iterable[Event], separator: str) -> Iterator[Event]:
             event = {"type": "text", "text": text}
             held = awaited = ""
         elif event["type"] != "text":
-            if held:
-                yield {"type": "text", "text": held}
+            yield from _parted(held, awaited)
             held = ""
             awaited = separator
         yield event
-    if held:
-        yield {"type": "text", "text": held}
+    yield from _parted(held, awaited)
+
+
+def _parted(text: str, separator: str) -> Iterator[Event]:
+    """The events of a complete text."""
+    reasoning, answer = split_verdict(text, separator)
+    if reasoning:
+        yield {"type": "reasoning", "text": reasoning}
+    if answer:
+        yield {"type": "text", "text": answer}

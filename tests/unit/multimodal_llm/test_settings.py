@@ -157,6 +157,18 @@ def filled(file, **trainer) -> tuple[dict, list[str]]:
 
 
 @pytest.mark.parametrize(
+    "trainer, named",
+    [
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
+        ({"precision": "fp32"}, "bf16"),
+    ],
+)
+def test_fill_config_that_contradicts_the_trainer(trainer, named):
+    with pytest.raises(ConfigError, match=named):
+        filled(CONFIGS / "deepspeed" / "stage2_bf16_mefft.json", **trainer)
+
+
+@pytest.mark.parametrize(
     "file", sorted((CONFIGS / "deepspeed").glob("*.json")), ids=lambda file: file.stem
 )
 def test_fill_config_of_a_deepspeed_file(file):

@@ -84,6 +84,7 @@ def test_contradictions_of_a_description(known, request_, description, differenc
 
 # Requests of a second turn, and what each note names; of descriptions before and after.
 FOX, PIGS = "A noto fox in a meadow.", "Two pigs on the sea."
+FOX_DOG = "A noto fox left of a dog in a meadow."
 CHANGES = [
     (FOX, "add a dog", "Two dogs in a meadow.", "no fox"),
     (FOX, "Add a dog.", "Two foxes in a meadow.", "no dog"),
@@ -100,6 +101,14 @@ CHANGES = [
     (PIGS, "make them bigger", PIGS, "Nothing has changed."),
     (FOX, "Put the fox on the right.", "A noto fox in a meadow", "Nothing has changed."),
     (FOX, "What is this?", FOX, ""),
+    (FOX, "Is it small?", FOX, ""),
+    (FOX_DOG, "make it bigger", "A noto fox in a meadow.", "no dog"),
+    (FOX_DOG, "Swap the fox and the dog.", "A large noto fox in a meadow.", "no dog"),
+    (FOX_DOG, "Make the fox bigger.", "A large noto dog in a meadow.", "no fox"),
+    (FOX_DOG, "Put the dog above the fox.", FOX_DOG, "relation fox left of dog, not dog above fox"),
+    (FOX, "Make it two foxes", "Three noto foxes in a meadow.", "fox 3, not 2"),
+    (FOX, "Make the fox a whale.", "A noto whale in a meadow.", ""),
+    (FOX, "Change the background to the sea.", "A fox on green.", "background green, not sea"),
 ]
 
 
@@ -115,7 +124,12 @@ def test_notes_of_changes(known, before, request_, after, named):
         (["draw a fox", "add a dog"], True),
         (["draw a fox", "What is it?", "and a dog"], True),
         (["draw a fox", "draw a dog"], False),
+        (["draw a fox", "draw a dog next to it"], True),
         (["draw a fox", "two cats"], False),  # perhaps a new picture
+        (["draw a fox", "and now a penguin"], False),
+        (["draw a fox", "Make me a penguin"], False),
+        (["draw a fox", "Is it small?"], False),
+        (["draw a fox", "Can you make it bigger?"], True),
         (["add a dog"], False),
     ],
 )
