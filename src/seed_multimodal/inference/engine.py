@@ -201,25 +201,33 @@ class Engine(InboxThread[GeneratedSequence], BaseEngine):
             for sequence in complete:
                 groups[sequence.sampling_key].append(sequence)
             for group in groups.values():
-                for sequence, token in zip(group, self._sampler.choose(group), strict=True):
-                    state = sequence.rows[0].state
-                    if token.is_sound:
-                        sequence.append(token.id, token.log_prob, token.is_likeliest, state)
-                    else:
-                        self._fail_damaged(sequence)
+                self._choose(group)
         except Exception as error:  # noqa: BLE001 such as out of memory
             # What a failed pass left in the cache is not known.
             self._fail(self._sequences(rows), error)
 
-    def _fail_damaged(self, sequence: GeneratedSequence) -> None:
-        """End a sequence whose scores are not numbers.
-
-        Attention multiplies masked positions by 0, so NaN in them would reach the next sequence
-        there.
-        """
-        for row in sequence.rows:
-            self.backend.clear(row.index)
-        self._fail([sequence], GenerationError(DAMAGED))
+    def _choose(self, sequences: Sequence[GeneratedSequence]) -> None:
+        """Choose and append the next token of sequences with the same `sampling_key`; where that
+        fails, of each alone."""
+        try:
+            tokens = list(self._sampler.choose(sequences))
+        except Exception as error:  # noqa: BLE001 such as an end token outside of the vocabulary
+            if len(sequences) == 1:
+                self._fail(sequences, error)
+                return
+            for sequence in sequences:
+                self._choose([sequence])
+            return
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token.is_sound:
+                state = sequence.rows[0].state
+                sequence.append(token.id, token.log_prob, token.is_likeliest, state)
+                continue
+            # Attention multiplies masked positions by 0, so NaN in them would reach the next
+            # sequence there.
+            for row in sequence.rows:
+                self.backend.clear(row.index)
+            self._fail([sequence], GenerationError(DAMAGED))
 
     # ---- rows
 

@@ -148,7 +148,9 @@ def test_nan_ends_its_request_and_leaves_nothing_to_the_next(tiny, row):
     assert engine.generate([prompt(1)], GUIDED) == expected
 
 
+NO_END = replace(GREEDY, stop_token_ids=(1 << 20,), min_new_tokens=2)
 BAD_REQUESTS = {
+    "an end token outside of the vocabulary": (Prompt([5] * 6), NO_END, IndexError),
     "an empty prompt": (Prompt(), GREEDY, GenerationError),
     "a prompt beyond the context": (Prompt([5] * 600), GREEDY, GenerationError),
     "more beams than rows": (Prompt([5]), replace(GREEDY, num_beams=3), GenerationError),
