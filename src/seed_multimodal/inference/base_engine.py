@@ -244,12 +244,14 @@ class GeneratedSequence:
         if self.states is not None and state is not None:
             self.states.append(state.clone())
         self._stream.put(token)
-        answer = [*self.initial_ids, *self.ids]
-        n_initial = len(self.initial_ids)
-        if token in self.end_ids or ends_at_stop(self._tokenizer, self.settings, answer, n_initial):
+        if token in self.end_ids or (self.settings.stop and self._ends_at_stop()):
             self.end("stop")
         elif len(self.ids) == self.budget:
             self.end("length")
+
+    def _ends_at_stop(self) -> bool:
+        answer = [*self.initial_ids, *self.ids]
+        return ends_at_stop(self._tokenizer, self.settings, answer, len(self.initial_ids))
 
     def end(self, result: str | BaseException) -> None:
         """End the answer by its `finish_reason`, or an error that the caller's iteration raises;

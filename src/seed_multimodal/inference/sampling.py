@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -38,6 +39,10 @@ class LogitsProcessor(Protocol):
 # ---- images
 
 
+# Masks `[V]` of what breaks an image, by all that they depend on: few, and slow to make.
+_forbidden: dict[Hashable, Tensor] = {}
+
+
 class ImageConstraints:
     """Forbids tokens which would break an image; a logits processor of transformers' `generate`.
 
@@ -45,7 +50,6 @@ class ImageConstraints:
     """
 
     def __init__(self, starts: Sequence[ImageGrammar] = ()) -> None:
-        self._forbidden: dict[Hashable, Tensor] = {}  # by the grammar's state
         self._starts = starts
         # Of the last call's rows, by their prompt and ids: beams change their order.
         self._grammars: dict[tuple[int, ...], ImageGrammar] = {}
@@ -85,29 +89,32 @@ class ImageConstraints:
             scores = scores.masked_fill(scores.new_tensor(in_image)[:, None] > 0, 0)
 
         # 3. What breaks an image; padding of the output layer.
+        masks: list[Tensor] = []
         for state, grammar in zip(states, grammars, strict=True):
-            if state not in self._forbidden:
+            key = (vocabulary, grammar.original, state, len(scores[0]), scores.device)
+            if key not in _forbidden:
                 allowed = [id for id in grammar.candidates() if grammar.allows(id)]
                 mask = torch.ones_like(scores[0], dtype=torch.bool)
                 mask[allowed] = False
-                self._forbidden[state] = mask
-        forbidden = torch.stack([self._forbidden[state] for state in states])
-        return scores.masked_fill(forbidden, float("-inf"))
+                _forbidden[key] = mask
+            masks.append(_forbidden[key])
+        return scores.masked_fill(torch.stack(masks), float("-inf"))
 
 
 # ---- the choice
 
 
-def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
+@functools.lru_cache(maxsize=64)
+def build_warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:
     """Processors that narrow a distribution before sampling, in transformers' order."""
     library = import_library(LOGITS_PROCESSORS)
     warpers: list[LogitsProcessor] = []
-    if settings.temperature != 1:
-        warpers.append(library.TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.top_k:
-        warpers.append(library.TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
-        warpers.append(library.TopPLogitsWarper(float(settings.top_p)))
+    if temperature != 1:
+        warpers.append(library.TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(library.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(library.TopPLogitsWarper(float(top_p)))
     return warpers
 
 
@@ -166,7 +173,8 @@ class Sampler:
         if settings.repetition_penalty != 1:
             scores = _penalised(scores, sequences, settings.repetition_penalty)
         if first.generator is not None:
-            for warp in build_warpers(settings):
+            warpers = build_warpers(settings.temperature, settings.top_k, settings.top_p)
+            for warp in warpers:
                 scores = warp(NO_IDS, scores)
         return scores
 
@@ -197,10 +205,11 @@ class Sampler:
                 row_noise.exponential_(generator=sequence.generator)
             tokens = (probabilities / noise).argmax(dim=-1)
 
-        # 3. What is known of them.
+        # 3. What is known of them, in one transfer from the device; float32 holds all ids exactly.
         log_probs = scores.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-        columns = (tokens, log_probs, tokens == likeliest, is_sound)
-        return map(ChosenToken, *[column.tolist() for column in columns])
+        columns = torch.stack([tokens, log_probs, tokens == likeliest, is_sound])
+        for token, log_prob, is_likeliest, sound in columns.T.tolist():
+            yield ChosenToken(int(token), log_prob, bool(is_likeliest), bool(sound))
 
 
 def _penalised(scores: Tensor, sequences: Sequence[GeneratedSequence], penalty: float) -> Tensor:

@@ -75,7 +75,7 @@ def recomputed(system, prompt: Prompt, ids: list[int], settings: GenerationSetti
         start = ImageGrammar(vocabulary, settings.max_new_tokens, initial_ids=opening)
         processors.insert(0, ImageConstraints([start]))
     if settings.samples:
-        processors += build_warpers(settings)
+        processors += build_warpers(settings.temperature, settings.top_k, settings.top_p)
     log_probs = []
     for position, row in enumerate(scores):
         row = row[None]
