@@ -32,8 +32,6 @@ from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.sampling import read_answer
-from seed_multimodal.language.answer import Answer
 from seed_multimodal.language.messages import input_images, user_message
 from seed_multimodal.models.lavit.decoder import DecodedCodes
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
@@ -253,13 +251,10 @@ class LaVITforUnderstanding(_Model):
         prompts = self.system.family.prompts(conversations, task, seeds=seeds)
         settings = self._settings(task, options)
         rows = [replace(settings, seed=seed) for seed in seeds]
-        requests = self.system.engine.run(prompts, rows)
         answers: list[str] = []
-        for request in requests:
-            for ids in request.answers:
-                reader = read_answer(self.system.tokenizer, ids, settings)
-                answer = Answer(tuple(reader.parts), answer_after=self.system.tasks.answer_after)
-                answers.append(self.system.family.text(answer, task))
+        for ids in self.system.engine.generate(prompts, rows):
+            answer = self.system.read_answer(ids, settings)
+            answers.append(self.system.family.text(answer, task))
         return answers
 
 

@@ -440,8 +440,9 @@ class MultimodalSystem(TaskRunner, HubUpload):
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
         drawing = None
-        for name in drawing_options if images == "never" else ():
-            raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
+        if images == "never" and drawing_options:
+            names = ", ".join(drawing_options)
+            raise ConfigError(f"Options of drawing, but nothing is drawn: {names}.")
         if self.images.can_draw:
             if drawing_options:
                 self.images.check_drawing(**drawing_options)
@@ -513,10 +514,11 @@ class MultimodalSystem(TaskRunner, HubUpload):
             raise ConfigError("The option 'images' is of chats; a drawing is always an image.")
         stream = options.pop("stream", False)
         lengths = self._preview_lengths(options.pop("previews", None), stream)
-        negatives: Any = options.pop("negative_prompt", None)
-        if negatives is None or isinstance(negatives, str):
-            negatives = [negatives] * len(conversations)
-        if len(request_texts([text or "" for text in negatives], True)) != len(conversations):
+        negative_prompt: Any = options.pop("negative_prompt", None) or ""
+        negatives = request_texts(negative_prompt, allow_blank=True)
+        if isinstance(negative_prompt, str):
+            negatives *= len(conversations)
+        if len(negatives) != len(conversations):
             raise RequestError(f"negative_prompt: one text, or {len(conversations)} are needed.")
         drawing, reads_back = self._pop_drawing_options(options)
         self.images.check_drawing(**drawing)

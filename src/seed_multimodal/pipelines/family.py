@@ -184,6 +184,7 @@ class Family:
             unread |= dict.fromkeys(OF_BEAMS, "it is of beams (num_beams)")
         if kind in DRAWING_KINDS and has_fixed_length:
             unread["min_new_tokens"] = f"an image has {vocabulary.tokens_per_image} codes"
+        # At its default an option asks for nothing.
         defaults = GenerationSettings()
         for name in unread.keys() & options.keys():
             if options[name] != getattr(defaults, name):

@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # the command line imports this module before torch
 DESCRIPTION = "description"  # in `Image.info`
 NOTE = "note"
 NO_CHANGE = "Nothing has changed."
-NOTHING_READ: tuple[list[str], dict[str, str]] = ([], {})  # of a text without known phrases
 
 # Requests that change the picture of an earlier message, those that ask for a new one, what shows
 # that they speak of the old one, and questions.
@@ -78,7 +77,8 @@ def note_of(
     note = ""
     if before is not None:
         differences += phrases.unasked_changes(before, request, after)
-        says_same = phrases.read(before) == phrases.read(after) != NOTHING_READ
+        things, facts = phrases.read(after)
+        says_same = bool(things) and (things, facts) == phrases.read(before)
         if says_same and not _ASKS.search(request):
             note = NO_CHANGE if which == "The image" else f"{which}: {NO_CHANGE}"
     if not differences:

@@ -22,6 +22,7 @@ from PIL import Image
 from seed_multimodal.errors import GenerationError, RequestError
 from seed_multimodal.inference.base_engine import BaseEngine, GeneratedSequence, Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped
+from seed_multimodal.inference.sampling import read_answer
 from seed_multimodal.language.answer import Answer, Event, ImagePart, left_out_note
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
@@ -36,12 +37,7 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import ImageCodec, ImageInput, Log
 from seed_multimodal.pipelines.read_back import DESCRIPTION, NOTE, note_of, picture_to_change
-from seed_multimodal.pipelines.tasks import (
-    DRAWING_KINDS,
-    Notes,
-    Task,
-    TaskKind,
-)
+from seed_multimodal.pipelines.tasks import DRAWING_KINDS, Notes, Task, TaskKind
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 
@@ -151,7 +147,8 @@ class TaskRunner:
         Raises as `generate`; GenerationError: a drawing without an image.
         """
         if live:
-            yield from self._run_live(*tasks)
+            (task,) = tasks
+            yield from self._run_live(task)
             return
         n_images = 0
         for answers in self.generate(tasks, batch_size=batch_size):
@@ -160,12 +157,13 @@ class TaskRunner:
                 task, answer = item.task, item.answer
                 if task.kind in DRAWING_KINDS:
                     item.single_image()
+                if task.drawing is None:
+                    continue
                 parts = [part for part in answer.parts if isinstance(part, ImagePart)]
                 for part, image_input in zip(parts, item.inputs, strict=True):
                     images.append(
                         Undrawn(task, item.prompt, part, image_input, answer.parts, answer)
                     )
-            images = [image for image in images if image.task.drawing is not None]
             for task, event in self._drawn(images, n_images) if images else ():
                 yield task, event
                 n_images += event["type"] == "image"
@@ -199,11 +197,11 @@ class TaskRunner:
 
                 # 2. An image is forced where a free answer has none, or several.
                 missing = [row for row, item in enumerate(answers) if len(item.inputs) != 1]
-                forced: list[GeneratedSequence] = []
-                if first and missing:
-                    settings = [batch[row].generation for row in missing]
-                    forced += self.engine.run([opened[row] for row in missing], settings)
-                for row, request in zip(missing, forced, strict=False):
+                missing = missing if first else []
+                forced_prompts = [opened[row] for row in missing]
+                forced_settings = [batch[row].generation for row in missing]
+                forced = self.engine.run(forced_prompts, forced_settings)
+                for row, request in zip(missing, forced, strict=True):
                     refusal = answers[row].answer.text
                     if refusal and not answers[row].inputs:
                         batch[row].notes.add(f"The model answered: {refusal!r}")
@@ -226,6 +224,11 @@ class TaskRunner:
         parts = [part for part in answer.parts if isinstance(part, ImagePart)]
         inputs = self.family.image_inputs(parts, request) if parts else ()
         return GeneratedAnswer(task, request.prompt, answer, inputs)
+
+    def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
+        """The answer of ids that were generated elsewhere (by transformers), cut at its end."""
+        reader = read_answer(self.tokenizer, ids, settings)
+        return Answer(tuple(reader.parts), tuple(reader.ids), answer_after=self.tasks.answer_after)
 
     # ---- prompts
 
@@ -259,6 +262,7 @@ class TaskRunner:
 
         @functools.cache
         def prompt_without(n_rounds: int) -> Prompt:
+            # A short conversation that is late gets the beginning of an answer.
             if n_rounds and should_stop and should_stop():
                 raise Stopped
             turns = without_oldest_rounds(conversation, n_rounds)
@@ -367,7 +371,8 @@ class TaskRunner:
             event = {"type": "image", "part": row.part, "image": picture, "index": index}
             event["codes"] = list(row.part.codes)
             if row.answer is not None:
-                event |= _done(row.task, row.answer) | {"type": "image"}
+                done = _done(row.task, row.answer)
+                event |= {"answer": done["answer"], "notes": done["notes"]}
             yield row.task, event
 
     def _previews(

@@ -58,6 +58,6 @@ class Task:
     generation: GenerationSettings
     opening: str = ""
     first: GenerationSettings | None = None
-    negative: str | None = None
+    negative: str = ""
     drawing: Drawing | None = None
     notes: Notes = field(default_factory=Notes)

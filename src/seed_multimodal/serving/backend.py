@@ -450,13 +450,13 @@ class Backend:
     ) -> Iterator[JsonObject]:
         """Changes of an OpenAI message (`content`, …), and last `usage` and `finish_reason`."""
         # 1. The conversation, of which LaVIT answers the last message only.
+        separator = self.system.tasks.answer_after
         turns: list[Message] = []
         for message in request.conversation if self.template else request.conversation[-1:]:
             parts: Sequence[Any] = message.parts
             if message.role == "user" and self.system.config.tuned:
                 parts = images_before_question(parts)
             # Another model wrote what this one never does.
-            separator = self.system.tasks.answer_after
             if message.reasoning and separator and message.role == "assistant":
                 parts = [message.reasoning + separator, *parts]
             turns.append(Message(message.role.replace("developer", "system"), tuple(parts)))

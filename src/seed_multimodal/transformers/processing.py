@@ -25,8 +25,7 @@ from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import is_image
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
-from seed_multimodal.inference.sampling import read_answer
-from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.messages import Message, input_images, is_single, read_messages
 from seed_multimodal.language.prompts import interleave
@@ -333,8 +332,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
     def _read(self, ids: Tensor | Sequence[int]) -> Any:
         """The answer of a row of generated ids, which `generate` has cut at its end."""
-        reader = read_answer(self.system.tokenizer, [*map(int, ids)], GenerationSettings())
-        return Answer(tuple(reader.parts), answer_after=self.system.tasks.answer_after)
+        return self.system.read_answer([*map(int, ids)], GenerationSettings())
 
 
 def _check_options(options: Mapping[str, object]) -> None:
