@@ -11,12 +11,12 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from seed_multimodal.data.formats.conversations import NO_ANSWER, REPAIRED
+from seed_multimodal.data.formats.conversations import NO_ANSWER, REPAIRED, not_a_conversation
 from seed_multimodal.data.formats.images import missing_key_text
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
 from seed_multimodal.errors import RequestError
@@ -251,11 +251,15 @@ class Decoder:
         return [IGNORE_INDEX if id == ignored else id for id in ids]
 
     def dialogue(
-        self, template: PromptTemplate, turns: Sequence[Turn], system: str = ""
+        self,
+        template: PromptTemplate,
+        turns: Sequence[Turn],
+        system: str = "",
+        unlearned: Collection[int] = (),
     ) -> SegmentList:
         """Turns of "user" and "assistant" in a prompt template; only answers are learned.
 
-        A question after the last answer is left out.
+        unlearned: indices of turns that are not. A question after the last answer is left out.
         """
         n_turns = len(turns)
         while n_turns and turns[n_turns - 1][0] == "user":
@@ -268,10 +272,11 @@ class Decoder:
             raise BadRecord("refused by the chat template", str(error)) from error
 
         ends = bool(template.turn_marker) if self.learns_turn_ends else template.has_end_token
+        answers = (index for index, (role, _) in enumerate(turns) if role == "assistant")
         segments: list[Segment] = []
         for role, parts in rendered:
-            is_answer = role == "assistant"
-            segments.append(Segment(parts, learned=is_answer, ends_turn=is_answer and ends))
+            is_learned = role == "assistant" and next(answers) not in unlearned
+            segments.append(Segment(parts, learned=is_learned, ends_turn=is_learned and ends))
         return SegmentList(segments, repaired=NO_ANSWER if n_turns < len(turns) else "")
 
     def image_ids(self, image: SegmentPart) -> list[int]:
@@ -340,6 +345,8 @@ class Decoder:
         self, fields: RecordFields, read_image: Callable[[JsonObject, str], Any]
     ) -> list[Turn]:
         """The turns of `messages`, with `read_image(part, name)` for each image."""
+        if fields.get("messages") is None:
+            raise not_a_conversation(fields)
         turns: list[Turn] = []
         for turn_index, message in enumerate(self.require(fields, "messages", list)):
             parts: list[SegmentPart] = []
@@ -349,6 +356,11 @@ class Decoder:
                 parts.append(part)
             turns.append((message["role"], parts))
         return turns
+
+    def unlearned(self, fields: RecordFields) -> set[int]:
+        """The indices of the `messages` that are not learned."""
+        messages = enumerate(fields["messages"])
+        return {index for index, message in messages if not message.get("learned", True)}
 
     # ---- images
 

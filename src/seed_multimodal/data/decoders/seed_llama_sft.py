@@ -460,7 +460,8 @@ class Chat(TunedDecoder):
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns = self.messages(fields, lambda part, name: self._codes(part, name, rng))
-        return self.dialogue(self.template, turns, fields.get("system") or "")
+        system = fields.get("system") or ""
+        return self.dialogue(self.template, turns, system, self.unlearned(fields))
 
     def _codes(self, part: JsonObject, name: str, rng: SeededRandom) -> Codes:
         """The codes of an image; of several views one is chosen."""

@@ -28,7 +28,11 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.data.decoders.seed_llama_pretrain import is_interleaved
-from seed_multimodal.data.formats.conversations import REPAIRED, with_messages
+from seed_multimodal.data.formats.conversations import (
+    REPAIRED,
+    not_a_conversation,
+    with_messages,
+)
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     captions,
@@ -374,7 +378,7 @@ def _read_chat(sample: Sample) -> JsonObject:
         fields = {**fields, "image": image}
     fields = with_messages(fields, sample.location)
     if "messages" not in fields:
-        raise BadRecord("missing key", f"{sample.location}: is not a conversation.")
+        raise not_a_conversation(fields)
     sample.repaired = fields.get(REPAIRED, "")
 
     # 2. Their images; only those of the user have views.
@@ -386,7 +390,7 @@ def _read_chat(sample: Sample) -> JsonObject:
                 is_input = message["role"] == "user"
                 part = {"codes": SourceImage(part["image"], sample.record, is_input)}
             content.append(part)
-        messages.append({"role": message["role"], "content": content})
+        messages.append({**message, "content": content})
     system = {"system": fields["system"]} if fields.get("system") else {}
     return {"messages": messages, **system}
 

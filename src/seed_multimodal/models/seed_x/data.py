@@ -17,7 +17,7 @@ Source: SEED-X's original code (`sft_clm.py`, `image_text_pairs_clm.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -52,7 +52,7 @@ from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.images.views import ORIGINAL_GRIDS, choose_grid, read_grids
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import IGNORE_INDEX, SeedXVocabulary
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, Ids, SeedXVocabulary
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary, with_repeated_images
 from seed_multimodal.settings import setting
 
@@ -128,9 +128,9 @@ class SeedXDecoder(FeatureDecoder):
             return [left, image, right]
         return [image, text] if image_first else [text, image]
 
-    def turns(self, turns: Sequence[Turn]) -> SegmentList:
+    def turns(self, turns: Sequence[Turn], unlearned: Collection[int] = ()) -> SegmentList:
         """The turns after the system message."""
-        result = self.dialogue(self.template, turns)
+        result = self.dialogue(self.template, turns, unlearned=unlearned)
         put_system_first(result, self.options.system_message, "\n")
         result.extra = {"text": self.as_text(result.segments)}
         return result
@@ -299,20 +299,24 @@ class Chat(SeedXDecoder):
             return {"image": open_image_field(self.require(part, "image", object), name)}
 
         turns = self.messages(fields, open_part)
-        return {
-            **fields,
-            "messages": [{"role": role, "content": content} for role, content in turns],
-        }
+        messages = [
+            {**message, "content": content}
+            for message, (_, content) in zip(fields["messages"], turns, strict=True)
+        ]
+        return {**fields, "messages": messages}
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns: list[Turn] = []
         opened = self.messages(fields, lambda part, name: self.opened_image(part, "image"))
-        for role, parts in with_repeated_images(opened):
-            if role == "assistant":
-                # Images of answers are targets.
-                parts = [
-                    replace(part, is_target=True) if isinstance(part, OpenedImage) else part
-                    for part in parts
-                ]
-            turns.append((role, parts))
-        return self.turns(turns)
+        unlearned = self.unlearned(fields)
+        output_tokens = Ids(self.vocabulary.run(self.options.num_img_out_tokens))
+        for index, (role, parts) in enumerate(with_repeated_images(opened)):
+            content: list[SegmentPart] = []
+            for part in parts:
+                # Images of answers are targets; of answers that are context, only tokens.
+                if role == "assistant" and isinstance(part, OpenedImage):
+                    target = replace(part, is_target=True)
+                    part = output_tokens if index in unlearned else target
+                content.append(part)
+            turns.append((role, content))
+        return self.turns(turns, unlearned)

@@ -115,6 +115,15 @@ def test_seed_x_chat_of_several_edits(decode, prompts, tokenizer_of):
     prompt_ids = prompts.dialogue([("user", [prompts.image(3), "red"])])
     assert sequence.ids[: len(prompt_ids)] == prompt_ids
 
+    # Of an answer that is context neither the text nor the image is learned.
+    record = messages(*turns)
+    record["messages"][1]["learned"] = False
+    masked = decode("seed_x.chat", record)
+    assert masked.ids == sequence.ids
+    assert [image.is_target for image in masked.images] == [False, False, True, False]
+    text = tokenizer_of("seed_x").decode(learned(masked))
+    assert " ".join(text.split()) == "here. <img> a cat. no.</s>"
+
 
 # ---- LaVIT
 

@@ -101,6 +101,22 @@ def test_turns(tokenizers, codes, order, markup):
         assert text_of(learned(sequence), tokenizer) == "".join(expected), name
 
 
+def test_unlearned_answers_are_context(tokenizers):
+    # Answers that other programs mask are read before the next one, and neither they nor their
+    # ends are learned.
+    turns = [{"role": ROLES[author], "content": [f"text {n}"]} for n, author in enumerate("uaua")]
+    masked = [turn | {"learned": index != 1} for index, turn in enumerate(turns)]
+    for name, (tokenizer, template) in tokenizers.items():
+        decoder = get_decoder("chat", tokenizer, {"template": template})
+        whole = decoder.decode({"messages": turns}, SeededRandom(0))
+        sequence = decoder.decode({"messages": masked}, SeededRandom(0))
+        assert sequence.ids == whole.ids, name
+        last = learned(sequence)
+        assert last == learned(whole)[-len(last) :], name
+        end = tokenizer.decode([tokenizer.eos_token_id])
+        assert text_of(last, tokenizer) == f"text3{end}", name
+
+
 @pytest.mark.parametrize("name", ["sft.text_conversation", "pretrain.text_conversation"])
 @pytest.mark.parametrize("texts", [["a", "yes", "b", "no"], ["a", "yes", "b"], ["a"]], ids=len)
 def test_turn_ends(tokenizers, name, texts):
