@@ -274,6 +274,15 @@ def flush(path: str | Path) -> None:
         os.close(handle)
 
 
+def strict_json(value: object, **options: Any) -> str:
+    """A value as JSON, with options of `json.dumps`; numbers that are not finite become null."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        return json.dumps(finite, **options)
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a text file in UTF-8 (names that are not: escaped) atomically and flush it to the disk.
     Raises OSError."""
@@ -283,7 +292,7 @@ def replace_text(file: Path, text: str) -> None:
 
 def replace_json(file: Path, value: object) -> None:
     """Write a JSON file, as `replace_text`."""
-    replace_text(file, json.dumps(value, indent=1) + "\n")
+    replace_text(file, strict_json(value, indent=1) + "\n")
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

@@ -4,25 +4,32 @@
     reward(images, records)    # [1.0, 0.0, ...], one number for each image
 
 Other packages register theirs by an entry point of the group `seed_multimodal.rewards`: a function
-(model, records, device) -> reward. `records` are all that will be asked for.
+(model, records, device) -> reward. `records` are all that will be asked for. A reward may return
+None for an image that it does not apply to.
 """
 
 from __future__ import annotations
 
+import math
+import reprlib
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.rl.config import RewardSettings
 from seed_multimodal.settings import nearest
+from seed_multimodal.training.distributed import TrainingError
 
 Records = Sequence[JsonObject]
-Reward = Callable[[Sequence[Image.Image], Records], Sequence[float]]
+Reward = Callable[[Sequence[Image.Image], Records], Sequence[float | None]]
 OpenReward = Callable[[str, Records, torch.device], Reward]
+LARGEST = sys.float_info.max
 QUESTION = "Does this image show {}?"
 
 
@@ -31,11 +38,53 @@ def open_reward(settings: RewardSettings, records: Records, device: torch.device
     DataError: records that it cannot read."""
     entries = registered("rewards")
     if settings.name in entries:
-        return import_entry(entries[settings.name])(settings.model, records, device)
+        reward = import_entry(entries[settings.name])(settings.model, records, device)
+        if not callable(reward):
+            raise ConfigError(f"data: rewards: {settings.name} opens {reward!r}, not a function.")
+        return reward
     if settings.name not in BUILT_IN:
         suggestion = nearest(settings.name, [*BUILT_IN, *entries])
         raise ConfigError(f"data: rewards: {settings.name!r} is unknown{suggestion}.")
     return BUILT_IN[settings.name](settings.model, records, device)
+
+
+def checked_rewards(name: str, values: object, n: int) -> Tensor:
+    """What reward `name` returned for `n` drawings, in fp64 `[n]`; NaN stands for None.
+
+    A list or tuple, an array or tensor with one dimension; its numbers may be truth values, or of
+    numpy and torch.
+
+    Raises TrainingError: another number of values, or one that is no finite number.
+    """
+    values = _without_arrays(values)
+    if not isinstance(values, list | tuple):
+        kind = type(values).__name__
+        raise TrainingError(f"Reward {name} returned {kind}, not a list of {n} numbers.")
+    if len(values) != n:
+        raise TrainingError(f"Reward {name} returned {len(values)} values for {n} drawings.")
+    rewards = torch.full((n,), math.nan, dtype=torch.float64)
+    for index, value in enumerate(map(_without_arrays, values)):
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            raise TrainingError(
+                f"Reward {name} returned {reprlib.repr(value)} for drawing {index + 1} of {n}; it "
+                "must be a finite number, or None where the reward does not apply."
+            )
+        rewards[index] = float(value)
+    return rewards
+
+
+def _without_arrays(value: object) -> object:
+    """Arrays, tensors and their numbers as lists and Python's numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def weighted_sum(rewards: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum `[N]` of those of some rewards `[N]` that apply to each drawing; NaN: none does."""
+    table = torch.stack([*rewards])
+    totals = (table * table.new_tensor(weights)[:, None]).nansum(0)
+    return totals.masked_fill(table.isnan().all(0), math.nan)
 
 
 def geneval_reward(model: str, records: Records, device: torch.device) -> Reward:

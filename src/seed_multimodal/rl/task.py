@@ -5,7 +5,7 @@ A step, always on-policy:
     begin_step   prompts -> groups of drawings by the engine, which shares the trained module
                  -> pixels -> rewards -> advantages: the distance from the group's mean
     loss         the answers' log-probabilities in the distribution from which they were sampled,
-                 weighted by their advantages, and the distance from the start
+                 weighted by their advantages, and the distance from the start (`policy_losses`)
 
 Prompts and seeds follow from the step, so a killed and resumed run is bit-equal (on a CPU).
 """
@@ -36,8 +36,9 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.rl.config import RlRunSettings, RlTrainerSettings
-from seed_multimodal.rl.rewards import Records, open_reward
-from seed_multimodal.training.distributed import ProcessGroup, TrainingError
+from seed_multimodal.rl.rewards import Records, checked_rewards, open_reward, weighted_sum
+from seed_multimodal.training.config import refuse_unread
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.task import LanguageModelTask
@@ -48,12 +49,12 @@ from seed_multimodal.training.run import RunSettings
 SAMPLED = {"do_sample": True, "num_beams": 1, "guidance": 1, "top_p": 1.0, "top_k": 0}
 DRAWN_AT_ONCE = 32
 SHEET_GROUPS = 6  # of the samples
-MIN_SPREAD = 1e-6
+FLAT = 1e-6  # distance from a group's mean, relative to it or to 1
 
 
 @dataclass
 class ScoredAnswer:
-    """A drawing with its weighted reward, and the answer's weight in the loss."""
+    """A drawing with its weighted reward (NaN: none applies), and its weight in the loss."""
 
     prompt: str
     request: GeneratedSequence
@@ -76,6 +77,10 @@ class RlTask(LanguageModelTask):
         super().__init__(run, group, device)
         if run.deepspeed is not None:
             raise ConfigError("A training by rewards has no DeepSpeed; leave deepspeed out.")
+        if run.model.lora is None:
+            refuse_unread(run.model, ["seed"], "model", "without lora")
+        for key in {"batch_size", "codes"} & run.data.drawing.keys():
+            raise ConfigError(f"data: drawing: {key} is not read; codes are data.rewarded_codes.")
         self.records = read_prompts(run.data.prompts)
         self.eval_records: Records = ()
         if run.data.eval_prompts is not None:
@@ -105,8 +110,13 @@ class RlTask(LanguageModelTask):
         if not self.system.images.has_codes:
             raise ConfigError(f"model: the images of {model.system} are no codes, as rewards need.")
 
-        # 1. The trained weights.
+        # 1. The trained weights. Answers are sampled without dropout, so they are learned without.
         llama = self.system.llm.requires_grad_(True)
+        for key, value in {**llama.config.to_dict(), **(model.lora or {})}.items():
+            if key.endswith("dropout") and value:
+                raise ConfigError(
+                    f"model: {key} is {value}, but must be 0: answers are sampled without dropout."
+                )
         self.start = fingerprint(llama)
         self.reference: nn.Module | None = None
         if model.lora is not None:
@@ -121,7 +131,7 @@ class RlTask(LanguageModelTask):
         # 2. What scores the drawings.
         drawing = self.run.data.drawing
         self.system.images.check_drawing(**drawing)
-        self.drawing = dict(drawing)
+        self.drawing = {**drawing, "batch_size": DRAWN_AT_ONCE}
         if self.run.data.rewarded_codes is not None:
             self.drawing["codes"] = self.run.data.rewarded_codes
         records = [*self.records, *self.eval_records]
@@ -135,6 +145,11 @@ class RlTask(LanguageModelTask):
             f"{self.prompts_per_step} of {len(self.records):,} prompts a step, "
             f"{self.run.data.group_size} drawings of each; "
         )
+        if self.eval_steps:
+            self._log(
+                f"evaluation of {len(self.eval_records):,} prompts every {self.eval_steps} steps "
+                "and at the end (trainer.eval_steps=0: none)."
+            )
 
     def frozen_models(self) -> Mapping[str, str]:
         decoder = self.system.images.decoder
@@ -160,25 +175,25 @@ class RlTask(LanguageModelTask):
         ]
 
         # 2. Their answers and rewards.
-        self.answers, means = self.draw_and_score(records, seeds, self.run.data.temperature)
+        self.answers, rewards = self.draw_and_score(records, seeds)
 
-        # 3. Advantages. Groups without a spread teach nothing.
-        rewards = torch.tensor([answer.reward for answer in self.answers]).view(-1, group_size)
-        advantages = rewards - rewards.mean(1, keepdim=True)
-        spread = rewards.std(1, keepdim=True)
-        if self.settings.spread:
-            advantages = advantages / spread.clamp(min=MIN_SPREAD)
-        for answer, advantage in zip(self.answers, advantages.flatten().tolist(), strict=True):
-            answer.advantage = advantage
-        self.means = {**means, "flat_groups": float((spread < MIN_SPREAD).float().mean())}
+        # 3. Advantages in the groups of all processes. Flat groups teach nothing.
+        groups = rewards[:, -1].view(-1, group_size)
+        values = advantages(groups, self.settings.spread).flatten().tolist()
+        first_answer = self.group.rank * len(records)
+        for answer, value in zip(self.answers, values[first_answer:], strict=False):
+            answer.advantage = value
+        flat = float(flat_groups(groups).double().mean())
+        self.means = {**self.reward_means(rewards), "flat_groups": flat}
         return True
 
     def draw_and_score(
-        self, records: Records, seeds: Sequence[int], temperature: float
-    ) -> tuple[list[ScoredAnswer], dict[str, float]]:
-        """A drawing for each record with its reward; the mean of each reward and of their sum.
+        self, records: Records, seeds: Sequence[int]
+    ) -> tuple[list[ScoredAnswer], Tensor]:
+        """A drawing for each record of this process; the rewards and their weighted sum
+        `[N, R + 1]` of the drawings of all processes; collective.
 
-        Raises TrainingError: a reward that is not finite.
+        Raises TrainingError: as `checked_rewards`.
         """
         # 1. Answers that are an image, as `draw` forces them.
         system = self.system
@@ -188,7 +203,7 @@ class RlTask(LanguageModelTask):
             prompt.answered_with(opening) for prompt in system.family.prompts(conversations, "draw")
         ]
         length = system.tokenizer.vocabulary.tokens_per_image + 1
-        settings = system.settings("draw", **SAMPLED, temperature=temperature)
+        settings = system.settings("draw", **SAMPLED, temperature=self.run.data.temperature)
         settings = replace(settings, images="forced", max_new_tokens=length)
         rows = [replace(settings, seed=seed) for seed in seeds]
         requests = system.engine.run(prompts, rows, records=True)
@@ -198,60 +213,62 @@ class RlTask(LanguageModelTask):
         for request in requests:
             (part,) = [part for part in request.reader.parts if isinstance(part, ImagePart)]
             inputs.append(part.codes[: self.run.data.rewarded_codes])
-        drawing = {**self.drawing, "batch_size": DRAWN_AT_ONCE}
-        images = system.family.draw(inputs, prompts, seeds, drawing)
+        images = system.family.draw(inputs, prompts, seeds, self.drawing)
 
-        # 3. The weighted sum of the rewards.
-        totals = torch.zeros(len(records))
-        means: dict[str, float] = {}
-        for name, (reward, weight) in self.rewards.items():
-            values = torch.tensor(reward(images, records))
-            if not values.isfinite().all():
-                raise TrainingError(f"Reward {name} is not finite.")
-            totals += weight * values
-            means[name] = float(values.mean())
-        means["reward"] = float(totals.mean())
+        # 3. The rewards, which need not be able to judge no images, and their weighted sum.
+        columns: list[Tensor] = []
+        for name, (reward, _) in self.rewards.items():
+            values = reward(images, records) if records else []
+            columns.append(checked_rewards(name, values, len(records)))
+        totals = weighted_sum(columns, [weight for _, weight in self.rewards.values()])
         texts = [record["prompt"] for record in records]
-        scored = map(ScoredAnswer, texts, requests, images, totals.tolist())
-        return list(scored), means
+        answers = map(ScoredAnswer, texts, requests, images, totals.tolist())
+
+        # 4. Those of all processes.
+        rows = torch.stack([*columns, totals], dim=1).tolist()
+        all_rows = [row for part in self.group.gather({"rows": rows}) for row in part["rows"]]
+        return list(answers), torch.tensor(all_rows, dtype=torch.float64)
+
+    def reward_means(self, rewards: Tensor) -> dict[str, float]:
+        """Mean and standard deviation (`NAME_std`) of each column of `draw_and_score` over the
+        drawings to which the reward applies, if any."""
+        line: dict[str, float] = {}
+        for name, column in zip([*self.rewards, "reward"], rewards.T, strict=True):
+            values = column[column.isfinite()]
+            if len(values):
+                line[name] = float(values.mean())
+                line[f"{name}_std"] = float(values.std()) if len(values) > 1 else 0.0
+        return line
 
     def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The policy gradient of a micro-batch's answers, and `kl_weight` times their distance from
         the start."""
-        # 1. Log-probabilities of the answers' tokens; those whose codes were not drawn do not
-        #    count.
+        # 1. Log-probabilities of the answers' tokens, now and at the start.
         size = self.run.data.batch_size * self.run.data.group_size
         index = micro_step % self.settings.gradient_accumulation_steps
         answers = self.answers[index * size : (index + 1) * size]
         requests = [answer.request for answer in answers]
-        log_probs = token_log_probs(model, requests)  # [N, T], padded by 0
-        is_used = torch.zeros_like(log_probs)
-        for row, request in enumerate(requests):
-            is_used[row, : len(request.ids)][: self.run.data.rewarded_codes] = 1.0
-        lengths = is_used.sum(1)
-
-        # 2. The ratio to the sampled distribution is 1; its gradient is that of the logarithm.
-        advantages = log_probs.new_tensor([answer.advantage for answer in answers])
-        ratios = (log_probs - log_probs.detach()).exp()
-        losses = -advantages[:, None] * ratios
-
-        # 3. The distance from the start, by the estimator of low variance that is never negative.
-        kl = torch.zeros_like(log_probs)
+        log_probs = token_log_probs(model, requests)
+        start_log_probs = None
         if self.settings.kl_weight:
             with torch.no_grad(), self.start_model() as start:
                 start_log_probs = token_log_probs(start, requests)
-            gap = start_log_probs - log_probs
-            kl = gap.exp() - gap - 1
-            losses = losses + self.settings.kl_weight * kl
-        loss = ((losses * is_used).sum(1) / lengths).mean()
 
-        # 4. What is logged; `drift`: how far the engine's probabilities are from these.
+        # 2. The loss; tokens whose codes were not drawn do not count.
+        losses, distances = policy_losses(
+            log_probs,
+            start_log_probs,
+            [answer.advantage for answer in answers],
+            [len(request.ids[: self.run.data.rewarded_codes]) for request in requests],
+            self.settings.kl_weight,
+        )
+
+        # 3. What is logged; `drift`: how far the engine's probabilities are from these.
         sampled = pad_sequence(
             [torch.tensor(request.log_probs) for request in requests], batch_first=True
         )
         drift = (sampled.to(log_probs) - log_probs.detach()).abs().max()
-        distance = ((kl.detach() * is_used).sum(1) / lengths).mean()
-        return loss, {**self.means, "kl": distance, "drift": drift}
+        return losses.mean(), {**self.means, "kl": distances.detach().mean(), "drift": drift}
 
     @contextmanager
     def start_model(self) -> Iterator[nn.Module]:
@@ -265,14 +282,22 @@ class RlTask(LanguageModelTask):
     # ---- evaluation and result
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Mean rewards of the evaluation's prompts, one drawing each with the same seeds."""
-        rows = range(self.group.rank, len(self.eval_records), self.group.world)
-        records = [self.eval_records[row] for row in rows]
-        seeds = [sample_seed(0, 0, row) for row in rows]  # for any number of processes
-        _, means = self.draw_and_score(records, seeds, self.run.data.temperature)
-        counted = [len(records), *(value * len(records) for value in means.values())]
-        total, *sums = self.group.sum(counted)
-        return {f"eval_{name}": value / total for name, value in zip(means, sums, strict=True)}
+        """Rewards of the evaluation's prompts, one drawing each with the same seeds; empty if the
+        run is stopped."""
+        n_prompts = len(self.eval_records)
+        n_drawn = DRAWN_AT_ONCE * self.group.world
+        rewards: list[Tensor] = []
+        for start in range(0, n_prompts, n_drawn):
+            self._log(f"evaluation after step {step}: {start:,} of {n_prompts:,} prompts.")
+            if self.trainer.stop_requested():
+                return {}
+            # The same seeds for any number of processes.
+            rows = range(n_prompts)[start : start + n_drawn][self.group.rank :: self.group.world]
+            records = [self.eval_records[row] for row in rows]
+            seeds = [sample_seed(0, 0, row) for row in rows]
+            rewards.append(self.draw_and_score(records, seeds)[1])
+        means = self.reward_means(torch.cat(rewards))
+        return {f"eval_{name}": value for name, value in means.items()}
 
     def write_samples(self, step: int) -> None:
         """Some groups of the last step with their rewards."""
@@ -292,6 +317,54 @@ class RlTask(LanguageModelTask):
             "evaluation": self.trainer.evaluation,
             "checkpoint": str(self.trainer.store.last_folder),
         }
+
+
+def flat_groups(rewards: Tensor) -> Tensor:
+    """Which groups of rewards `[P, G]` are equal up to rounding, bool `[P]`."""
+    means = rewards.nanmean(1, keepdim=True)
+    is_apart = (rewards - means).abs() > FLAT * means.abs().clamp(min=1)
+    return ~is_apart.any(1)
+
+
+def advantages(rewards: Tensor, spread: bool) -> Tensor:
+    """Distances of rewards `[P, G]` from the means of their groups; 0 in flat groups, and for
+    drawings without a reward (NaN), which do not count in their group.
+
+    spread: over the standard deviation of the group.
+    """
+    gaps = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
+    if spread:
+        counts = rewards.isfinite().sum(1, keepdim=True)
+        gaps = gaps * ((counts - 1) / gaps.square().sum(1, keepdim=True)).sqrt()
+    return gaps.masked_fill(flat_groups(rewards)[:, None], 0.0)
+
+
+def policy_losses(
+    log_probs: Tensor,
+    start_log_probs: Tensor | None,
+    advantages: Sequence[float],
+    lengths: Sequence[int],
+    kl_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and distance from the start of each answer `[N]`, means over its first `lengths` tokens.
+
+    log_probs, start_log_probs: `[N, T]`, of the model and of the start (None: no distance).
+    """
+    # 1. The ratio to the sampled distribution is 1; its gradient is that of the logarithm.
+    ratios = (log_probs - log_probs.detach()).exp()
+    losses = -log_probs.new_tensor(advantages)[:, None] * ratios
+
+    # 2. The distance from the start, by the estimator of low variance that is never negative.
+    distances = torch.zeros_like(log_probs)
+    if start_log_probs is not None:
+        gaps = start_log_probs - log_probs
+        distances = gaps.exp() - gaps - 1
+        losses = losses + kl_weight * distances
+
+    # 3. Means over the tokens that count.
+    counts = log_probs.new_tensor(lengths)
+    is_used = torch.arange(log_probs.shape[1], device=log_probs.device) < counts[:, None]
+    return (losses * is_used).sum(1) / counts, (distances * is_used).sum(1) / counts
 
 
 def read_prompts(path: str) -> Records:

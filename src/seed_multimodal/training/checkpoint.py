@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import JsonObject, disk_reason, flush
+from seed_multimodal.disk import JsonObject, disk_reason, flush, strict_json
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.fingerprints import fingerprint, same_fingerprint
 from seed_multimodal.settings import changed_settings
@@ -235,7 +235,7 @@ class CheckpointStore:
     def _publish(self, folder: Path, step: int, states: Mapping[str, object]) -> None:
         """Flush a complete folder, rename it, and remove the oldest."""
         for name, state in states.items():
-            (folder / name).write_text(json.dumps(state), encoding="utf-8")
+            (folder / name).write_text(strict_json(state), encoding="utf-8")
         for path in folder.rglob("*"):
             if path.is_file():
                 flush(path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from seed_multimodal.disk import JsonObject, replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_text, strict_json, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
@@ -86,7 +86,8 @@ class Meter:
         return " ".join(listed), f"{line['samples_per_s']:.0f} samples/s"
 
     def state_dict(self) -> JsonObject:
-        return {"smooth": dict(self.smooth)}
+        finite = {key: value for key, value in self.smooth.items() if math.isfinite(value)}
+        return {"smooth": finite}
 
     def load_state_dict(self, state: JsonObject) -> None:
         """Inverse of `state_dict`."""
@@ -303,7 +304,7 @@ class RunLog:
         values = {key: value for key, value in line.items() if key != "step"}
         with writing(self.file):
             with open(self.file, "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+                log.write(strict_json(line) + "\n")
             if self.board is not None:
                 for key, value in values.items():
                     self.board.add_scalar(key, value, step)

@@ -7,7 +7,6 @@ bit-equal losses (on a CPU).
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -15,7 +14,14 @@ from pathlib import Path
 
 import torch
 
-from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
+from seed_multimodal.disk import (
+    JsonObject,
+    folder_lock,
+    read_json_object,
+    replace_text,
+    strict_json,
+    writing,
+)
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,
@@ -380,7 +386,7 @@ class Trainer:
         if self.group.first:
             file = self.output_dir / self.task.record_file
             with writing(file):
-                replace_text(file, json.dumps(record, indent=1))
+                replace_text(file, strict_json(record, indent=1))
             if self.settings.curves:
                 from seed_multimodal.training.plots import save_curves  # imports matplotlib
 

@@ -33,7 +33,13 @@ from seed_multimodal.data.pretokenize.inputs import (
 )
 from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES, RecordType, replace_images
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import read_json_object, replace_text, try_lock, writable_folder
+from seed_multimodal.disk import (
+    read_json_object,
+    replace_text,
+    strict_json,
+    try_lock,
+    writable_folder,
+)
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line, rank_and_world_size
 from seed_multimodal.errors import ConfigError, DataError, pluralize
 from seed_multimodal.progress import Progress
@@ -265,8 +271,10 @@ class _RecordWriter:
             if sample.record is None:
                 continue
             record = replace_images(sample.record, EncodedViews, partial(_view_codes, codes))
-            content = _strict_json(self.record_type.join(record))
-            shard.add(f"{sample.index:07d}", {"json": content})
+            # Metadata of LAION has numbers that are not finite.
+            record = self.record_type.join(record)
+            content = strict_json(record, ensure_ascii=False, separators=(",", ":"))
+            shard.add(f"{sample.index:07d}", {"json": content.encode("utf-8", "replace")})
             counts["samples"] += 1
 
 
@@ -287,13 +295,3 @@ def _summarise(save_dir: Path, shards: list[Shard]) -> int:
     if not total["samples"]:
         log_line(f"{save_dir}: no record was written; delete this folder before the next run.")
     return DONE if total["samples"] else SOME_FAILED
-
-
-def _strict_json(value: Mapping[str, Any]) -> bytes:
-    """JSON with NaN (in LAION's metadata) replaced by null."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except ValueError:
-        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
-        return _strict_json(finite)
-    return text.encode("utf-8", "replace")

@@ -1,0 +1,171 @@
+"""GRPO: its values in tables, and steps of a tiny system."""
+
+import math
+import os
+import signal
+
+import pytest
+import rl_runs
+import torch
+from llm_runs import log_lines
+from rl_runs import low_codes
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.rl import task as rl_task
+from seed_multimodal.rl.task import advantages, policy_losses
+from seed_multimodal.training.distributed import TrainingError
+
+NAN = math.nan
+HALF = 0.5**0.5
+FLAT = [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "groups, spread, expected",
+    [
+        ([[3, 1], [10, 14]], False, [[1, -1], [-2, 2]]),
+        ([[3, 1], [10, 14]], True, [[HALF, -HALF], [-HALF, HALF]]),
+        ([[5, 5, 8]], True, [[-1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]]),
+        ([[1e6, 1e6 + 4], [1e-3, -1e-3]], True, [[-HALF, HALF], [HALF, -HALF]]),
+        # A drawing without a reward does not count.
+        ([[NAN, 3, 1], [NAN, NAN, 5], [NAN] * 3], False, [[0, 1, -1], *FLAT, *FLAT]),
+        ([[NAN, 3, 1], [NAN, NAN, 5], [NAN] * 3], True, [[0, HALF, -HALF], *FLAT, *FLAT]),
+        # Rounding of a mean, over a standard deviation of 0, was a full step of noise.
+        ([[0.7] * 3, [28.3] * 3, [-1000.1] * 3, [1e-9] * 3], True, FLAT * 4),
+        ([[1e9, 1e9 + 1, 1e9], [28.3, 28.3 + 1e-6, 28.3]], True, FLAT * 2),
+        ([[1e9 + 0.1] * 3, [0.0, 9e-7, 0.0]], False, FLAT * 2),
+    ],
+)
+def test_advantages(groups, spread, expected):
+    result = advantages(torch.tensor(groups, dtype=torch.float64), spread)
+    torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
+    assert result[torch.tensor(expected) == 0].eq(0).all()
+
+
+def test_policy_losses():
+    # Two answers, of two tokens and of one; the second one's padding counts for nothing.
+    log_probs = torch.tensor([[0.5, 0.25], [0.5, 1.0]]).log().requires_grad_()
+    losses, distances = policy_losses(log_probs, None, [1.0, -2.0], [2, 1], 0.0)
+    (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
+    assert (losses.tolist(), distances.tolist()) == ([-1, 2], [0, 0])
+    # A step against it makes the first answer likelier, and the second one less likely.
+    assert gradient.tolist() == [[-0.5, -0.5], [2, 0]]
+
+    start = torch.tensor([[0.5, 0.5], [0.25, 0.1]]).log()
+    losses, distances = policy_losses(log_probs, start, [0.0, 0.0], [2, 1], 0.5)
+    (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
+    expected = [(1 - math.log(2)) / 2, math.log(2) - 0.5]
+    torch.testing.assert_close(distances, torch.tensor(expected))
+    torch.testing.assert_close(losses, 0.5 * distances)
+    torch.testing.assert_close(gradient, torch.tensor([[0, -0.25], [0.25, 0]]))
+
+
+@pytest.fixture
+def run(tmp_path, tiny_folder):
+    """`rl_runs.run` of the tiny system; returns the task and the log's lines."""
+
+    def go(functions, **settings):
+        task = rl_runs.run(tmp_path, tiny_folder, functions, **settings)
+        return task, log_lines(tmp_path / "out")
+
+    return go
+
+
+def test_rewarded_codes_become_likelier(run):
+    # A wrong sign would learn the opposite.
+    task, lines = run({"low": low_codes}, trainer={"max_steps": 6})
+    assert task.means["low"] > lines[0]["low"] + 0.2
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "modules_to_save": []}], ids=["all", "lora"])
+def test_log_of_steps(run, lora):
+    # Sampled and trained distributions are one; micro-steps share the step's answers.
+    values = iter(range(100))
+    functions = {"low": low_codes, "mine": lambda images, records: [next(values) for _ in images]}
+    task, lines = run(
+        functions,
+        model={"lora": lora},
+        data={"rewards": [{"name": "low", "weight": -2}, {"name": "mine", "weight": 0.5}]},
+        trainer={"kl_weight": 0.1, "gradient_accumulation_steps": 2},
+    )
+    assert [line["drift"] < 1e-5 for line in lines] == [True, True]
+    assert lines[0]["kl"] < 1e-6 < lines[1]["kl"]
+    assert (lines[0]["mine"], task.means["mine"], task.means["flat_groups"]) == (7.5, 23.5, 0)
+    assert task.means["mine_std"] == pytest.approx(torch.arange(16.0).std().item())
+    assert task.means["reward"] == pytest.approx(23.5 / 2 - 2 * task.means["low"])
+
+
+def test_rewards_that_do_not_apply(run):
+    # None is no reward of 0, neither in the means nor in the groups.
+    def first(images, records) -> list[float | None]:
+        return [1.0 * (index % 2) if index < 4 else None for index in range(len(images))]
+
+    task, lines = run({"first": first, "never": lambda images, records: [None] * len(images)})
+    assert [answer.advantage > 0 for answer in task.answers] == [False, True] * 2 + [False] * 4
+    assert [line["first"] for line in lines] == [line["reward"] for line in lines] == [0.5, 0.5]
+    assert {line["flat_groups"] for line in lines} == {0.5} and "never" not in lines[0]
+
+
+def test_rewarded_codes_alone_are_drawn_and_trained(run, monkeypatch):
+    lengths = []
+
+    def recorded(*arguments):
+        lengths.extend(arguments[3])
+        return policy_losses(*arguments)
+
+    monkeypatch.setattr(rl_task, "policy_losses", recorded)
+    task, _ = run({"low": low_codes}, data={"rewarded_codes": 3})
+    assert lengths == [3] * 16
+    assert {(answer.image.width, answer.image.info["codes"]) for answer in task.answers} == {(3, 3)}
+
+
+def test_evaluation_draws_the_same_of_each_prompt(run, capsys):
+    # Other drawings for each prompt; of the same weights, the same ones at every evaluation.
+    drawings = []
+
+    def recorded(images, records) -> list[float]:
+        if len(images) == 2:
+            drawings.append([(image.info["seed"], image.tobytes()) for image in images])
+        return low_codes(images, records)
+
+    task, lines = run({"low": recorded}, evaluated=2, optim={"learning_rate": 0.0})
+    (first, second), again = drawings
+    assert [first, second] == again and first[0] != second[0] and first[1] != second[1]
+    shares = [sum(code < 8 for code in codes) / 32 for _, codes in again]
+    assert lines[-1]["eval_low"] == pytest.approx(sum(shares) / 2)
+    assert "evaluation of 2 prompts every 1 steps and at the end" in capsys.readouterr().out
+
+
+def test_stop_during_an_evaluation(run):
+    # Five hundred prompts may take minutes, a cluster waits for seconds.
+    calls = []
+
+    def stopping(images, records) -> list[float]:
+        calls.append(len(images))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return low_codes(images, records)
+
+    with pytest.raises(SystemExit):
+        run({"low": stopping}, evaluated=80)
+    assert calls == [8, 32]
+
+
+def test_evaluation_with_a_wrong_number_of_values(run):
+    with pytest.raises(TrainingError, match="Reward mine returned 8 values for 3 drawings"):
+        run({"mine": lambda images, records: [0.5] * 8}, evaluated=3)
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"model": {"lora": {"r": 4, "lora_dropout": 0.5}}}, "lora_dropout is 0.5"),
+        ({"model": {"seed": 3}}, "seed is 3"),
+        ({"data": {"drawing": {"codes": 4}}}, "codes is not read"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "no DeepSpeed"),
+    ],
+)
+def test_settings_that_nothing_reads(run, settings, named):
+    # Answers would come from another network than the one that learns, or of other codes.
+    with pytest.raises(ConfigError, match=named):
+        run({"low": low_codes}, **settings)
