@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -91,6 +91,12 @@ SIDE_FILES = (
 )
 QUESTIONS, ANNOTATIONS = "_questions.json", "_annotations.json"  # of VQA, which are joined
 _WILDCARD = re.compile(r"[*?\[]")
+# The beginning of a list of images: a field of an image, or the name of a file.
+_IMAGE_FIELD = re.compile(
+    r'"(images?|image_?(id|path|file|name)s?|img|file_?name|source_image)"\s*:', re.IGNORECASE
+)
+_IMAGE_NAME = re.compile(rf'[^"/\\,<>\n]+(?:{"|".join(IMAGE_SUFFIXES)})', re.IGNORECASE)
+LIST_HEAD = 1 << 16  # bytes
 _SPLIT = re.compile(r"[/_.-](train|test|val|valid|validation|dev)(?=[/_.-])")
 
 
@@ -175,9 +181,9 @@ def _content_format(path: str) -> str:
     raise DataError(f"{path}: {CURES.get(content, reason)}.")
 
 
-def _head(path: str) -> bytes:
+def _head(path: str, size: int = 512) -> bytes:
     with open_binary(path) as file:
-        return file.read(512)
+        return file.read(size)
 
 
 def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
@@ -244,10 +250,11 @@ def _is_folder(path: str) -> bool:
     return not _by_suffix(path) if is_remote(path) else os.path.isdir(path)
 
 
-def folder_contents(folder: str) -> dict[str, list[str]]:
+def folder_contents(folder: str, any_list: bool = False) -> dict[str, list[str]]:
     """The files at any depth below a folder by format, images under `folder`, others by suffix.
 
-    Side files of other tools are left out.
+    Side files of other tools are left out. Beside images so is, with a line in the log, what
+    neither lists images nor lies beside one, unless `any_list`.
     """
     # 1. Each file by its suffix.
     files = list_files(folder)
@@ -257,18 +264,42 @@ def folder_contents(folder: str) -> dict[str, list[str]]:
         is_read = content in (*FORMATS, FOLDER)
         contents.setdefault(content if is_read else _suffix(path), []).append(path)
 
-    # 2. Without side files.
+    # 2. What describes others; where most .json files do, the others miss their image.
     stems = {
         format: {os.path.splitext(path)[0] for path in contents.get(format, ())}
-        for format in ("tar", FOLDER)
+        for format in ("tar", "json", FOLDER)
     }
     stems["parent"] = set(map(os.path.dirname, files))
+    are_captions = 2 * len(stems["json"] & stems[FOLDER]) > len(stems["json"])
+    names = {os.path.basename(path).lower() for path in contents.get(FOLDER, ())}
+
+    # 3. The others.
     kept: dict[str, list[str]] = {}
+    left_out: list[str] = []
     for format, paths in contents.items():
-        records = [path for path in paths if not _is_side_file(path, format, stems)]
-        if records:
-            kept[format] = records
+        for path in paths:
+            if _is_side_file(path, format, stems):
+                continue
+            is_checked = bool(names) and format in ("json", "jsonl") and not any_list
+            if is_checked and (format == "json" and are_captions or not _lists(path, names)):
+                left_out.append(os.path.relpath(path, folder))
+            else:
+                kept.setdefault(format, []).append(path)
+    if left_out:
+        more = ", …" * (len(left_out) > 3)
+        _log(
+            f"{folder}: leaves out {', '.join(left_out[:3])}{more}: neither lists of its images, "
+            "nor beside one."
+        )
     return kept
+
+
+def _lists(path: str, names: Collection[str]) -> bool:
+    """Whether a file begins as a list of images, some of which have these names."""
+    head = read_safely(path, lambda: _head(path, LIST_HEAD))
+    text = head.decode(errors="replace")
+    is_named = any(name.lower() in names for name in _IMAGE_NAME.findall(text))
+    return is_named or _IMAGE_FIELD.search(text) is not None or sniff(head) in CURES
 
 
 def _is_side_file(path: str, format: str, stems: Mapping[str, set[str]]) -> bool:
@@ -290,7 +321,7 @@ def _is_side_file(path: str, format: str, stems: Mapping[str, set[str]]) -> bool
 
 def _in_folder(folder: str, format: str) -> dict[str, str]:
     """The format of each data file below a folder; or of the folder, if it has only images."""
-    contents = folder_contents(folder)
+    contents = folder_contents(folder, any_list=format != "auto")
     paths_of = {name: contents[name] for name in _ACCEPTED.get(format, ()) if name in contents}
     if format in ("auto", FOLDER) and FOLDER in contents and not paths_of:
         _warn_of_splits(folder, contents[FOLDER])
@@ -306,6 +337,10 @@ def _in_folder(folder: str, format: str) -> dict[str, str]:
         raise DataError(
             f"{folder}: contains {' and '.join(paths_of)} files; set the format or list the files."
         )
+    if FOLDER in contents and paths_of.keys().isdisjoint(("json", "jsonl", "csv")):
+        n_images = pluralize(len(contents[FOLDER]), "image")
+        formats = " and ".join(paths_of)
+        _log(f"{folder}: its {formats} files are read; of its {n_images} those that they name.")
     format_of = {path: name for name, paths in paths_of.items() for path in paths}
     _warn_of_splits(folder, format_of)
     return format_of
@@ -316,11 +351,17 @@ def _warn_of_splits(folder: str, paths: Iterable[str]) -> None:
     names: dict[str, None] = {}
     for path in paths:
         names.update(dict.fromkeys(_SPLIT.findall(path.removeprefix(folder).lower())))
-    if len(names) > 1 and rank_and_world_size()[0] == 0:
-        log_line(
+    if len(names) > 1:
+        _log(
             f"{folder}: holds {' and '.join(names)} files, which are read together; name those of "
             "one split."
         )
+
+
+def _log(line: str) -> None:
+    """Log a line, of several processes once."""
+    if rank_and_world_size()[0] == 0:
+        log_line(line)
 
 
 def _other_contents(contents: Mapping[str, list[str]]) -> str:

@@ -225,6 +225,47 @@ def test_users_files_are_read_or_refused_with_the_cure(tmp_path, monkeypatch, na
         assert content == JPEG
 
 
+def with_json(folder):
+    """Images with their captions as JSON, one of which misses its image."""
+    images(folder)
+    for index in (0, 1, 3):
+        write(
+            folder / f"{index}.json", json.dumps({"image": f"{index}.jpg", "caption": f"a {index}"})
+        )
+
+
+def beside_notes(folder):
+    captioned(folder)
+    write(folder / "config.json", '{"image_size": 8}')
+    write(folder / "sub/notes.jsonl", '{"note": "1.png is blurred"}')
+
+
+@pytest.mark.parametrize(
+    "make, captions, named",
+    [
+        (with_json, ["a 0", "a 1"], "leaves out 3.json: "),
+        (beside_notes, ["a 0", "a 1"], "leaves out config.json, sub/notes.jsonl: "),
+        # A list wins if it names images, in this folder or elsewhere.
+        (lambda f: (beside_notes(f), lines(f / "a.jsonl", ROWS[1:])), ["a 1"], "sub/notes.jsonl"),
+        (
+            lambda f: (
+                captioned(f),
+                write_json(f / "a.json", [{"image": "notes.md", "text": "b"}]),
+            ),
+            ["b"],
+            "",
+        ),
+        (lambda f: (captioned(f), tars(f)), ["a 0", "a 1"], "tar files are read; of its 2 images"),
+    ],
+)
+def test_what_a_folder_leaves_out_is_named(tmp_path, capsys, make, captions, named):
+    # One file of settings must not hide a folder of images.
+    make(tmp_path)
+    pairs = Pairs(tmp_path)
+    assert [pairs.read(index).captions for index in range(len(pairs))] == [[c] for c in captions]
+    assert named in capsys.readouterr().err
+
+
 def test_a_folder_of_images_where_shards_are_expected(tmp_path, capsys):
     for split in ("train", "test"):
         images(tmp_path / split)
