@@ -7,11 +7,12 @@
         optimizer.pt                     optimizer and loss scale (tensors, plain containers)
         latest, global_step1000/         DeepSpeed instead of optimizer.pt: shards of all processes
         data_state.json                  data position of each process
-        trainer_state.json               step, log, settings
+        trainer_state.json               step, log, settings; `kept`: by the schedule, or the end
 
 A checkpoint is written to `.checkpoint-N.tmp`, flushed and renamed, so a folder with the final name
-is complete. No random state is saved: random numbers of a step are determined by (seed, step,
-process).
+is complete. `save_total_limit` counts those that are kept; others, of `save_seconds` and of stops,
+are replaced by the next. No random state is saved: random numbers of a step are determined by
+(seed, step, process).
 """
 
 from __future__ import annotations
@@ -19,15 +20,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import JsonObject, disk_reason, flush, strict_json
+from seed_multimodal.disk import (
+    JsonObject,
+    disk_reason,
+    flush,
+    replace_json,
+    strict_json,
+    writing,
+)
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.fingerprints import fingerprint, same_fingerprint
 from seed_multimodal.settings import changed_settings
@@ -51,7 +62,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     steps = []
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (path / TRAINER_STATE).is_file():
+        if number.isdecimal():
             steps.append((int(number), path))
     return sorted(steps, reverse=True)
 
@@ -65,10 +76,17 @@ class CheckpointStore:
         branch: the checkpoint of another run that this run was started from by `resume`, or "".
     """
 
-    def __init__(self, folder: Path, group: ProcessGroup, settings: TrainerSettings) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        group: ProcessGroup,
+        settings: TrainerSettings,
+        log: Callable[[str], None],
+    ) -> None:
         self.folder = folder
         self.group = group
         self.settings = settings
+        self.log = log
         self.last_step: int | None = None
         self.last_folder: Path | None = None
         self.branch = ""
@@ -109,10 +127,30 @@ class CheckpointStore:
             return {}, []
 
         self.last_folder = Path(folder)
-        trainer_state, process_states = read_states(self.last_folder)
+        with self.reading():
+            trainer_state, process_states = read_states(self.last_folder)
         self.last_step = int(trainer_state["global_step"])
         self.branch = self.branch or trainer_state.get("branch", "")
         return trainer_state, process_states
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Context that reads the checkpoint to resume from.
+
+        Raises CheckpointError: it is damaged; names the newest intact one before it.
+        """
+        try:
+            yield
+        except CheckpointError as error:
+            damaged = self.last_folder
+            if damaged is None or is_intact(damaged):
+                raise
+            older = [path for _, path in checkpoints(damaged.parent) if path.name != damaged.name]
+            intact = next(filter(is_intact, older), None)
+            advice = "there is no intact one"
+            if intact is not None:
+                advice = f"{intact.name} is intact: remove {damaged} to resume from it"
+            raise CheckpointError(f"{error} The checkpoint is damaged; {advice}.") from error
 
     def description(self) -> str:
         """The last checkpoint, for error messages."""
@@ -241,22 +279,33 @@ class CheckpointStore:
                 flush(path)
         os.replace(folder, self.folder / f"checkpoint-{step}")
         flush(self.folder)
+        self._remove_older(step)
 
-        # Of the earlier ones keep the newest that `save_steps` scheduled; this one counts, too.
-        save_steps = self.settings.save_steps
+    def _remove_older(self, step: int) -> None:
+        """Remove those before a new checkpoint that are not kept, or that exceed the limit."""
         limit = self.settings.save_total_limit
-        n_retained = 1
+        n_retained = 1  # the new one counts, too
         for saved_step, path in checkpoints(self.folder):
             if saved_step >= step:
                 continue
-            is_scheduled = save_steps == 0 or saved_step % save_steps == 0
-            if is_scheduled and (limit is None or n_retained < limit):
+            is_kept = _is_kept(path)
+            if is_kept and (limit is None or n_retained < limit):
                 n_retained += 1
                 continue
             # Renamed first, so that a partly removed folder is not a checkpoint.
             removed = path.with_name(f".{path.name}.old")
             os.replace(path, removed)
             shutil.rmtree(removed, ignore_errors=True)
+            reason = f"save_total_limit is {limit}" if is_kept else "it was saved between others"
+            self.log(f"{path} is removed: {reason}.")
+
+    def keep_last(self) -> None:
+        """Keep the last checkpoint, as the end of a run."""
+        folder = self.last_folder
+        if self.group.first and folder is not None and not _is_kept(folder):
+            file = folder / TRAINER_STATE
+            with writing(file):
+                replace_json(file, {**_read_state(file), "kept": True})
 
 
 def _copy_to_cpu(tree: Tree) -> Tree:
@@ -292,6 +341,30 @@ def _read_state(file: Path) -> Any:
         raise CheckpointError(
             f"{file}: missing or not readable, so this is no checkpoint to resume from."
         ) from error
+
+
+def _is_kept(folder: Path) -> bool:
+    """Whether a checkpoint was saved to be kept; those of earlier versions were."""
+    try:
+        return bool(_read_state(folder / TRAINER_STATE).get("kept", True))
+    except CheckpointError:  # its age is no reason to remove it
+        return True
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a checkpoint has all kinds of files, and all of them can be opened."""
+    weights = [*folder.rglob("*.safetensors")]
+    torch_files = [*folder.rglob("*.pt")]
+    try:
+        read_states(folder)
+        for file in folder.rglob("*.json"):
+            _read_state(file)
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except (CheckpointError, OSError, SafetensorError):
+        return False
+    return bool(weights and torch_files) and all(map(zipfile.is_zipfile, torch_files))
 
 
 def resume_remarks(folder: Path, saved: JsonObject, task: Task, world: int) -> list[str]:

@@ -104,7 +104,8 @@ class Trainer:
         self.settings = settings = task.settings
         self.output_dir = output_dir
         self.group = group
-        self.store = CheckpointStore(output_dir / task.checkpoint_folder, group, settings)
+        folder = output_dir / task.checkpoint_folder
+        self.store = CheckpointStore(folder, group, settings, self.log_line)
         stack.callback(self.store.close)
 
         # 1. Compare the checkpoint's settings with this run's before anything is built.
@@ -117,7 +118,7 @@ class Trainer:
 
         # 2. Load the weights before the engine wraps or shards the module, and the optimizer after
         #    that.
-        with translate_errors("the start", self.store.description):
+        with self.store.reading(), translate_errors("the start", self.store.description):
             task.prepare()
             check_all_saved(task)
             self.frozen = frozen_state(task)
@@ -183,9 +184,12 @@ class Trainer:
                 self._end(stopped, data_ended and not stopped)
                 if stopped or self.stop_requested():
                     checkpoint = self.store.folder / f"checkpoint-{self.step}"
+                    left = f"after step {self.step} of {self.settings.max_steps}"
+                    if self.step >= self.settings.max_steps:
+                        left = f"after the last step ({self.step}), before the end of the run"
                     self.log_line(
-                        f"stopped by SIGTERM or Ctrl-C after step {self.step} of "
-                        f"{self.settings.max_steps}; the same command resumes from {checkpoint}."
+                        f"stopped by SIGTERM or Ctrl-C {left}; the same command resumes from "
+                        f"{checkpoint}."
                     )
                     raise SystemExit(STOPPED)
                 return self._record()
@@ -281,9 +285,10 @@ class Trainer:
 
         # 2. Save.
         save_steps = self.settings.save_steps
-        if save or (save_steps and self.step % save_steps == 0):
+        is_scheduled = save_steps > 0 and self.step % save_steps == 0
+        if save or is_scheduled:
             start = time.monotonic()
-            self._save()
+            self._save(kept=is_scheduled or not save_steps)
             self.log.pause(time.monotonic() - start)
 
     def _evaluate(self, is_last: bool) -> Mapping[str, float]:
@@ -316,11 +321,12 @@ class Trainer:
         seconds = time.monotonic() - self.last_save_time
         return self.group.first and 0 < self.settings.save_seconds < seconds
 
-    def _save(self) -> None:
-        """Write a checkpoint."""
+    def _save(self, kept: bool) -> None:
+        """Write a checkpoint; `kept`: until there are more than `save_total_limit`."""
         # `identity` and the settings are compared when a run resumes; sums of metrics continue.
         state = {
             "global_step": self.step,
+            "kept": kept,
             "branch": self.store.branch,
             **self.identity,
             "seconds": time.monotonic() - self.start_time,
@@ -358,14 +364,19 @@ class Trainer:
         if data_ended:
             self.log.finish(self.step)
             self.log_line(f"all sources are exhausted after step {self.step}; the run ends.")
+
+        # 2. The evaluation, unless the last step had one (it may have been stopped).
+        if not stopped and self.evaluation.get("step") != self.step:
             if self._evaluate(is_last=True):
                 self.log.write(self.evaluation)
 
-        # 2. The checkpoint. Wait first: one of this step may still be in writing.
+        # 3. The checkpoint. Wait first: one of this step may still be in writing.
         self.store.finish()
         if self.store.last_step != self.step and (self.step or stopped):
-            self._save()
+            self._save(kept=not stopped)
         self.store.finish()
+        if not stopped:
+            self.store.keep_last()
 
     def _record(self) -> JsonObject:
         """Finish the task and write the record (first process); returned by every process."""

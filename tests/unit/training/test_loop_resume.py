@@ -4,6 +4,7 @@ equal."""
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from full_disk import file_size_limit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_processes import STARTED, kill_when, nothing_stays_behind, processes_with, wait_until  # noqa: F401
+from tiny import read_json, write_json
 
-from seed_multimodal.errors import SeedError
+from seed_multimodal.errors import CheckpointError, SeedError
 
 LONG = {
     "max_steps": 40,
@@ -127,6 +129,24 @@ def test_signal_during_an_evaluation_starts_no_further_step(tmp_path, signals, e
     assert len(toy.read_losses(tmp_path)) == 3
 
 
+def test_signal_during_the_last_evaluation(tmp_path, capsys):
+    # All steps are made, so the same command only evaluates, and the run is complete.
+    evaluations = []
+
+    def evaluate(step):
+        evaluations.append(step)
+        if len(evaluations) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return {}
+        return {"eval_loss": 1.0}
+
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, evaluate=evaluate, max_steps=4)
+    assert "after the last step (4), before the end of the run" in capsys.readouterr().out
+    assert toy.train(tmp_path, evaluate=evaluate, max_steps=4)["steps"] == 4
+    assert evaluations == [1, 2, 3, 4, 4] and toy.log_lines(tmp_path)[-1]["eval_loss"] == 1
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [({"max_steps": 0}, "max_steps 0"), ({"learning_rate": 0.0}, "learning rate is 0")],
@@ -198,3 +218,53 @@ def test_file_size_limit_while_writing_the_log(tmp_path):
     error = limited(tmp_path, 6000, logging_steps=1, max_steps=100)
     assert "toy.log.jsonl" in error
     assert not (tmp_path / "toy.done.json").exists()
+
+
+KEPT = {
+    "other steps": ([(4, 1, None), (6, 3, None)], [6, 4, 3, 2, 1]),
+    "ends": ([(4, 3, None), (7, 5, None), (8, 0, None)], [8, 7, 5, 4, 3]),
+    "a limit": ([(4, 1, None), (6, 3, 2)], [6, 4]),
+}
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("runs, kept", KEPT.values(), ids=KEPT)
+def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, runs, kept, is_old):
+    # With another `save_steps` those of the first run were removed, without a word.
+    for max_steps, save_steps, limit in runs:
+        before = toy.steps(tmp_path)
+        options = {"save_steps": save_steps, "save_total_limit": limit, "further": True}
+        toy.train(tmp_path, max_steps=max_steps, **options)
+        for file in tmp_path.rglob("trainer_state.json"):  # of an earlier version
+            state = read_json(file)
+            assert state.pop("kept", True)
+            if is_old:
+                write_json(file, state)
+    assert toy.steps(tmp_path) == kept
+    removed = set(before) - set(kept)
+    assert capsys.readouterr().out.count("is removed: save_total_limit is 2") == len(removed)
+
+
+DAMAGE = {
+    "trainer_state.json": b"{",
+    "data_state.json": None,
+    "model.safetensors": b"\0" * 9,
+    "trained.safetensors": b"",
+    "optimizer.pt": b"PK",
+}
+
+
+@pytest.mark.parametrize("name, content", DAMAGE.items(), ids=DAMAGE)
+def test_damaged_checkpoint_names_the_intact_one_before_it(tmp_path, name, content):
+    # Its steps are lost, those before it are not: the sentence says how to take them.
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, stop_at=7, save_steps=2, save_total_limit=None)
+    folder = tmp_path / "toy.checkpoints"
+    (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    damaged = folder / "checkpoint-8"
+    (damaged / name).unlink() if content is None else (damaged / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"checkpoint-4 is intact: remove {damaged} "):
+        toy.train(tmp_path)
+    shutil.rmtree(damaged)
+    shutil.rmtree(folder / "checkpoint-6")
+    assert toy.train(tmp_path)["steps"] == 12
