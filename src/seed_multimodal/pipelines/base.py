@@ -428,9 +428,18 @@ class MultimodalSystem(TaskRunner, HubUpload):
         # 1. The settings.
         if force_image and images == "never":
             raise RequestError("force_image and images='never' ask for opposite things.")
-        lengths = self._preview_lengths(previews, stream)
         if force_image:
             images = "forced"
+        if images == "never":
+            given = {"previews": previews, **options}
+            of_drawing = ("previews", "read_back", *self.images.drawing_settings)
+            for name in filter(given.get, of_drawing):
+                raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
+        if previews and options.get("num_beams", 1) != 1:
+            raise ConfigError(
+                "The option 'previews' is not of beams: their tokens come at the end."
+            )
+        lengths = self._preview_lengths(previews, stream)
         conversation = read_messages(messages, images_first=self.config.tuned)
         kind, conversation = self.family.read_chat(conversation, images == "forced")
         drawing_options, reads_back = self._pop_drawing_options(options)
@@ -440,9 +449,6 @@ class MultimodalSystem(TaskRunner, HubUpload):
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
         drawing = None
-        if images == "never" and drawing_options:
-            names = ", ".join(drawing_options)
-            raise ConfigError(f"Options of drawing, but nothing is drawn: {names}.")
         if self.images.can_draw:
             if drawing_options:
                 self.images.check_drawing(**drawing_options)
@@ -579,13 +585,15 @@ class MultimodalSystem(TaskRunner, HubUpload):
     def _preview_lengths(self, previews: Sequence[int] | None, stream: bool) -> Sequence[int]:
         """Numbers of codes after which a stream shows an unfinished image; `previews`: as of
         `chat`."""
-        if previews and not stream:
-            raise ConfigError("The option 'previews' is of streams.")
-        if previews is None:
-            previews = self.config.previews
-        lengths = check_value(Sequence[int], previews, "previews", minimum=1)
         is_shown = stream and self.images.progressive and self.images.can_draw
-        return lengths if is_shown else ()
+        if previews and not is_shown:
+            raise ConfigError(
+                "The option 'previews' is of streams, of a system that draws from an image's first "
+                "codes."
+            )
+        if previews is None:
+            previews = self.config.previews if is_shown else ()
+        return check_value(Sequence[int], previews, "previews", minimum=1)
 
     def _pop_drawing_options(self, options: Options) -> tuple[Options, bool]:
         """Take out of `options` the settings of the de-tokenizer, and whether drawings are

@@ -155,8 +155,11 @@ class Family:
         given = dict(options)
         if "do_sample" not in given and SAMPLING & given.keys():
             given = {"do_sample": True, "num_beams": 1, **given}
-        if isinstance(given.get("stop"), str):
-            given["stop"] = (given["stop"],)
+        stop = given.pop("stop", None)
+        if stop is None:
+            stop = ()
+        elif isinstance(stop, str):
+            stop = (stop,)
         family_values = self.settings(kind)
         values = {
             "max_new_tokens": 256,
@@ -164,10 +167,13 @@ class Family:
             **self.defaults.get(kind, {}),
             **family_values,
             **given,
+            "stop": stop,
         }
         settings: GenerationSettings = check_value(GenerationSettings, values, "Generation setting")
 
         # 3. What this task does not read, or what would contradict another option.
+        if "" in settings.stop:
+            raise ConfigError("stop: an empty text ends no answer.")
         if settings.num_return_sequences > 1:
             raise ConfigError(
                 "num_return_sequences: each request gets one answer; for several, repeat the "
@@ -191,10 +197,7 @@ class Family:
                 raise ConfigError(f"The option {name!r} has no effect on {kind}: {unread[name]}.")
 
         # 4. Texts that end the answer, and tokens of a forced image: its codes and `</img>`.
-        stop = settings.stop
-        if "stop" in given:
-            stop = (*family_values["stop"], *stop)
-
+        stop = (*family_values["stop"], *settings.stop)
         limit = settings.max_new_tokens
         if settings.images == "forced":
             needed = vocabulary.min_codes + 1

@@ -468,8 +468,9 @@ class Backend:
         form = request.image_options
         options |= self._drawing_options(form, request.ratio)
         options |= {"images": request.images, "previews": (), "notes": notes}
+        previews = self._preview_lengths(form, request.stream)
         if request.stream:
-            options["previews"] = None if request.previews else self._preview_lengths(form)
+            options["previews"] = None if request.previews else previews
 
         # 3. Texts and images while they are generated.
         index = 0  # of the current image
@@ -537,7 +538,7 @@ class Backend:
         # 1. The settings.
         seed = random_seed() if request.seed is None else request.seed
         options = self._drawing_options(request, request.ratio)
-        previews = self._preview_lengths(request) if request.stream else ()
+        previews = self._preview_lengths(request, request.stream)
         options |= {"num_images": request.n, "stream": True, "previews": previews}
         options |= {"should_stop": deadline, "read_back": request.read_back}
 
@@ -595,8 +596,17 @@ class Backend:
             )
         return {} if ratio in (None, "1:1") else {"ratio": ratio}
 
-    def _preview_lengths(self, request: ImageOptions) -> list[int]:
-        """Numbers of codes after which an image is shown, at equal distances."""
+    def _preview_lengths(self, request: ImageOptions, stream: bool) -> list[int]:
+        """Numbers of codes after which an image is shown, at equal distances.
+
+        Raises RequestError: this answer shows no unfinished images.
+        """
+        if request.partial_images and not (stream and self.system.images.progressive):
+            raise RequestError(
+                "This answer has none: they are of streams, of models that draw from an image's "
+                "first codes.",
+                "partial_images",
+            )
         parts = request.partial_images + 1
         return [self.vocabulary.tokens_per_image * part // parts for part in range(1, parts)]
 

@@ -558,7 +558,7 @@ def unknown_field(model: type[Fields], names: Sequence[str]) -> str:
     if not values and not advice:
         document = model.model_json_schema()
         parts = [document, *document.get("$defs", {}).values()]
-        known = [name for part in parts for name in part["properties"]]
+        known = [name for part in parts for name in part["properties"] if name not in names]
         similar = nearest(names[-1].lower(), known, 0.7)
     return f"This server does not support it{exception}{similar}. {advice}".rstrip()
 

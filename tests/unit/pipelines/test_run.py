@@ -75,6 +75,10 @@ def test_images_of_a_stream_are_drawn_together(nano, monkeypatch):
         (lambda nano: nano.chat([user(DRAW)], previews=[8]), "previews"),
         (lambda nano: nano.chat([user(DRAW)], images="never", constrain=False), "constrain"),
         (lambda nano: nano.chat([user(DRAW)], images="never", preset="fast"), "preset"),
+        (lambda nano: nano.chat([user(DRAW)], images="never", read_back=True), "read_back"),
+        (lambda nano: nano.chat([user(DRAW)], True, images="never", previews=[8]), "previews"),
+        (lambda nano: nano.chat([user(DRAW)], True, num_beams=2, previews=[8]), "previews"),
+        (lambda nano: nano.chat([user(DRAW)], stop=["."] * 2 + [""]), "stop"),
     ],
 )
 def test_options_that_a_task_does_not_read_are_refused(nano, call, named):

@@ -229,6 +229,9 @@ def test_streams_of_images_are_the_images(client, route):
     expected = [(f"{kind}.{name}", index) for name in names for index in range(2)]
     assert [(event["type"], event["index"]) for event in streamed] == expected
     assert [event["partial_image_index"] for event in streamed[:4]] == [0, 0, 1, 1]
+    # What only a stream shows is refused without one.
+    assert "partial_images" in post(client, route, **form).get_data(as_text=True)
+    del form["partial_images"]
     complete = answer_of(post(client, route, **form))
     for name in ("size", "output_format", "quality", "background"):
         assert complete[name] == streamed[-1][name]
