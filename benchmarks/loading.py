@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
 
 
 def run(options: argparse.Namespace) -> None:

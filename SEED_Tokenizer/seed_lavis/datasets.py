@@ -23,9 +23,7 @@ from seed_lavis.options import APPLICATION, locate
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.stream.loader import SampleDataset
-from seed_multimodal.data.stream.pairs_dataset import CaptionedImage, PairDataset, join_pairs
-from seed_multimodal.data.stream.sampler import MixedOrder
+from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.transforms import seed_image_processor
@@ -74,7 +72,6 @@ class PairBuilder(BaseDatasetBuilder):
                         self.vis_processors[processors],
                         self.text_processors[processors] or self.text_processors["train"],
                         seed=run.seed,
-                        max_bad_in_a_row=run.max_bad_in_a_row,
                     )
         return datasets
 
@@ -128,9 +125,9 @@ def joined_splits(
     datasets: Mapping[str, Mapping[str, PairDataset]],
     names: Sequence[str],
     ratios: Mapping[str, float],
-    seed: int = 0,
-) -> tuple[SampleDataset[CaptionedImage], MixedOrder | None]:
-    """The splits `names` of all data sets as one, and its order, see `join_pairs`.
+) -> tuple[list[PairDataset], list[float]]:
+    """The splits `names` of all data sets, and their weights (without ratios none), see
+    `StepBatches`.
 
     ratios: how often each data set is sampled; its weight is divided among its splits by their
         sizes.
@@ -145,7 +142,7 @@ def joined_splits(
     if not parts:
         wanted = " or ".join(repr(name.removesuffix(":eval")) for name in names)
         raise ConfigError(f"No data set of the configuration has a split {wanted}.")
-    return join_pairs(parts, weights if ratios else (), seed)
+    return parts, weights if ratios else []
 
 
 class Processor(BaseProcessor):

@@ -28,7 +28,7 @@ from seed_lavis import log
 from seed_lavis.compat import ImageTextPretrainTask, RunnerBase, registry
 from seed_lavis.datasets import joined_splits
 from seed_lavis.options import APPLICATION, STEP_SCHEDULES, locate
-from seed_multimodal.data.stream.loader import StepBatches
+from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.device import copy_to
 from seed_multimodal.disk import replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -96,7 +96,7 @@ class TokenizerTask(CodebookTask):
             settings,
             model.options,
             optimizer=runner.optimizer,
-            n_images=len(batches.dataset),
+            n_images=batches.n_samples,
         )
         self.runner = runner
         self.step_batches = batches
@@ -204,15 +204,15 @@ def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
     model = runner.model
     world = runner.group.world
     data, _ = joined_splits(runner.datasets, [f"{split}:eval"], {})
-    if len(data) < world:
-        raise ConfigError(f"Split {split!r} has {len(data)} images, too few for {world} processes.")
+    n_images = sum(map(len, data))
+    if n_images < world:
+        raise ConfigError(f"Split {split!r} has {n_images} images, too few for {world} processes.")
 
     # 1. All batches have one size, because a contrast depends on the number of images that are
     #    compared. Fewer images remain unused than there are batches.
-    n_batches = math.ceil(len(data) / (runner.options.batch_size_eval * world))
-    n_batches = min(n_batches, len(data) // world)  # a batch has at least one image
-    size = len(data) // (n_batches * world)
-    bad_before = data.bad.total
+    n_batches = math.ceil(n_images / (runner.options.batch_size_eval * world))
+    n_batches = min(n_batches, n_images // world)  # a batch has at least one image
+    size = n_images // (n_batches * world)
     batches = StepBatches(
         data,
         size,
@@ -221,6 +221,7 @@ def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
         world=world,
         workers=min(runner.options.num_workers, n_batches),
         shuffle=False,
+        max_bad_in_a_row=runner.options.max_bad_in_a_row,
     )
 
     # 2. Sums of the losses, and the codes.
@@ -248,7 +249,7 @@ def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
         "samples": n_batches * size * world,
         **means,
         **codebook_use(torch.tensor(totals[len(sums) :])),
-        "bad_samples": data.bad.total - bad_before,
+        "bad_samples": batches.n_bad,
     }
 
 
@@ -311,17 +312,18 @@ class RunnerSeed(RunnerBase):
         world = self.group.world
 
         # 1. Data; a wrong name of a validation split is an error now, not after the first epoch.
-        data, order = joined_splits(
-            self.datasets, options.train_splits, options.train_dataset_ratios, options.seed
+        data, weights = joined_splits(
+            self.datasets, options.train_splits, options.train_dataset_ratios
         )
         for split in options.valid_splits:
             joined_splits(self.datasets, [f"{split}:eval"], {})
 
         # 2. In a contrast an image must not be its own negative.
-        if self.model.contrasts and len(data) < options.batch_size_train * world:
-            options.batch_size_train = len(data) // world
+        n_images = sum(map(len, data))
+        if self.model.contrasts and n_images < options.batch_size_train * world:
+            options.batch_size_train = n_images // world
             log(
-                f"The training set has {len(data)} images: a batch contrasts "
+                f"The training set has {n_images} images: a batch contrasts "
                 f"{options.batch_size_train} of each process, and none twice."
             )
 
@@ -333,8 +335,9 @@ class RunnerSeed(RunnerBase):
             rank=self.group.rank,
             world=world,
             workers=options.num_workers,
-            order=order,
+            weights=weights,
             distinct=self.model.contrasts,
+            max_bad_in_a_row=options.max_bad_in_a_row,
         ) as batches:
             task = TokenizerTask(self, batches)
             if options.resume_ckpt_path and not checkpoints(

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from repository import NANO, ROOT
 
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import SeedError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.pipelines.config import SystemConfig

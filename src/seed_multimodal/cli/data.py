@@ -87,7 +87,7 @@ def convert(args: Namespace) -> int:
 
 def index(args: Namespace) -> int:
     """Write the indexes of shards and JSONL files next to them."""
-    from seed_multimodal.data.formats.sources import write_indexes
+    from seed_multimodal.data.formats.records import write_indexes
 
     count = write_indexes(args.files, args.procs)
     emit(args, {"files": count}, f"{pluralize(count, 'file')} indexed")

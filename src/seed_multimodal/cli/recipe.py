@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
 from seed_multimodal.config import read_yaml
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.pretokenize.inputs import InputSettings, find_inputs, read_input_settings
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import ConfigError

@@ -25,8 +25,8 @@ import numpy as np
 
 from seed_multimodal.data.formats.contents import find_files
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record
+from seed_multimodal.data.formats.records import run_in_processes
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import run_in_processes
 from seed_multimodal.data.formats.storage import DataFile
 from seed_multimodal.data.formats.tar import IS_PICKLED, PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing

@@ -6,9 +6,11 @@ into real tokens, which end a text or open an image.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ import numpy as np
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom
-from seed_multimodal.data.formats.record import BROKEN, BadRecords, JsonObject
+from seed_multimodal.data.formats.bad_records import BROKEN, BadRecords
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import OpenedSource, open_sources
+from seed_multimodal.data.stream.source import OpenedSource, open_sources
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
@@ -34,7 +37,7 @@ class SourceReport:
     records: int
     too_long: int = 0  # sequences longer than the run's rows
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
-    skipped: BadRecords = field(default_factory=BadRecords)  # by `KIND: REASON`
+    skipped: BadRecords = field(default_factory=partial(BadRecords, math.inf))  # by `KIND: REASON`
     # Control words in texts; all image codes count as one.
     control_words: Counter[str] = field(default_factory=Counter)
 
@@ -138,7 +141,7 @@ def _check_record(
     rng = SeededRandom(source.mixture_seed, source.index, index)
     sequence, note = source.decode(record, rng)
     if note is not None:
-        report.skipped.count(note._replace(reason=f"{note.kind}: {note.reason}"))
+        report.skipped.add(note._replace(reason=f"{note.kind}: {note.reason}"))
     if sequence is None:
         return
     n_tokens = len(sequence)

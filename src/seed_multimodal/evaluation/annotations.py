@@ -28,7 +28,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from seed_multimodal.data.formats.contents import nearest_path
-from seed_multimodal.data.formats.record import as_list, find_image
+from seed_multimodal.data.formats.image_paths import find_image
+from seed_multimodal.data.formats.record import as_list
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import DataError, ImageError, first_line
 

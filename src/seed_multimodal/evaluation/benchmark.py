@@ -12,9 +12,9 @@ To add a benchmark, write a module with a dataclass derived from `Benchmark` and
 `BENCHMARKS`: `seed eval` gets a command whose flags are the fields with a help text. Modules import
 torch where they use it, so that `seed eval --help` is fast.
 
-Processes (torchrun's RANK and WORLD_SIZE) work on samples[rank::world]; their number may change on
-resume. Unusable samples are logged, counted and retried by the next run; `max_bad` consecutive ones
-stop the run.
+Processes (torchrun's RANK and WORLD_SIZE) share the samples; their number may change on resume.
+Unusable samples are logged, counted and retried by the next run; `max_bad` consecutive ones stop
+the run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
-from seed_multimodal.data.formats.record import BROKEN, BadRecords, RecordNote
+from seed_multimodal.data.formats.bad_records import BROKEN, BadRecords, RecordNote
+from seed_multimodal.data.stream.order import Chunks
 from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
 from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
@@ -291,7 +292,7 @@ def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Ke
     folder = benchmark.out
     rank, world_size = rank_and_world_size()
     file = folder / f"samples-{rank}.jsonl"
-    share = samples[rank::world_size]
+    share = [samples[index] for index in Chunks(0, len(samples), 1, rank, world_size)]
     lock_name = f".{file.name}.lock"
     with folder_lock(folder, DataError, "answering with this rank", name=lock_name):
         # Samples that failed are tried again.

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, BadRecords
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
-from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords, FieldValue
+from seed_multimodal.data.formats.record import FieldValue
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import ConfigError, DataError

@@ -23,8 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from seed_multimodal.data.stream.pairs_dataset import sample_seed
-from seed_multimodal.data.stream.sampler import EpochOrder
+from seed_multimodal.data.stream.epochs import EpochOrder, sample_seed
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import read_items

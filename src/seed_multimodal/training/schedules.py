@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.stream.sampler import EpochOrder
+from seed_multimodal.data.stream.epochs import EpochOrder
 from seed_multimodal.training.config import OptimSettings, StageSettings
 
 INVERSE_SQRT_STEPS = 10_000  # scale of this schedule without warm-up, as in transformers

@@ -28,7 +28,7 @@ from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.schedules import learning_rate
 
 if TYPE_CHECKING:
-    from seed_multimodal.data.stream.loader import StepBatches
+    from seed_multimodal.data.stream.step_batches import StepBatches
 
 WEIGHTS = "model.safetensors"
 
@@ -150,7 +150,7 @@ class Task:
             return {}
         return {
             "wait_seconds": self.step_batches.wait_seconds,
-            "bad_samples": self.step_batches.dataset.bad.total,
+            "bad_samples": self.step_batches.n_bad,
         }
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
@@ -176,13 +176,12 @@ class Task:
 
     def state_dict(self) -> JsonObject:
         """State of this process (data position, bad samples), JSON-serializable."""
-        return {} if self.step_batches is None else self.step_batches.dataset.state_dict()
+        return {} if self.step_batches is None else self.step_batches.state_dict()
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         """Restore from the `state_dict`s of all processes, by rank; their number may differ."""
         if self.step_batches is not None:
-            for state in states[rank :: self.step_batches.world]:
-                self.step_batches.dataset.load_state_dict(state)
+            self.step_batches.load_state_dict(states)
 
     def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by their names in `module` → those of a checkpoint, by their names in it."""

@@ -391,7 +391,7 @@ class Trainer:
         }
         batches = self.task.step_batches
         if batches is not None:
-            record["bad_samples"] = int(self.group.sum([batches.dataset.bad.total])[0])
+            record["bad_samples"] = int(self.group.sum([batches.n_bad])[0])
 
         # 2. The files, and the summary.
         if self.group.first:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
+from seed_multimodal.data.stream.step_batches import SampleDataset, StepBatches
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.schedules import batch_indices
@@ -49,31 +49,25 @@ def to_signed(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
-class SceneStream(SampleDataset[int]):
+class SceneStream(SampleDataset[dict[str, Tensor]]):
     """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`,
     `labels` int64 `[B, 5]` (`seed_nano.world.targets`) and `mask` float32 `[B, 1, S, S]`: how much
     of each pixel is a thing."""
 
     def __init__(self, space: Workspace) -> None:
-        super().__init__()
         self.size: int = space.config.image_size
         self.seed: int = space.config.seed
 
     def __len__(self) -> int:
         return LENGTH
 
-    def get(self, index: int, epoch: int = 0) -> int:
-        """The number of a scene; `get_batch` draws it."""
-        return index
-
-    def get_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The scenes of some numbers."""
-        scenes = [scene_at(self.seed, index) for index in indices]
-        masks = np.stack([thing_mask(scene, self.size) for scene in scenes])
+    def get(self, index: int, epoch: int = 0) -> dict[str, Tensor]:
+        """The scene of a number."""
+        scene = scene_at(self.seed, index)
         return {
-            "image": scene_pixels(scenes, self.size),
-            "labels": label_tensor(scenes),
-            "mask": torch.from_numpy(masks)[:, None],
+            "image": scene_pixels([scene], self.size)[0],
+            "labels": label_tensor([scene])[0],
+            "mask": torch.from_numpy(thing_mask(scene, self.size))[None],
         }
 
 
@@ -93,12 +87,11 @@ class NanoTask(StageTask):
         self.enter(space)
         if stream is not None:
             self.scenes = StepBatches(
-                stream,
+                [stream],
                 self.settings.batch_size,
                 seed=0,
                 workers=space.config.workers,
                 shuffle=False,
-                collate=stream.get_batch,
             )
 
     def enter(self, space: Workspace) -> None:

@@ -8,7 +8,7 @@ by a linear map, and also trains on quarters and wide scenes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,25 +192,26 @@ class WideStream(SceneStream):
     and wholes. `labels` int64 `[B, 5 + 4]`: the thing in each quarter comes last; what cannot be
     said is `IGNORED`."""
 
-    def get_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        batch = super().get_batch(indices)
-        batch["labels"] = F.pad(batch["labels"], (0, len(QUARTERS)), value=IGNORED)
+    def get(self, index: int, epoch: int = 0) -> dict[str, Tensor]:
+        sample = super().get(index, epoch)
+        if index % WIDE_SHARE >= 2:
+            labels = F.pad(sample["labels"], (0, len(QUARTERS)), value=IGNORED)
+            return {**sample, "labels": labels}
+
+        # Every sixth image is a quarter of a wide scene, every sixth a whole one.
         size = self.size
-        for row, index in enumerate(indices):
-            if index % WIDE_SHARE >= 2:
-                continue
-            # Every sixth image is a quarter of a wide scene, every sixth a whole one.
-            scene = wide_at(self.seed, index)
-            quarter = index // WIDE_SHARE % len(QUARTERS) if index % WIDE_SHARE else None
-            pixels = torch.tensor(render(scene, size if quarter is None else 2 * size))
-            if quarter is not None:
-                top = size * (quarter // 2)
-                left = size * (quarter % 2)
-                pixels = pixels[top : top + size, left : left + size]
-            batch["image"][row] = pixels.permute(2, 0, 1)
-            batch["mask"][row] = 0.25
-            batch["labels"][row] = _wide_labels(scene, quarter)
-        return batch
+        scene = wide_at(self.seed, index)
+        quarter = index // WIDE_SHARE % len(QUARTERS) if index % WIDE_SHARE else None
+        pixels = torch.tensor(render(scene, size if quarter is None else 2 * size))
+        if quarter is not None:
+            top = size * (quarter // 2)
+            left = size * (quarter % 2)
+            pixels = pixels[top : top + size, left : left + size]
+        return {
+            "image": pixels.permute(2, 0, 1),
+            "mask": torch.full_like(sample["mask"], 0.25),
+            "labels": _wide_labels(scene, quarter),
+        }
 
 
 def _wide_labels(scene: WideScene, quarter: int | None) -> Tensor:

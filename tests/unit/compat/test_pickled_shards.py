@@ -14,8 +14,8 @@ from data_files import fields_of
 from seed_multimodal.compat import pickled_shards
 from seed_multimodal.compat.pickled_shards import convert_shards, read_pickle
 from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import DataError
 
 PLAIN = {

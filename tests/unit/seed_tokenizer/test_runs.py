@@ -22,7 +22,7 @@ def test_learning_rate_with_accumulation(yaml):
     from seed_lavis.datasets import joined_splits
     from seed_lavis.runner import TokenizerTask
 
-    from seed_multimodal.data.stream.loader import StepBatches
+    from seed_multimodal.data.stream.step_batches import StepBatches
 
     rates = []
     for count in (1, 2):

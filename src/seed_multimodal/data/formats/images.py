@@ -8,13 +8,13 @@ from pathlib import Path
 
 from seed_multimodal.data.formats.contents import IMAGE_KEYS as IMAGE_KEYS
 from seed_multimodal.data.formats.contents import IMAGE_SUFFIXES, sniff
+from seed_multimodal.data.formats.image_paths import find_image
 from seed_multimodal.data.formats.record import (
     BadRecord,
     FieldValue,
     Record,
     RecordFields,
     as_list,
-    find_image,
     shorten,
 )
 from seed_multimodal.data.formats.storage import DataFile, is_remote, list_files, read_all

@@ -14,16 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from seed_multimodal.data.formats.bad_records import VALUE_ERRORS, unusable_value
 from seed_multimodal.data.formats.contents import BOM, QUESTIONS, check_text
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
-from seed_multimodal.data.formats.record import (
-    VALUE_ERRORS,
-    BadRecord,
-    FieldValue,
-    JsonObject,
-    Record,
-    unusable_value,
-)
+from seed_multimodal.data.formats.record import BadRecord, FieldValue, JsonObject, Record
 from seed_multimodal.data.formats.storage import DataFile, open_binary, read_all
 from seed_multimodal.errors import DataError, first_line
 

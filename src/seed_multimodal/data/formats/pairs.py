@@ -1,6 +1,6 @@
 """Image-caption pairs by index, from shards, lists, tables, image folders and registered formats.
 
-Images are not decoded here. Reading an unusable sample raises one of `record.RECORD_FAULTS`.
+Images are not decoded here. Reading an unusable sample raises one of `bad_records.RECORD_FAULTS`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import as_mapping
+from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, RecordNote, broken_note
 from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.images import (
     CAPTION_FIELDS,
@@ -23,17 +24,14 @@ from seed_multimodal.data.formats.images import (
 )
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import (
-    RECORD_FAULTS,
     BadRecord,
     FieldValue,
     JsonObject,
     Record,
     RecordFields,
-    RecordNote,
-    broken_note,
     shorten,
 )
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.settings import check_keys
@@ -74,7 +72,7 @@ class PairKeys:
 
 
 class Pairs:
-    """Pairs of files of any format; arguments as of `sources.open_records`, and `PairKeys`.
+    """Pairs of files of any format; arguments as of `records.open_records`, and `PairKeys`.
 
     tar                     KEY.jpg with its caption in KEY.json, else in KEY.txt
     json, jsonl, parquet    an image (see `images.record_image`) and a caption
@@ -106,6 +104,10 @@ class Pairs:
     def broken(self, index: int, error: Exception) -> RecordNote:
         """A sample whose `read`, or use, raised one of `RECORD_FAULTS`."""
         return broken_note(error, self._records.locate(index).location)
+
+    def checksum(self) -> int:
+        """Of the files."""
+        return self._records.checksum
 
     def key(self, index: int) -> str:
         """The sample's key, item, line or row in its file."""

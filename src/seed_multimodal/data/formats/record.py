@@ -6,33 +6,17 @@ An unread record has only the offsets of its members, so that it can be sent to 
 from __future__ import annotations
 
 import json
-import os
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from seed_multimodal.disk import JsonObject as JsonObject
-from seed_multimodal.disk import is_file, read_patiently
-from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
+from seed_multimodal.errors import DataError
 
 FieldValue = Any  # of JSON or YAML, bytes of tables, or a function that renders an image
 RecordFields = Mapping[str, FieldValue]
-
-
-# What unexpected values raise in the code that uses them: another type, an empty list, NaN.
-VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-# Errors of an unusable record: it is named, skipped and counted; only many in a row end a run.
-# ReadError, a fault of the machine, is none of them.
-RECORD_FAULTS = (CodesError, DataError, ImageError, *VALUE_ERRORS)
-LISTED_RECORDS = 5  # for each reason
-BROKEN = "broken"  # this and the next three: kinds of `RecordNote`
-DROPPED = "dropped"
-REPAIRED = "repaired"
-TOO_LONG = "too long"
 
 
 @dataclass
@@ -89,113 +73,6 @@ class BadRecord(DataError):
         return BadRecord, (self.kind, str(self))
 
 
-class BadRecords:
-    """Counts unusable records by reason, with the first few of each.
-
-    limit: consecutive ones that end the run; of replaced ones see `count_replaced`.
-    log: receives a line, which begins with `label`, for each record that is listed.
-
-    counts: reason → {"count", "first": messages}, for JSON; it does not grow with their number.
-    """
-
-    def __init__(
-        self,
-        limit: int = 20,
-        log: Callable[[str], None] | None = None,
-        label: str = "",
-        counts: JsonObject | None = None,
-    ) -> None:
-        self.limit = limit
-        self.log = log
-        self.label = label
-        self.counts: JsonObject = {} if counts is None else counts
-        self.in_a_row = 0
-        self.n_replaced = 0
-        self.n_used = 0  # of the batches in which they were replaced
-
-    @property
-    def total(self) -> int:
-        """Number of counted records."""
-        return sum(entry["count"] for entry in self.counts.values())
-
-    def usable(self) -> None:
-        """A usable record ends a row of bad ones."""
-        self.in_a_row = 0
-
-    def add(self, note: RecordNote) -> None:
-        """Count a record that was left out or changed.
-
-        Raises DataError: as many broken ones in a row as the limit.
-        """
-        self.count(note)
-        if note.kind != BROKEN:
-            return
-        self.in_a_row += 1
-        if self.in_a_row >= self.limit:
-            raise DataError(
-                f"{self.label}{self.in_a_row} records in a row cannot be used; the last: "
-                f"{note.location}"
-            )
-
-    def count(self, note: RecordNote) -> None:
-        """As `add`, without a limit."""
-        self.merge({note.reason: {"count": 1, "first": [note.location]}}, self.log)
-
-    def count_replaced(self, notes: Sequence[RecordNote], n_used: int) -> None:
-        """Count the samples of a training batch of `n_used` that others were taken for.
-
-        Raises DataError: more were replaced than used, and more than the limit. A process compares
-        what it counted itself since its start, not what was merged.
-        """
-        for note in notes:
-            self.count(note)
-        self.n_replaced += len(notes)
-        self.n_used += n_used
-        # Such a run would learn a few samples, again and again.
-        if self.n_replaced > max(self.n_used, self.limit):
-            raise DataError(
-                f"{self.n_replaced} samples could not be used and only {self.n_used} could, so "
-                "batches repeat a few; repair or remove those that are named above."
-            )
-
-    def merge(self, counts: RecordFields, log: Callable[[str], None] | None = None) -> None:
-        """Add the counts of another process or run; records listed anew are logged."""
-        for reason, added in counts.items():
-            entry = self.counts.setdefault(reason, {"count": 0, "first": []})
-            entry["count"] += added["count"]
-            for message in added["first"]:
-                if len(entry["first"]) == LISTED_RECORDS or message in entry["first"]:
-                    continue
-                entry["first"].append(message)
-                if log is not None:
-                    log(f"{self.label}{reason}: {message}")
-
-
-class RecordNote(NamedTuple):
-    """Why a record was left out, or how it was changed."""
-
-    kind: str  # BROKEN, DROPPED, REPAIRED or TOO_LONG
-    reason: str
-    location: str  # file and line or sample, or the error message of a broken record
-
-
-def broken_note(error: Exception, location: str) -> RecordNote:
-    """A broken record, by one of `RECORD_FAULTS`."""
-    if isinstance(error, VALUE_ERRORS):
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        message = f"{location}: has a value that cannot be used ({reason})."
-        return RecordNote(BROKEN, "unusable value", message)
-    default = "unreadable image" if isinstance(error, ImageError) else "broken record"
-    message = str(error) if location in str(error) else f"{location}: {error}"
-    return RecordNote(BROKEN, getattr(error, "kind", default), message)
-
-
-def unusable_value(error: Exception, location: str) -> BadRecord:
-    """The error of a record, or of a file, for one of `VALUE_ERRORS`."""
-    _, kind, message = broken_note(error, location)
-    return BadRecord(kind, message)
-
-
 def parse_json(data: bytes | str, location: str) -> FieldValue:
     """Any JSON value. Raises BadRecord.
 
@@ -227,62 +104,6 @@ def shorten(value: object) -> str:
     """A value for an error message, truncated."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def find_image(
-    path: str, root: str | Path | None = None, list_file: str | Path | None = None
-) -> Path | None:
-    """The file of an image, or None.
-
-    root: folder of the images; by default the folder of `list_file`, then the current one.
-
-    As in SEED-X's lists, a leading slash may mean that folder.
-    """
-    if root is not None:
-        folders = [Path(root).expanduser()]
-    else:
-        folders = [Path(list_file).parent if list_file else Path(), Path()]
-    path = os.path.expanduser(path)
-    # Lists of Windows have backslashes.
-    for name in dict.fromkeys((path, path.replace("\\", "/"))):
-        candidates = [folder / name.lstrip("/") for folder in folders]
-        if Path(name).is_absolute():
-            candidates.insert(0, Path(name))
-        for candidate in candidates:
-            if is_file(candidate):
-                return candidate
-    # Windows and macOS ignore case. An image as base64 text has no full stop.
-    if "." not in path:
-        return None
-    matches = filter(None, map(_ignoring_case, candidates))
-    return next(filter(is_file, matches), None)
-
-
-def _ignoring_case(path: Path) -> Path | None:
-    """The path whose names differ at most in case."""
-    found = Path(path.anchor)
-    for name in path.relative_to(path.anchor).parts:
-        if not os.path.exists(found / name):
-            name = _names(found).get(_comparable(name), "")
-            if not name:
-                return None
-        found /= name
-    return found
-
-
-@lru_cache(64)
-def _names(folder: Path) -> dict[str, str]:
-    """The names in a folder by their `_comparable` form."""
-    try:
-        names = read_patiently(folder, lambda: os.listdir(folder))
-        return {_comparable(name): name for name in names}
-    except OSError:
-        return {}
-
-
-def _comparable(name: str) -> str:
-    """A name in lower case; macOS writes accents as characters of their own."""
-    return unicodedata.normalize("NFC", name.lower())
 
 
 def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:

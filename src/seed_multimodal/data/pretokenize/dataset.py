@@ -13,16 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
-from seed_multimodal.data.formats.record import (
+from seed_multimodal.data.formats.bad_records import (
     DROPPED,
     RECORD_FAULTS,
     REPAIRED,
-    JsonObject,
-    Record,
     RecordNote,
     broken_note,
 )
+from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
+from seed_multimodal.data.formats.record import JsonObject, Record
 from seed_multimodal.data.pretokenize.frames import augmented_view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
 from seed_multimodal.data.pretokenize.record_types import (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from seed_multimodal.config import as_mapping, from_compat, load_yaml
 from seed_multimodal.data.formats.record import JsonObject, RecordFields, RecordFile
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import read_settings, setting
@@ -27,7 +27,7 @@ class InputSettings:
 
     # folders, patterns with braces; optional for a registered format
     files: str | list[str] | None = None
-    format: str = "auto"  # as in `formats.sources.open_records`
+    format: str = "auto"  # as in `formats.records.open_records`
     format_options: JsonObject = setting(factory=dict)  # of a registered format
     # folder of the listed images; None: that of the list, then the current one
     image_root: str | None = None

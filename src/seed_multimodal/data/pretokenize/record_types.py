@@ -33,6 +33,7 @@ from seed_multimodal.data.formats.conversations import (
     not_a_conversation,
     with_messages,
 )
+from seed_multimodal.data.formats.image_paths import find_image
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     captions,
@@ -49,7 +50,6 @@ from seed_multimodal.data.formats.record import (
     Record,
     RecordFields,
     as_list,
-    find_image,
     shorten,
 )
 from seed_multimodal.data.pretokenize.frames import Frame

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.data.formats.record import BROKEN, BadRecords
+from seed_multimodal.data.formats.bad_records import BROKEN, REPAIRED, BadRecords, RecordNote
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.dataset import EncodedViews, Task, TaskDecoder, decode_shards
 from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
@@ -32,6 +32,7 @@ from seed_multimodal.data.pretokenize.inputs import (
     read_input_settings,
 )
 from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES, RecordType, replace_images
+from seed_multimodal.data.stream.order import Chunks
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import (
     read_json_object,
@@ -93,7 +94,10 @@ def run(settings: RunSettings) -> int:
     shards = list_shards(source, settings.block)
     job, n_jobs = settings.shard
     index, count = job + n_jobs * rank, n_jobs * world
-    shares = [shards[(index + offset) % count :: count] for offset in range(count)]
+    shares = []
+    for offset in range(count):
+        positions = Chunks(0, len(shards), 1, (index + offset) % count, count)
+        shares.append([shards[position] for position in positions])
     queue = ShardQueue(save_dir, [*chain.from_iterable(shares)], len(shares[0]))
     n_missing = sum(map(queue.is_missing, shards))
     log_line(
@@ -259,15 +263,14 @@ class _RecordWriter:
         for sample in task.samples:
             counts["lost images"] += len(sample.lost_images)
             for message in sample.lost_images:
-                self.progress.write_line(f"dropped from its document: {message}")
+                self.bad.add(RecordNote(REPAIRED, "dropped from its document", message))
             note = sample.note
-            if note is not None and note.kind == BROKEN:
-                counts["bad"] += 1
-                self.bad.add(note)
-                continue
-            self.bad.usable()
+            is_broken = note is not None and note.kind == BROKEN
+            if not is_broken:
+                self.bad.usable()
             if note is not None:
-                counts[f"{note.kind}: {note.reason}"] += 1
+                counts["bad" if is_broken else f"{note.kind}: {note.reason}"] += 1
+                self.bad.add(note)
             if sample.record is None:
                 continue
             record = replace_images(sample.record, EncodedViews, partial(_view_codes, codes))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -34,13 +35,13 @@ from seed_multimodal.settings import read_settings, setting
 class SourceSettings:
     """One source of sequences.
 
-    `weight`: relative probability that the next chunk comes from this source. A chunk is a padded
+    `weight`: relative probability that the next unit comes from this source. A unit is a padded
         micro-batch, as in the original; with packing it is one sequence, and the weight is
         multiplied by `batch_size`.
     """
 
     name: str
-    files: str | list[str]  # this and the next two as in `formats.sources.open_records`
+    files: str | list[str]  # this and the next two as in `formats.records.open_records`
     decoder: str  # name for `decoders.get_decoder`
     format: str = "auto"
     format_options: JsonObject = setting(factory=dict)
@@ -87,6 +88,17 @@ class LlmDataSettings:
             weights.append(weight)
         total = sum(weights)
         return [weight / total for weight in weights]
+
+    def check_reachable(self) -> None:
+        """Raise ConfigError: a source comes after an endless one."""
+        if self.concat_type != "concat":
+            return
+        for source, next_source in pairwise(self.sources):
+            if source.cycles is None:
+                raise ConfigError(
+                    f"data: concat_type concat never draws from source {next_source.name}, since "
+                    f"source {source.name} before it is endless; set its cycles."
+                )
 
     def chunk_shape(self, source: int) -> tuple[int, int]:
         """Sequences that are read at once from a source, and their maximum length."""

@@ -1,43 +1,27 @@
-"""Prefetching by worker processes of torchdata's `StatefulDataLoader`, and batches by step number.
-
-    with StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8) as batches:
-        for step in range(start, steps):
-            batch = batches.at(step)       # the next steps are prefetched; a jump restarts workers
-
-A batch is determined by (seed, step, rank); the caller tracks the step.
-"""
+"""Results of worker processes in order, by torchdata's `StatefulDataLoader`."""
 
 from __future__ import annotations
 
 import atexit
-import itertools
+import pickle
 import signal
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
-from functools import partial
+from io import BytesIO
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch import Tensor
 
-from seed_multimodal.data.formats.record import BadRecords, JsonObject, RecordFields, RecordNote
-from seed_multimodal.data.stream.sampler import (
-    EpochOrder,
-    EpochSample,
-    MixedOrder,
-    distinct_samples,
-)
 from seed_multimodal.entry import kill_with_parent
 from seed_multimodal.errors import DataError, SeedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Sample = TypeVar("Sample")
-Batch = TypeVar("Batch")
+SHARED_BYTES = 1 << 14  # of arrays that pass through shared memory
+ALIGNMENT = 64
 WORKER_KILLED = (
     "A data worker process was killed (often because memory ran out, in a container that of "
     "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
@@ -84,7 +68,7 @@ def load(
         while (result := next(results[0], None)) is not None:
             if isinstance(result, SeedError):
                 raise result
-            yield ForkingPickler.loads(result)
+            yield _unpack(*ForkingPickler.loads(result))
     except (RuntimeError, OSError, EOFError) as error:
         if "in DataLoader worker process" in str(error):  # raised by `fetch`
             raise
@@ -110,7 +94,7 @@ class _Fetch(Generic[Job, Result]):
             return error
         try:
             # Here, since the thread that sends results drops those that fail.
-            return bytes(ForkingPickler.dumps(result))
+            return bytes(ForkingPickler.dumps(_pack(result)))
         except (RuntimeError, OSError):  # no room in shared memory
             return DataError(WORKER_KILLED)
 
@@ -122,117 +106,54 @@ def _init_worker(worker: int) -> None:
     kill_with_parent()  # elsewhere than on Linux torch's workers watch their parent themselves
 
 
-class SampleDataset(Generic[Sample]):
-    """Training samples by (index, epoch), for `StepBatches`; subclasses define `len` and `get`.
+class _ArrayPickler(pickle.Pickler):
+    """Pickles tensors as numpy arrays, whose content `buffer_callback` gets."""
 
-    log: receives a line for the first unusable samples of each kind.
+    def reducer_override(self, value: object) -> Any:
+        if not isinstance(value, Tensor) or value.dtype == torch.bfloat16:
+            return NotImplemented
+        return torch.from_numpy, (value.numpy(),)
 
-    bad: samples that were replaced, of this process and its data workers.
-    faults: those of the batch that is being read.
+
+def _pack(result: object) -> tuple[bytes, list[int], Tensor | None]:
+    """A pickled result; the sizes and, in one shared tensor, the contents of its large arrays.
+
+    A tensor for each would keep as many files open.
     """
+    arrays: list[np.ndarray] = []
 
-    # Samples of each shard, int64 [shards]: the order keeps reads local. None: no shards.
-    shard_sizes: np.ndarray | None = None
+    def is_small(buffer: pickle.PickleBuffer) -> bool:
+        """Whether an array stays in the pickle."""
+        array = np.frombuffer(buffer, np.uint8)
+        if len(array) >= SHARED_BYTES:
+            arrays.append(array)
+        return len(array) < SHARED_BYTES
 
-    def __init__(self, log: Callable[[str], None] | None = print) -> None:
-        self.bad = BadRecords(log=log, label="skipped: ")
-        self.faults: list[RecordNote] = []
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def get(self, index: int, epoch: int = 0) -> Sample:
-        """One sample, or one in its place. Raises SeedError."""
-        raise NotImplementedError
-
-    def state_dict(self) -> JsonObject:
-        """Counts of the bad samples so far, JSON-serializable."""
-        return {"bad": self.bad.counts}
-
-    def load_state_dict(self, state: RecordFields) -> None:
-        """Add the bad samples of an earlier run, without logging them again."""
-        self.bad.merge(state["bad"])
-
-
-class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
-    """Batches of one rank by step number; together, ranks see the batch of a single process.
-
-    collate: samples -> batch, in the worker.
-    order: replaces the default epoch order.
-    distinct: no sample twice in a step of all ranks, also at an epoch's end.
-    """
-
-    def __init__(
-        self,
-        dataset: SampleDataset[Sample],
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        collate: Callable[[list[Sample]], Batch] = default_collate,
-        shuffle: bool = True,
-        order: EpochOrder | MixedOrder | None = None,
-        distinct: bool = False,
-    ) -> None:
-        if not len(dataset):
-            raise DataError("The training set is empty.")
-        self.order = order or EpochOrder(
-            len(dataset), seed, shuffle=shuffle, shard_sizes=dataset.shard_sizes
-        )
-        self.dataset: SampleDataset[Any] = dataset
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world = world
-        self.workers = workers
-        self.distinct = distinct
-        self.wait_seconds = 0.0  # time spent in `at`
-        self._fetch = partial(_batch, dataset, collate)
-        self._next_step = -1  # of the running workers
-        self._loaded: Generator[tuple[Batch, list[RecordNote]], None, None] | None = None
-
-    def at(self, step: int) -> Batch:
-        """The batch of this rank at a (micro) step, from 0.
-
-        Raises as `load`, and as `BadRecords.count_replaced`.
-        """
-        started = time.perf_counter()
-        if self._loaded is None or step != self._next_step:
-            self.close()
-            jobs = map(self._samples, itertools.count(step))
-            self._loaded = load(self._fetch, jobs, self.workers)
-        self._next_step = -1  # after an error
-        batch, faults = next(self._loaded)
-        self._next_step = step + 1
-        self.dataset.bad.count_replaced(faults, self.batch_size)
-        self.wait_seconds += time.perf_counter() - started
-        return batch
-
-    def _samples(self, step: int) -> list[EpochSample]:
-        rank_start = self.rank * self.batch_size
-        start = step * self.world * self.batch_size
-        if not self.distinct:
-            return self.order.samples(start + rank_start, self.batch_size)
-        samples = distinct_samples(self.order, start, self.world * self.batch_size)
-        return samples[rank_start : rank_start + self.batch_size]
-
-    def close(self) -> None:
-        """Stop the workers; the next `at` starts new ones."""
-        if self._loaded is not None:
-            self._loaded.close()
-        self._loaded = None
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    pickled = BytesIO()
+    _ArrayPickler(pickled, pickle.HIGHEST_PROTOCOL, buffer_callback=is_small).dump(result)
+    sizes = list(map(len, arrays))
+    if not arrays:
+        return pickled.getvalue(), sizes, None
+    shared = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8).share_memory_()
+    content = shared.numpy()
+    start = 0
+    for array in arrays:
+        content[start : start + len(array)] = array
+        start += _aligned(len(array))
+    return pickled.getvalue(), sizes, shared
 
 
-def _batch(
-    dataset: SampleDataset[Sample],
-    collate: Callable[[list[Sample]], Batch],
-    samples: list[EpochSample],
-) -> tuple[Batch, list[RecordNote]]:
-    """One step's batch, and the faults of samples that were replaced in it."""
-    dataset.faults.clear()
-    batch = collate([dataset.get(index, epoch) for epoch, index in samples])
-    return batch, list(dataset.faults)
+def _unpack(pickled: bytes, sizes: list[int], shared: Tensor | None) -> Any:
+    """The result, whose large arrays are parts of the shared tensor."""
+    arrays = []
+    start = 0
+    for size in sizes:
+        assert shared is not None
+        arrays.append(shared[start : start + size].numpy())
+        start += _aligned(size)
+    return ForkingPickler.loads(pickled, buffers=arrays)
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of `ALIGNMENT`, where an array of any type may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

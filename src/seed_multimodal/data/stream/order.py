@@ -1,18 +1,19 @@
-"""Which positions of which source a process of a run reads next.
+"""Which positions of which source a process reads next.
 
     order = Order(weights, sizes, seed, cycles, blocks)
     chunks = order.chunks(source, rank, world)               # this process's positions
     source = order.choose(number, delivered, available)      # of its next unit
     chunks.take()
 
-A source is drawn for each unit that is delivered (a packed sequence or a padded micro-batch),
-whatever records were left out in between. A process has every `world`-th run of a source's
-positions, so that processes read different parts of the shards, and none is read twice.
+A source is drawn for each unit that is delivered (a packed sequence, a padded micro-batch or a
+sample of an image's training), whatever records were left out in between. A process has every
+`world`-th run of a source's positions, so that processes read different parts of the shards, and
+none is read twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 ENDLESS = 2**40  # epochs
 RUNS_PER_EPOCH = 4  # of each process, at least
 _64_BITS = (1 << 64) - 1
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fraction, in 64 bits
 
 
 class Span(NamedTuple):
@@ -59,6 +61,11 @@ class Chunks:
     def full(self) -> int:
         """Positions of a process in full rounds of runs."""
         return max(0, self.limit - self.first) // (self.world * self.run) * self.run
+
+    def __iter__(self) -> Iterator[int]:
+        """The remaining positions."""
+        while (span := self.take()) is not None:
+            yield span.start
 
     @property
     def ended(self) -> bool:
@@ -107,11 +114,13 @@ class Chunks:
 class Order:
     """How the sources of a run alternate, and how processes share their positions.
 
-    weights: probability of each source.
+    weights: share of each source in the units.
     sizes: records of an epoch.
     cycles: epochs; None: without end.
     blocks: neighbouring positions that are best read by one process.
-    turns: sample: by weight; concat: source after source; mux_longest: in turn.
+    turns: sample: at random, by weight; even: by weight, with even distances; concat: source after
+        source; mux_longest: in turn.
+    run: neighbouring positions that a process takes; None: by `blocks`.
     """
 
     weights: Sequence[float]
@@ -120,13 +129,14 @@ class Order:
     cycles: Sequence[int | None]
     blocks: Sequence[int]
     turns: str = "sample"
+    run: int | None = None
 
     def chunks(self, source: int, rank: int, world: int, first: int = 0) -> Chunks:
         """The positions of a process in a source, where all processes begin at `first`."""
         size = self.sizes[source]
         limit = size * (self.cycles[source] or ENDLESS)
-        run = max(1, min(self.blocks[source], size // (RUNS_PER_EPOCH * world)))
-        return Chunks(first, limit, run, rank, world)
+        run = min(self.blocks[source], size // (RUNS_PER_EPOCH * world))
+        return Chunks(first, limit, self.run or max(1, run), rank, world)
 
     def choose(
         self, number: int, delivered: Sequence[int], available: Sequence[bool]
@@ -144,9 +154,12 @@ class Order:
         if self.turns == "mux_longest":
             return min(candidates, key=lambda source: delivered[source])  # the first of the rarest
 
-        # Weighted sampling: walk along the weights to a random point.
-        total = sum(self.weights[source] for source in candidates)
-        point = uniform(self.seed, number) * total
+        # Walk along the weights to a point: at random, or a multiple of the golden ratio. Of the
+        # latter, any neighbours are spread evenly, whatever was drawn before.
+        share = uniform(self.seed, number)
+        if self.turns == "even":
+            share = (number * GOLDEN_RATIO & _64_BITS) / (1 << 64)
+        point = share * sum(self.weights[source] for source in candidates)
         for source in candidates:
             point -= self.weights[source]
             if point < 0:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.pairs_dataset import RecordedCodes
+from seed_multimodal.data.stream.targets import RecordedCodes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import SAFETY_PARTS, scheduler_class
 from seed_multimodal.diffusion.networks import (

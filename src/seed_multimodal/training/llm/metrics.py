@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from seed_multimodal.data.stream.mixture import merge_counts
+from seed_multimodal.data.stream.stream import merge_counts
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.llm import head_dim
 from seed_multimodal.training.llm.loss import find_llama

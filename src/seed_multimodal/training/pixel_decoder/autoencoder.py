@@ -29,7 +29,7 @@ from seed_multimodal.training.pixel_decoder.encoders import EncodedImages, signe
 from seed_multimodal.training.pixel_decoder.task import PixelTask, Reconstruction
 
 if TYPE_CHECKING:
-    from seed_multimodal.data.stream.pairs_dataset import TargetBatch
+    from seed_multimodal.data.stream.targets import TargetBatch
 
 SCALES = (1, 2, 4)  # pixels a side of the means that are compared
 

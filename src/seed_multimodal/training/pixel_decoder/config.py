@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
-from seed_multimodal.data.stream.pairs_dataset import Size, TargetView
+from seed_multimodal.data.stream.targets import Size, TargetView
 from seed_multimodal.diffusion.objectives import FlowTimes
 from seed_multimodal.diffusion.training import ConditionDropout, TrainedLayers
 from seed_multimodal.errors import ConfigError

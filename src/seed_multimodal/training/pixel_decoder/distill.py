@@ -44,7 +44,7 @@ from seed_multimodal.training.pixel_decoder.task import (
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from seed_multimodal.data.stream.pairs_dataset import TargetBatch
+    from seed_multimodal.data.stream.targets import TargetBatch
 
 NO_GUIDANCE = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
 

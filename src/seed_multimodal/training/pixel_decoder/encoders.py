@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.pairs_dataset import TargetBatch
+from seed_multimodal.data.stream.targets import TargetBatch
 from seed_multimodal.diffusion.networks import encode_moments
 from seed_multimodal.training.frozen_models import FrozenFeatures
 

@@ -20,15 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.loader import StepBatches
-from seed_multimodal.data.stream.pairs_dataset import (
+from seed_multimodal.data.stream.epochs import sample_seed
+from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.targets import (
     RecordedCodes,
     Size,
     TargetBatch,
     TargetPairs,
     by_size,
-    join_pairs,
-    sample_seed,
 )
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import DEFAULTS, Detokenizer
@@ -275,16 +274,17 @@ class PixelTask(RunTask):
         # 2. Batches of the sources, mixed by their weights.
         datasets = [self._target_pairs(source) for source in self.sources]
         weights = [source.weight for source in data.sources]
-        dataset, order = join_pairs(datasets, weights, data.seed)
         self.step_batches = StepBatches(
-            dataset,
+            datasets,
             data.batch_size,
             seed=data.seed,
+            weights=weights,
             rank=self.group.rank,
             world=self.group.world,
             workers=self.settings.dataloader_num_workers,
-            order=order,
             collate=by_size,
+            max_bad_in_a_row=data.max_bad_in_a_row,
+            log=self._log,
         )
 
         # 3. What is trained.
@@ -341,8 +341,6 @@ class PixelTask(RunTask):
             reads_condition=self.reads_condition,
             recorded=self.recorded,
             seed=data.seed,
-            max_bad_in_a_row=data.max_bad_in_a_row,
-            log=self._log,
         )
 
     def before_training(self) -> None:
@@ -418,8 +416,11 @@ class PixelTask(RunTask):
         """The first images of the held-out source, by size."""
         held_out = self.run.data.held_out
         dataset = self._target_pairs(held_out.open() if held_out else self.sources[0])
-        samples = [dataset.get(index) for index in range(min(SAMPLES, len(dataset)))]
-        return [(batch, self.encoders(batch)) for batch in by_size(samples)]
+        n_samples = min(SAMPLES, len(dataset))
+        data = StepBatches(
+            [dataset], n_samples, seed=0, shuffle=False, collate=by_size, log=self._log
+        )
+        return [(batch, self.encoders(batch)) for batch in data.at(0)]
 
     def close(self) -> None:
         """Stop the data workers, if started."""

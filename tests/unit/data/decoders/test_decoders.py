@@ -14,9 +14,10 @@ from PIL import Image
 from seed_multimodal.data.decoders import decoder_names, get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.features import ImageSequence
-from seed_multimodal.data.formats.record import BROKEN, BadRecord
+from seed_multimodal.data.formats.bad_records import BROKEN
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.data.stream.mixture import open_sources
+from seed_multimodal.data.stream.source import open_sources
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
@@ -173,7 +174,7 @@ def test_read_of_records_with_odd_values(tokenizer_of, records, tmp_path, name):
     (opened,) = open_sources(settings, tokenizer_of(name))
     results = [opened.read(position) for position in range(61)]
     broken = [result.note for result in results if result.note and result.note.kind == BROKEN]
-    assert any(result.pieces for result in results)
+    assert any(result.samples for result in results)
     assert len(broken) > 5
     for note in broken:
         assert note.location.startswith(f"{path}: line ")

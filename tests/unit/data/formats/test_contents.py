@@ -13,8 +13,8 @@ from data_files import jpeg, lines, write
 from tiny import write_json
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import ConfigError, DataError
 
 JPEG = jpeg(0, 16, 16)

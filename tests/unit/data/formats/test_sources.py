@@ -15,9 +15,10 @@ from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.data.formats.contents import expand_pattern
-from seed_multimodal.data.formats.record import BadRecord, find_image
+from seed_multimodal.data.formats.image_paths import find_image
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import ConfigError, DataError
 
 ITEMS = [
@@ -193,7 +194,7 @@ def open_squares(path=None, number=4):
 """
 PROGRAM = """
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.records import open_records
 records = open_records(None, format="squares", options={"number": 3})
 print(len(records), records.read(2).fields["name"])
 pair = open_pairs({"format": "squares", "files": "mine"}).read(1)

@@ -23,11 +23,11 @@ from tiny import write_json
 from waiting import wait_until
 
 from seed_multimodal.cli.main import main
+from seed_multimodal.data.formats.image_paths import find_image
 from seed_multimodal.data.formats.index import INDEX_FOLDER
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.formats.record import find_image
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.formats.storage import REMOTE_FILES, DataFile, list_files, local_copy
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.data.stream.loader import load
@@ -128,7 +128,7 @@ def test_read_of_s3_until_the_connection_is_lost(s3, monkeypatch):
     s3.wait()
     monkeypatch.setenv("SEED_READ_PAUSES", "0")
     assert cached.read(6).fields == TEXTS[6]
-    data = PairDataset(pairs, seed_image_processor(16), None, log=None)
+    data = PairDataset(pairs, seed_image_processor(16))
     with pytest.raises(ReadError, match="s3://data/pairs/1.tar"):
         data.get(10)
     with pytest.raises(ReadError, match="s3://data/tars"):
@@ -220,7 +220,7 @@ def test_faults_of_the_machine_hide_no_file(tmp_path, monkeypatch, call):
 MANY_FILES = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.records import open_records
 sources = [open_records(f"{sys.argv[1]}/*.{kind}") for kind in ("tar", "jsonl", "parquet")]
 for index in range(len(sources[0])):
     for source in sources:

@@ -16,8 +16,8 @@ from real_processes import processes_with, run_checked, wait_until
 from repository import APPLICATION, NANO
 from tiny import read_json, write_json
 
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.disk import try_lock
 from seed_multimodal.errors import DataError

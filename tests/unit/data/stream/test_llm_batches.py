@@ -143,7 +143,7 @@ def test_restore_in_any_number_of_processes(
             if states:
                 batches.restore(states[::-1])
             # Ranks may differ by some steps.
-            for batch in itertools.islice(batches, steps + batches.rank):
+            for batch in itertools.islice(batches, steps + batches.stream.rank):
                 reads.update(record_numbers(batch))
         states = [saved(batches) for batches in ranks]
     assert reads == {number: (1, 2, 1, 1)[number // 1000] for number in RECORDS}

@@ -1,4 +1,4 @@
-"""`StepBatches`: equal for any number of workers, any first step and any number of ranks."""
+"""`load`: results of worker processes in order, and what happens when a worker ends."""
 
 import multiprocessing
 import os
@@ -7,129 +7,47 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from data_files import jpeg, write_tar
 from real_processes import run_process
 from waiting import wait_until
 
-from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.loader import StepBatches, load
-from seed_multimodal.data.stream.pairs_dataset import PairDataset
-from seed_multimodal.data.stream.sampler import MixedOrder
+from seed_multimodal.data.stream.loader import load
 from seed_multimodal.errors import DataError
-from seed_multimodal.images.augment import TrainTransform
-from seed_multimodal.models.seed.captions import BlipCaption
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than cores
 
 
-def dataset(shards: Path, **settings) -> PairDataset:
-    return PairDataset(
-        Pairs(f"{shards}/*.tar"), TrainTransform(16), BlipCaption(), seed=1, **settings
-    )
-
-
-def same(left: dict, right: dict) -> bool:
-    images = torch.equal(left.pop("image"), right["image"])
-    return images and all(str(left[key]) == str(right[key]) for key in left)
+def arrays(job: int) -> dict:
+    """Arrays in and out of shared memory, of all types that samples have."""
+    return {
+        "image": torch.arange(60_000).reshape(100, 600)[:, ::2] * job,
+        "few": torch.full((3,), job, dtype=torch.bfloat16),
+        "ids": np.arange(20_001, dtype=np.int16)[::-1] + job,
+        "bytes": torch.full((20_003,), job, dtype=torch.uint8),
+        "text": f"number {job}",
+    }
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("mixed", [False, True])
-def test_at_any_step_with_workers(shards, mixed, no_workers_left):
-    order = MixedOrder([13, 27], [2.0, 1.0], 4) if mixed else None
-    alone = StepBatches(dataset(shards), 6, seed=3, order=order)
-    expected = [alone.at(step) for step in range(9)]  # 54 samples of 40: into the second epoch
-    with StepBatches(dataset(shards), 6, seed=3, order=order, workers=2) as pair:
-        for step in (0, 1, 2, 3, 7, 8, 4):
-            state = torch.get_rng_state()
-            batch = pair.at(step)
-            assert batch["image"].shape == (6, 3, 16, 16)
-            assert same(batch, expected[step])
-            # Loading does not use the generator that a training draws from.
-            assert torch.equal(torch.get_rng_state(), state)
-        pair.close()
-        assert same(pair.at(4), expected[4])
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_at_of_several_ranks(shards, world):
-    # Together they see the batch of a single process; step 4 ends the first epoch.
-    single = StepBatches(dataset(shards), 8, seed=2)
-    ranks = [
-        StepBatches(dataset(shards), 8 // world, seed=2, rank=rank, world=world)
-        for rank in range(world)
-    ]
-    for step in (0, 1, 4, 5, 9):
-        complete = single.at(step)
-        parts = [rank.at(step) for rank in ranks]
-        assert [key for part in parts for key in part["key"]] == complete["key"]
-        assert torch.equal(torch.cat([part["image"] for part in parts]), complete["image"])
-
-
-@pytest.mark.parametrize("order", [None, MixedOrder([13, 27], [1.0, 1.0], 4)])
-def test_distinct_batches_of_several_ranks(shards, order):
-    # Behind an epoch's end, too: in a contrast, an image would be its own negative.
-    settings = {"seed": 2, "order": order, "distinct": True}
-    ranks = [StepBatches(dataset(shards), 14, rank=rank, world=2, **settings) for rank in (0, 1)]
-    for step in range(4):
-        keys = [key for rank in ranks for key in rank.at(step)["key"]]
-        assert len(set(keys)) == 28
-
-
-def spoiled_shard(folder, bad: set[int]) -> Path:
-    """A tar of 16 samples, some with an image that is cut off."""
-    samples = [
-        {
-            "__key__": f"{n:03d}",
-            "jpg": jpeg(n)[: -400 if n in bad else None],
-            "json": {"caption": f"Number {n}"},
-        }
-        for n in range(16)
-    ]
-    return write_tar(folder / "d.tar", samples)
-
-
-@pytest.mark.process
-def test_bad_samples_of_workers(tmp_path, no_workers_left):
-    path = spoiled_shard(tmp_path, {4, 9})
-    log_file = tmp_path / "log"
-
-    def log(line):  # to a file, which lines of workers reach, too
-        with log_file.open("a") as out:
-            out.write(line + "\n")
-
-    # Three epochs: both workers read both bad samples. Those of an earlier run do not end this one.
-    data = dataset(tmp_path, log=log)
-    data.load_state_dict({"bad": {"unreadable image": {"count": 99, "first": []}}})
-    with StepBatches(data, 4, seed=0, workers=2) as batches:
-        keys = Counter(key for step in range(12) for key in batches.at(step)["key"])
-    # All replacements are counted, each sample is named once.
-    assert data.bad.total == 99 + 6
-    logged = sorted(log_file.read_text().splitlines())
-    assert len(logged) == 2
-    assert f"{path}: sample 004" in logged[0]
-    assert f"{path}: sample 009" in logged[1]
-    # The next good sample replaces each.
-    assert (keys["004"], keys["009"], keys["005"], keys["010"]) == (0, 0, 6, 6)
-
-
-@pytest.mark.process
-def test_at_raises_from_workers(tmp_path, no_workers_left):
-    path = spoiled_shard(tmp_path, {5})
-    data = dataset(tmp_path, max_bad_in_a_row=1)
-    with StepBatches(data, 2, seed=0, shuffle=False, workers=1) as batches:
-        assert batches.at(1)["key"] == ["002", "003"]
-        with pytest.raises(DataError, match=f"{path}: sample 005"):
-            batches.at(2)
-        # A caller may go on behind it.
-        assert batches.at(3)["key"] == ["006", "007"]
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+def test_load_of_arrays(no_workers_left):
+    # A file descriptor of each array would end a run of thousands of images.
+    opened = []
+    results = []
+    for job, result in enumerate(load(arrays, range(20), 2)):
+        results.append(result)
+        opened.append(len(os.listdir("/proc/self/fd")))
+        for name, value in arrays(job).items():
+            assert type(result[name]) is type(value)
+            assert np.array_equal(
+                np.asarray(result[name].float() if name == "few" else result[name]),
+                np.asarray(value.float() if name == "few" else value),
+            )
+    assert opened[-1] - opened[0] <= len(results)
+    results[0]["image"] += 1  # writable, and nobody else's
+    assert torch.equal(results[1]["image"], arrays(1)["image"])
 
 
 @pytest.mark.process

@@ -1,7 +1,4 @@
-"""`PairDataset`: reproducible randomness.
-
-Bad samples are named, counted and replaced, and many end the run.
-"""
+"""`PairDataset`: an image with one of its captions, with reproducible randomness."""
 
 import pytest
 import torch

@@ -24,20 +24,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from seed_multimodal.data.formats.bad_records import VALUE_ERRORS, unusable_value
 from seed_multimodal.data.formats.contents import FOLDER, find_files, registered_formats
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import CsvTable, JsonLines, JsonList
 from seed_multimodal.data.formats.parquet import ArrowFile, ParquetFile
-from seed_multimodal.data.formats.record import (
-    VALUE_ERRORS,
-    JsonObject,
-    Record,
-    RecordFile,
-    find_part,
-    unusable_value,
-)
+from seed_multimodal.data.formats.record import JsonObject, Record, RecordFile, find_part
 from seed_multimodal.data.formats.storage import BLOCK_BYTES, DataFile, is_remote, stat
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.entry import end_with_parent, log_line, rank_and_world_size

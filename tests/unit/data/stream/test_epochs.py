@@ -6,10 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seed_multimodal.data.stream.sampler import EpochOrder, MixedOrder
+from seed_multimodal.data.stream.epochs import EpochOrder
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any)
-SETS = st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 100)), min_size=1, max_size=4)
 
 
 @given(SHARDS, st.integers(0, 40), st.data())
@@ -65,32 +64,3 @@ def test_epoch_order_memory_of_100_million_samples():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6, peak
-
-
-@given(SETS, st.integers(0, 10**12), st.integers(1, 300))
-def test_mixed_order_follows_the_weights(sets, start, count):
-    totals, weights = map(list, zip(*sets, strict=True))
-    indices = [index for _, index in MixedOrder(totals, weights, 0).samples(start, count)]
-    drawn = np.searchsorted(np.cumsum(totals), indices, side="right")
-    counts = np.bincount(drawn, minlength=len(sets))
-    assert np.abs(counts - count * np.array(weights) / sum(weights)).max() <= 2
-
-
-@given(SETS, st.integers(0, 300), st.integers(1, 100))
-def test_mixed_order_reads_each_set_epoch_by_epoch(sets, start, count):
-    totals, weights = map(list, zip(*sets, strict=True))
-    order = MixedOrder(totals, weights, 3).samples(0, 400)
-    first = 0
-    for total in totals:
-        of_set = [
-            (epoch, index - first) for epoch, index in order if first <= index < first + total
-        ]
-        assert [epoch for epoch, _ in of_set] == [rank // total for rank in range(len(of_set))]
-        for begin in range(0, len(of_set) - total + 1, total):
-            epoch_samples = [sample for _, sample in of_set[begin : begin + total]]
-            assert sorted(epoch_samples) == list(range(total))
-        first += total
-
-    # From any position, as after a resume.
-    resumed = MixedOrder(totals, weights, 3).samples(start, count)
-    assert resumed == order[start : start + count]

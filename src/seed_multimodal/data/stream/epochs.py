@@ -1,7 +1,6 @@
-"""Sample order: a pure function of (seed, position).
+"""Which sample stands at a position of an endless order: a pure function of (seed, position).
 
     EpochOrder(len(dataset), seed=0).samples(start=1000, count=64)     # [(epoch, index), ...]
-    MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)                   # several sets by weights
 
 An epoch is a seeded permutation. Data in shards is shuffled in blocks to keep reads local: pieces
 of all shards are permuted, then the samples inside each block.
@@ -13,16 +12,21 @@ block    `SHUFFLE_BLOCK` samples
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 SHUFFLE_BLOCK = 10_000
-SHARES = 1_000_000  # resolution of weights
 LARGE_EPOCH = 100_000  # samples; of larger epochs only two permutations are cached, else 16
 CACHED_BLOCKS = 8
 EpochSample = tuple[int, int]  # epoch and index of a sample
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit hash of the arguments."""
+    (state,) = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)
+    return int(state >> np.uint64(1))
 
 
 class EpochOrder:
@@ -30,6 +34,8 @@ class EpochOrder:
 
     shard_sizes: samples of each shard, int64 [shards]; given, samples are shuffled in blocks.
     block: largest number of samples of a block; 0: samples of all shards among each other.
+    window: number of positions (of a step of all processes, at most `total`) that never hold a
+        sample twice: a second one, behind an epoch's end, is replaced by the next of the order.
     """
 
     def __init__(
@@ -40,16 +46,43 @@ class EpochOrder:
         shuffle: bool = True,
         shard_sizes: np.ndarray | None = None,
         block: int = SHUFFLE_BLOCK,
+        window: int = 0,
     ) -> None:
         self.total = total
         self.seed = seed
         self.shuffle = shuffle
         self.shard_sizes = shard_sizes
         self.block = block if shuffle and shard_sizes is not None else 0
+        self.window = window
         self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
+        self._last_window: tuple[int, list[EpochSample]] = (-1, [])  # by its first position
 
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""
+        if not self.window:
+            return self._permuted(start, count)
+        samples: list[EpochSample] = []
+        first = start - start % self.window
+        for window_start in range(first, start + count, self.window):
+            samples += self._distinct(window_start)
+        return samples[start - first : start - first + count]
+
+    def _distinct(self, start: int) -> list[EpochSample]:
+        """The different samples of a window."""
+        if self._last_window[0] != start:
+            epochs: dict[int, int] = {}  # by sample
+            position = start
+            while len(epochs) < self.window:
+                missing = self.window - len(epochs)
+                for epoch, index in self._permuted(position, missing):
+                    epochs.setdefault(index, epoch)
+                position += missing
+            samples = [(epoch, index) for index, epoch in epochs.items()]
+            self._last_window = (start, samples)
+        return self._last_window[1]
+
+    def _permuted(self, start: int, count: int) -> list[EpochSample]:
+        """Positions of the epochs' permutations."""
         samples: list[EpochSample] = []
         end = start + count
         while start < end:
@@ -81,21 +114,6 @@ class EpochOrder:
             order = torch.randperm(self.total, generator=generator, dtype=dtype).numpy()
         self._cache[epoch] = order
         return order
-
-
-def distinct_samples(order: EpochOrder | MixedOrder, start: int, count: int) -> list[EpochSample]:
-    """Epoch and sample of `count` positions from `start` on, without a sample twice.
-
-    A second one, behind an epoch's end, is replaced by the next of the order. There must be `count`
-    different samples.
-    """
-    epochs: dict[int, int] = {}  # by sample
-    while len(epochs) < count:
-        missing = count - len(epochs)
-        for epoch, index in order.samples(start, missing):
-            epochs.setdefault(index, epoch)
-        start += missing
-    return [(epoch, index) for index, epoch in epochs.items()]
 
 
 class _BlockPermutation:
@@ -177,62 +195,3 @@ def _pieces(shard_sizes: np.ndarray, piece_size: int) -> tuple[np.ndarray, np.nd
 def even_block(total: int) -> int:
     """Size of blocks that divide an epoch evenly, at most `SHUFFLE_BLOCK`."""
     return math.ceil(total / math.ceil(total / SHUFFLE_BLOCK))
-
-
-class MixedOrder:
-    """An endless order over concatenated sets, each in its own endless order.
-
-    Any n consecutive positions contain n · weight_i ± 2 of set i.
-
-    totals: size of each set.
-    shard_sizes: of each set, see `EpochOrder`.
-    """
-
-    def __init__(
-        self,
-        totals: Sequence[int],
-        weights: Sequence[float],
-        seed: int,
-        *,
-        shard_sizes: Sequence[np.ndarray | None] | None = None,
-    ) -> None:
-        shares = np.rint(np.asarray(weights, float) / sum(weights) * SHARES)
-        shares = np.maximum(1, shares).astype(np.int64)
-        self._cumulative_shares = np.cumsum(shares)
-        self._set_starts = np.cumsum([0, *totals[:-1]])
-        self._orders = []
-        for index, total in enumerate(totals):
-            set_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
-            sizes = None if shard_sizes is None else shard_sizes[index]
-            self._orders.append(EpochOrder(total, set_seed, shard_sizes=sizes))
-
-    def sample_counts(self, positions: np.ndarray) -> np.ndarray:
-        """Samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
-        # The first k sets have a rounded share of the count of the first k + 1, so counts never
-        # decrease.
-        counts = []
-        remaining = positions  # samples of the sets up to `index`
-        for index in range(len(self._cumulative_shares) - 1, 0, -1):
-            share = self._cumulative_shares[index - 1]
-            total = self._cumulative_shares[index]
-            before = (2 * remaining * share + total) // (2 * total)
-            counts.append(remaining - before)
-            remaining = before
-        return np.stack([remaining, *counts[::-1]])
-
-    def samples(self, start: int, count: int) -> list[EpochSample]:
-        """Positions `start` .. `start + count` of the order."""
-        # 1. Set of each position: the one whose count grows there.
-        totals = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
-        chosen = np.diff(totals).argmax(axis=0)  # [count]
-
-        # 2. The samples of each set, taken in turn.
-        sets = [
-            iter(order.samples(first, end - first))
-            for order, (first, end) in zip(self._orders, totals[:, [0, -1]].tolist(), strict=True)
-        ]
-        samples = []
-        for set_index in chosen.tolist():
-            epoch, index = next(sets[set_index])
-            samples.append((epoch, index + int(self._set_starts[set_index])))
-        return samples

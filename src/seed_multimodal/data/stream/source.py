@@ -7,31 +7,27 @@ source, position).
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
 
 import numpy as np
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
-from seed_multimodal.data.formats.record import (
+from seed_multimodal.data.formats.bad_records import (
     BROKEN,
     DROPPED,
     RECORD_FAULTS,
     REPAIRED,
     TOO_LONG,
-    BadRecords,
-    JsonObject,
-    Record,
-    RecordFields,
     RecordNote,
     broken_note,
 )
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
-from seed_multimodal.data.stream.order import Span
+from seed_multimodal.data.stream.epochs import EpochOrder, even_block
 from seed_multimodal.data.stream.packing import Piece, split_long
-from seed_multimodal.data.stream.sampler import EpochOrder, even_block
+from seed_multimodal.data.stream.stream import ReadResult
 from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -43,13 +39,6 @@ _TOO_LONG_REASONS = {
     "truncate": "too long, cut",
     "split": "too long, split",
 }
-
-
-class ReadResult(NamedTuple):
-    """The pieces at a position, and a note if the record was skipped or shortened."""
-
-    pieces: list[Piece]
-    note: RecordNote | None = None
 
 
 class OpenedSource:
@@ -114,7 +103,7 @@ class OpenedSource:
             return sequence, RecordNote(REPAIRED, sequence.repaired, record.location)
         return sequence, None
 
-    def read(self, position: int) -> ReadResult:
+    def read(self, position: int) -> ReadResult[Piece]:
         """The sequence at a position of the endless order, as pieces that fit into rows."""
         # 1. Read and decode the record.
         ((_, index),) = self.order.samples(position, 1)
@@ -140,15 +129,9 @@ class OpenedSource:
             note = RecordNote(DROPPED, "nothing to learn in it", record.location)
         return ReadResult(pieces, note)
 
-    def read_span(self, span: Span) -> list[ReadResult]:
-        """The records at neighbouring positions."""
-        results = []
-        for position in range(span.start, span.stop):
-            pieces, note = self.read(position)
-            if span.pieces is not None:
-                pieces = [piece for piece in pieces if piece.index in span.pieces]
-            results.append(ReadResult(pieces, note))
-        return results
+    def checksum(self) -> int:
+        """Of the files."""
+        return self.records.checksum
 
     def _pieces(self, position: int, sequence: TrainingSequence) -> list[Piece]:
         """The sequence's pieces with something to learn.
@@ -170,7 +153,7 @@ class OpenedSource:
     def check_usable(self, max_bad_in_a_row: int) -> None:
         """Raise DataError if none of the first records is usable."""
         count = min(self.size, max(USABLE_WITHIN, max_bad_in_a_row))
-        if any(self.read(position).pieces for position in range(count)):
+        if any(self.read(position).samples for position in range(count)):
             return
         first = self.read(0).note
         assert first is not None
@@ -182,14 +165,9 @@ class OpenedSource:
 
 
 def open_sources(settings: LlmDataSettings, tokenizer: TextTokenizer) -> list[OpenedSource]:
-    """The sources of an LLM's data, whose files are indexed. Raises as `OpenedSource`."""
+    """The sources of an LLM's data, whose files are indexed.
+
+    Raises as `OpenedSource`, and ConfigError: a source that can never be drawn.
+    """
+    settings.check_reachable()
     return [OpenedSource(settings, index, tokenizer) for index in range(len(settings.sources))]
-
-
-def merge_counts(into: JsonObject, counts: RecordFields) -> None:
-    """Add a source's counts from another process or run."""
-    skipped = BadRecords(counts=into["skipped"])
-    skipped.merge(counts["skipped"])
-    for key in into:
-        if key != "skipped":
-            into[key] += counts[key]

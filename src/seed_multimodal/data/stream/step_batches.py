@@ -1,0 +1,231 @@
+"""Batches of samples by step number, from data sets that are mixed by weight.
+
+    with StepBatches([dataset], 64, seed=0, rank=rank, world=world, workers=8) as batches:
+        for step in range(start, steps):
+            batch = batches.at(step)       # the next steps are prefetched; a jump restarts workers
+
+Together, ranks see the batch of a single process. A sample that cannot be used is skipped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch.utils.data import default_collate
+
+from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, RecordNote
+from seed_multimodal.data.formats.record import JsonObject, RecordFields, find_part
+from seed_multimodal.data.stream.epochs import EpochOrder
+from seed_multimodal.data.stream.order import Order
+from seed_multimodal.data.stream.stream import ReadResult, SourceProgress, Stream
+from seed_multimodal.errors import DataError
+
+Sample = TypeVar("Sample")
+Batch = TypeVar("Batch")
+
+
+class SampleDataset(Generic[Sample]):
+    """Training samples by (index, epoch), for `StepBatches`."""
+
+    # Samples of each shard, int64 [shards]: the order keeps reads local. None: no shards.
+    shard_sizes: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """One sample. Raises one of `RECORD_FAULTS`: it cannot be used."""
+        raise NotImplementedError
+
+    def broken(self, index: int, error: Exception) -> RecordNote:
+        """A sample whose `get` raised an error."""
+        raise error
+
+    def checksum(self) -> int:
+        """Of the files."""
+        return 0
+
+
+class JoinedSource(Generic[Sample]):
+    """Data sets, one after another, as a source of a stream.
+
+    order: of all their samples.
+    """
+
+    rows = 1
+
+    def __init__(
+        self, name: str, datasets: Sequence[SampleDataset[Sample]], order: EpochOrder
+    ) -> None:
+        self.name = name
+        self.datasets = datasets
+        self.order = order
+        self.size = order.total
+        self._ends = list(accumulate(map(len, datasets)))
+
+    def read(self, position: int) -> ReadResult[Sample]:
+        """The sample at a position of the endless order."""
+        ((epoch, index),) = self.order.samples(position, 1)
+        part, part_index = find_part(self._ends, index)
+        dataset = self.datasets[part]
+        try:
+            return ReadResult([dataset.get(part_index, epoch)])
+        except RECORD_FAULTS as error:
+            return ReadResult([], dataset.broken(part_index, error))
+
+    def checksum(self) -> int:
+        """Of all files."""
+        return sum(dataset.checksum() for dataset in self.datasets)
+
+
+class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
+    """Batches of one rank by step number.
+
+    weights: share of each data set, whose samples are an epoch of their own; none: all data sets
+        have one epoch together.
+    collate: samples -> batch.
+    distinct: no sample twice in a step of all ranks, also at an epoch's end.
+    max_bad_in_a_row: consecutive unusable samples that end the run.
+    log: receives a line for the first unusable samples of each kind.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[SampleDataset[Any]],
+        batch_size: int,
+        *,
+        seed: int,
+        weights: Sequence[float] = (),
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        collate: Callable[[list[Any]], Batch] = default_collate,
+        shuffle: bool = True,
+        distinct: bool = False,
+        max_bad_in_a_row: int = 20,
+        log: Callable[[str], None] | None = print,
+    ) -> None:
+        self.batch_size = batch_size
+        self.collate = collate
+        self.wait_seconds = 0.0  # time spent in `at`
+        self.next_step = 0
+        # The step from which `at` went back, and the progress there.
+        self._left: tuple[int, list[SourceProgress]] | None = None
+        step_size = batch_size * world
+
+        # 1. Sources, each with its order.
+        groups = [[dataset] for dataset in datasets] if len(weights) > 1 else [datasets]
+        sources = []
+        for index, group in enumerate(groups):
+            total = sum(map(len, group))
+            if not total:
+                raise DataError("The training set is empty.")
+            set_seed = seed
+            if len(groups) > 1:
+                set_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+            order = EpochOrder(
+                total,
+                set_seed,
+                shuffle=shuffle,
+                shard_sizes=_joined_shards(group),
+                window=step_size if distinct and step_size <= total else 0,
+            )
+            sources.append(JoinedSource(str(index + 1), group, order))
+
+        # 2. Their stream, in which a rank takes a batch of neighbouring positions at a time.
+        sizes = [source.size for source in sources]
+        identity: JsonObject = {"seed": seed, "shuffle": shuffle, "records": sizes}
+        self.stream: Stream[Any] = Stream(
+            sources,
+            Order(
+                weights if len(groups) > 1 else [1.0],
+                sizes,
+                seed,
+                cycles=[None] * len(sources),
+                blocks=sizes,
+                turns="even",
+                run=batch_size,
+            ),
+            identity,
+            rank=rank,
+            world=world,
+            workers=workers,
+            job_size=batch_size,
+            max_bad_in_a_row=max_bad_in_a_row,
+            log=log,
+        )
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of all data sets."""
+        return sum(source.size for source in self.stream.sources)
+
+    @property
+    def n_bad(self) -> int:
+        """Unusable samples so far, of this rank."""
+        return sum(progress.skipped.total for progress in self.stream.progress)
+
+    def at(self, step: int) -> Batch:
+        """The batch of this rank at a (micro) step, from 0. Raises as `Stream.next_unit`.
+
+        A step that does not follow the last one is found as if no sample had been skipped, but one
+        from which `at` went back is found exactly.
+        """
+        started = time.perf_counter()
+        if step != self.next_step or (self._left is not None and step == self._left[0]):
+            self._jump(step)
+        units = [self.stream.next_unit() for _ in range(self.batch_size)]
+        batch = self.collate([sample for unit in units for sample in unit])
+        self.next_step = step + 1
+        self.wait_seconds += time.perf_counter() - started
+        return batch
+
+    def _jump(self, step: int) -> None:
+        """Go to another step than the next."""
+        self.stream.close()
+        if self._left is not None and step == self._left[0]:
+            _, self.stream.progress = self._left
+            self._left = None
+            return
+        if self._left is None and step < self.next_step:
+            self._left = (self.next_step, self.stream.progress)
+        self.stream.seek(step * self.batch_size * self.stream.world)
+
+    def state_dict(self) -> JsonObject:
+        """Position and skipped samples of this rank, JSON-serializable."""
+        n_samples = self.next_step * self.batch_size * self.stream.world
+        return {"batches": {**self.stream.state(), "samples": n_samples}}
+
+    def load_state_dict(self, states: Sequence[RecordFields]) -> None:
+        """Resume from the `state_dict`s of all ranks, whose number may differ.
+
+        Raises ConfigError: other data. Earlier versions saved no position, which follows from the
+        step.
+        """
+        saved = [state["batches"] for state in states if "batches" in state]
+        if saved:
+            self.stream.restore(saved)
+            self.next_step = saved[0]["samples"] // (self.batch_size * self.stream.world)
+
+    def close(self) -> None:
+        """Stop the workers; the next `at` starts new ones."""
+        self.stream.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _joined_shards(datasets: Sequence[SampleDataset[Any]]) -> np.ndarray | None:
+    """Samples of each shard of some data sets; None: none has shards. One without is a shard."""
+    if all(dataset.shard_sizes is None for dataset in datasets):
+        return None
+    sizes = [
+        np.array([len(dataset)]) if dataset.shard_sizes is None else dataset.shard_sizes
+        for dataset in datasets
+    ]
+    return np.concatenate(sizes)

@@ -1,0 +1,235 @@
+"""`StepBatches`: equal for any number of workers, any first step and any number of ranks.
+
+Samples that cannot be used are skipped, and no other is lost or used twice.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from data_files import jpeg, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seed_multimodal.data.formats.bad_records import BROKEN, RecordNote
+from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.stream.pairs_dataset import PairDataset
+from seed_multimodal.data.stream.step_batches import SampleDataset, StepBatches
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.augment import TrainTransform
+from seed_multimodal.models.seed.captions import BlipCaption
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than cores
+
+
+def dataset(shards: Path) -> PairDataset:
+    return PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), BlipCaption(), seed=1)
+
+
+def same(left: dict, right: dict) -> bool:
+    images = torch.equal(left.pop("image"), right["image"])
+    return images and all(str(left[key]) == str(right[key]) for key in left)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("weights", [(), (2.0, 1.0)])
+def test_at_any_step_with_workers(shards, weights, no_workers_left):
+    parts = [PairDataset(Pairs(shards / f"s-00{n}.tar"), TrainTransform(16)) for n in (0, 3)]
+    alone = StepBatches(parts, 6, seed=3, weights=weights)
+    expected = [alone.at(step) for step in range(9)]  # 54 samples of 32: into the second epoch
+    with StepBatches(parts, 6, seed=3, weights=weights, workers=2) as pair:
+        # Back to the first steps, as for a k-means start, and on.
+        for step in (0, 1, 2, 0, 1, 3, 4):
+            state = torch.get_rng_state()
+            batch = pair.at(step)
+            assert batch["image"].shape == (6, 3, 16, 16)
+            assert same(batch, expected[step])
+            # Loading does not use the generator that a training draws from.
+            assert torch.equal(torch.get_rng_state(), state)
+        pair.close()
+        assert same(pair.at(5), expected[5])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_at_of_several_ranks(shards, world):
+    # Together they see the batch of a single process; step 4 ends the first epoch.
+    single = StepBatches([dataset(shards)], 8, seed=2)
+    ranks = [
+        StepBatches([dataset(shards)], 8 // world, seed=2, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for step in (0, 1, 4, 5, 9):
+        complete = single.at(step)
+        parts = [rank.at(step) for rank in ranks]
+        assert [key for part in parts for key in part["key"]] == complete["key"]
+        assert torch.equal(torch.cat([part["image"] for part in parts]), complete["image"])
+
+
+class Numbers(SampleDataset[tuple[int, int]]):
+    """(epoch, number) of samples, of which some are broken."""
+
+    def __init__(self, numbers: range, bad: frozenset[int] = frozenset()) -> None:
+        self.numbers = numbers
+        self.usable = {number for number in numbers if number % 100 not in bad}
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def get(self, index: int, epoch: int = 0) -> tuple[int, int]:
+        number = self.numbers[index]
+        if number not in self.usable:
+            raise ValueError("broken")
+        return epoch, number
+
+    def broken(self, index: int, error: Exception) -> RecordNote:
+        return RecordNote(BROKEN, str(error), f"sample {self.numbers[index]}")
+
+
+def batches_of(parts: list[Numbers], batch_size: int, **options) -> StepBatches:
+    options = {"seed": 2, "collate": list, "log": None, "max_bad_in_a_row": 99, **options}
+    return StepBatches(parts, batch_size, **options)
+
+
+def saved(batches: StepBatches) -> dict:
+    """The state as a checkpoint stores it."""
+    return json.loads(json.dumps(batches.state_dict()))
+
+
+# Sizes of sets, and which samples are broken.
+SETS = st.lists(
+    st.tuples(st.integers(1, 30), st.frozensets(st.integers(1, 30))), min_size=1, max_size=3
+)
+# Processes, batch size and steps.
+PHASE = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(0, 9))
+
+
+@settings(max_examples=60)
+@given(SETS, st.booleans(), st.lists(PHASE, min_size=1, max_size=4))
+def test_each_sample_once_an_epoch(sets, is_mixed, phases):
+    # Whatever is broken, and however often a run resumes, also in another number of processes.
+    parts = [
+        Numbers(range(100 * part, 100 * part + size), bad) for part, (size, bad) in enumerate(sets)
+    ]
+    weights = range(1, len(sets) + 1) if is_mixed else ()
+    used = Counter[tuple[int, int]]()
+    states: list[dict] = []
+    for world, batch_size, steps in phases:
+        ranks = [
+            batches_of(parts, batch_size, weights=weights, rank=rank, world=world)
+            for rank in range(world)
+        ]
+        for batches in ranks:
+            if states:
+                batches.load_state_dict(states[::-1])
+            for step in range(batches.next_step, batches.next_step + steps):
+                batch = batches.at(step)
+                assert len(batch) == batch_size
+                used.update(batch)
+        states = list(map(saved, ranks))
+    assert not used or max(used.values()) == 1
+
+    # The epochs that all processes have left behind.
+    for index, source in enumerate(ranks[0].stream.sources):
+        spans = [batches.stream.progress[index].chunks.next_span() for batches in ranks]
+        n_epochs = min(span.start for span in spans) // source.size
+        numbers = set().union(*(part.usable for part in source.datasets))
+        assert {(epoch, number) for epoch in range(n_epochs) for number in numbers} <= set(used)
+
+    # What was skipped is counted once, too.
+    n_skipped = sum(batches.n_bad for batches in ranks)
+    draws = sum(
+        source["counts"]["draws"] for state in states for source in state["batches"]["sources"]
+    )
+    assert draws == used.total() + n_skipped
+
+
+@given(st.integers(1, 3), st.lists(st.floats(0.02, 50), min_size=2, max_size=4))
+def test_weights_hold_whatever_is_broken(world, weights):
+    # Of 2 of 3 sets every second sample is broken. All processes together have the shares.
+    bad = frozenset(range(1, 100, 2))
+    parts = [
+        Numbers(range(100 * part, 100 * part + 50), bad if part % 2 else frozenset())
+        for part in range(len(weights))
+    ]
+    ranks = [batches_of(parts, 8, weights=weights, rank=rank, world=world) for rank in range(world)]
+    counts = Counter[int]()
+    for step in range(20):
+        for batches in ranks:
+            counts.update(number // 100 for _, number in batches.at(step))
+        n_samples = (step + 1) * 8 * world
+        for part, weight in enumerate(weights):
+            assert abs(counts[part] - n_samples * weight / sum(weights)) <= 3
+
+
+@pytest.mark.parametrize("sizes", [(40,), (13, 27)])
+def test_distinct_batches_of_several_ranks(sizes):
+    # Behind an epoch's end, too: in a contrast, an image would be its own negative.
+    parts = [Numbers(range(100 * part, 100 * part + size)) for part, size in enumerate(sizes)]
+    ranks = [batches_of(parts, 14, distinct=True, rank=rank, world=2) for rank in (0, 1)]
+    for step in range(4):
+        numbers = [number for rank in ranks for _, number in rank.at(step)]
+        assert len(set(numbers)) == 28
+
+
+def test_resume_without_a_position():
+    # Checkpoints of earlier versions have counts only: the position follows from the step.
+    parts = [Numbers(range(40))]
+    straight = batches_of(parts, 6)
+    expected = [straight.at(step) for step in range(9)]
+    resumed = batches_of(parts, 6)
+    resumed.load_state_dict([{"bad": {"unusable value": {"count": 3, "first": []}}}])
+    assert [resumed.at(step) for step in (7, 8)] == expected[7:]
+
+
+def test_resume_with_other_data(tmp_path):
+    # Else a run would go on with other images in silence.
+    path = spoiled_shard(tmp_path, set())
+    state = saved(StepBatches([dataset(tmp_path)], 1, seed=0))
+    StepBatches([dataset(tmp_path)], 1, seed=0).load_state_dict([state])
+    path.write_bytes(path.read_bytes().replace(b"Number", b"Letter"))
+    with pytest.raises(ConfigError, match="checksums"):
+        StepBatches([dataset(tmp_path)], 1, seed=0).load_state_dict([state])
+    with pytest.raises(ConfigError, match="records"):
+        batches_of([Numbers(range(2))], 1).load_state_dict([state])
+
+
+def spoiled_shard(folder, bad: set[int]) -> Path:
+    """A tar of 16 samples, some with an image that is cut off."""
+    samples = [
+        {
+            "__key__": f"{n:03d}",
+            "jpg": jpeg(n)[: -400 if n in bad else None],
+            "json": {"caption": f"Number {n}"},
+        }
+        for n in range(16)
+    ]
+    return write_tar(folder / "d.tar", samples)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_skipped(tmp_path, workers, no_workers_left):
+    path = spoiled_shard(tmp_path, {4, 9})
+    logged: list[str] = []
+    with StepBatches([dataset(tmp_path)], 7, seed=0, workers=workers, log=logged.append) as batches:
+        keys = Counter(key for step in range(6) for key in batches.at(step)["key"])
+        # Three epochs of 14: each is counted as often as it was met, and named once.
+        assert batches.n_bad in (4, 5, 6)
+    assert keys == {f"{n:03d}": 3 for n in range(16) if n not in (4, 9)}
+    assert len(logged) == 2
+    assert f"{path}: sample 004" in min(logged)
+    assert f"{path}: sample 009" in max(logged)
+
+
+@pytest.mark.process
+def test_at_raises_from_workers(tmp_path, no_workers_left):
+    path = spoiled_shard(tmp_path, {5})
+    options = {"shuffle": False, "workers": 1, "max_bad_in_a_row": 1}
+    with StepBatches([dataset(tmp_path)], 2, seed=0, **options) as batches:
+        assert batches.at(1)["key"] == ["002", "003"]
+        with pytest.raises(DataError, match=f"{path}: sample 005"):
+            batches.at(2)
