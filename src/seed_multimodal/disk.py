@@ -115,16 +115,24 @@ def status_of(error: Exception) -> int | None:
     """HTTP status of a failed request; None: there was no answer."""
     # Of httpx and requests, of aiohttp, and of Google's client.
     response = getattr(error, "response", None)
-    statuses = (getattr(response, "status_code", None), getattr(error, "status", None))
-    for status in (*statuses, getattr(error, "code", None)):
+    for owner, name in ((response, "status_code"), (error, "status"), (error, "code")):
+        status = getattr(owner, name, None)
         if isinstance(status, int):
             return status
     return None
 
 
+def _reason(error: Exception) -> Exception:
+    """The error for which fsspec's HTTP client calls a file missing, or the error itself."""
+    cause = error.__cause__
+    is_missing = isinstance(error, FileNotFoundError)
+    return cause if is_missing and isinstance(cause, Exception) else error
+
+
 def is_machine_fault(error: Exception) -> bool:
     """Whether reading the same file may succeed later: a busy server, a lost connection, no free
     file handle, an I/O error."""
+    error = _reason(error)
     status = status_of(error)
     if status is not None:
         return status in BUSY
@@ -179,6 +187,7 @@ def is_file(path: str | Path) -> bool:
 
 def reading_reason(error: Exception) -> str:
     """Why a file could not be read."""
+    error = _reason(error)
     return getattr(error, "strerror", None) or first_line(error)
 
 

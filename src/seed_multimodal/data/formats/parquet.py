@@ -105,10 +105,10 @@ def read_group(path: str, group: int) -> pyarrow.Table:
     if group == WHOLE_FILE:
         return read_arrow(path)
     # Without threads: Arrow's pool does not survive a fork.
-    return read_parquet(path, lambda file: file.read_row_group(group, use_threads=False))
+    return read_parquet(path, lambda file: file.read_row_group(group, use_threads=False), True)
 
 
-def read_parquet(path: str, read: Callable[[ArrowParquet], T]) -> T:
+def read_parquet(path: str, read: Callable[[ArrowParquet], T], was_there: bool = False) -> T:
     """What `read` returns of a parquet file. Raises as `read_safely`."""
     import pyarrow.parquet
 
@@ -117,7 +117,7 @@ def read_parquet(path: str, read: Callable[[ArrowParquet], T]) -> T:
         with pyarrow.parquet.ParquetFile(source) as file:
             return read(file)
 
-    return read_safely(path, read_file, Exception)  # of Arrow
+    return read_safely(path, read_file, Exception, was_there=was_there)  # of Arrow
 
 
 def read_arrow(path: str) -> pyarrow.Table:

@@ -7,6 +7,7 @@ cache, others exactly. Keys, end points and regions are fsspec settings, from th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -158,7 +159,7 @@ class DataFile:
             files.put(key, file)
             return data
 
-        data = read_safely(self.source, read)
+        data = read_safely(self.source, read, was_there=True)
         if len(data) < size:
             raise DataError(
                 f"{self.path}: shorter than when it was indexed; do not change shards in use."
@@ -183,17 +184,33 @@ class DataFile:
             return self.path
 
 
-def read_safely(path: str | Path, read: Callable[[], T], failures: type[Exception] = OSError) -> T:
+def read_safely(
+    path: str | Path,
+    read: Callable[[], T],
+    failures: type[Exception] = OSError,
+    *,
+    was_there: bool = False,
+) -> T:
     """The result of `read`, tried again at faults of the machine (`disk.read_patiently`).
 
     failures: errors of reading; of a URL all are, of any client library.
+    was_there: the file was read before, so that a missing one is a fault of the machine, too.
 
     Raises DataError: the file is missing or cannot be read; ReadError: the fault remains.
     """
     if is_remote(path):
         failures = Exception
+
+    def read_once() -> T:
+        try:
+            return read()
+        except FileNotFoundError as error:
+            if not was_there:
+                raise
+            raise OSError(errno.ESTALE, "it is missing, but was there before") from error
+
     try:
-        return read_patiently(path, read, failures, LOCAL_FILES.close_half)
+        return read_patiently(path, read_once, failures, LOCAL_FILES.close_half)
     except SeedError:
         raise
     except FileNotFoundError:

@@ -1,12 +1,16 @@
 """Files behind URLs, on a real S3 server on loopback and in fsspec's memory; the stored index."""
 
 import errno
+import functools
+import http.server
 import json
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -173,8 +177,8 @@ class Answer(Exception):
         (ConnectionResetError(), True),
         (RuntimeError("Session is closed"), True),
         (Answer(403), False),
+        (FileNotFoundError(errno.ENOENT, "x"), True),  # it was there before
         (PermissionError(errno.EACCES, "x"), False),
-        (FileNotFoundError(errno.ENOENT, "x"), False),
     ],
 )
 def test_faults_of_the_machine_are_not_those_of_records(
@@ -196,6 +200,63 @@ def test_faults_of_the_machine_are_not_those_of_records(
     with pytest.raises(ReadError if is_of_machine else DataError, match=url):
         source.read(4)
     FaultyFiles.n_faults = 0
+
+
+class ThrottledFolder(http.server.SimpleHTTPRequestHandler):
+    """Files with ranges; `status` answers 30 % of the requests, HEAD as well as GET."""
+
+    status = 503
+    rng = random.Random(0)
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.is_file() or self.rng.random() < 0.3:
+            self.send_error(self.status if path.is_file() else 404)
+            return
+        content = path.read_bytes()
+        first, last = 0, len(content) - 1
+        if "Range" in self.headers:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        else:
+            self.send_response(200)
+        part = content[first : last + 1]
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(part)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.mark.parametrize("status", [503, 429, 408])
+@pytest.mark.parametrize("cache", [None, False])
+def test_read_of_a_busy_http_server(tmp_path, monkeypatch, status, cache):
+    # A throttled HEAD is called a missing file by fsspec: records were lost without a word.
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("SEED_READ_PAUSES", "0 " * 9)
+    monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
+    monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
+    monkeypatch.setattr(ThrottledFolder, "status", status)
+    write_formats(tmp_path / "d")
+    handler = functools.partial(ThrottledFolder, directory=str(tmp_path / "d"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name in ("tars/0.tar", "a.jsonl", "a.parquet"):
+            source = open_records(f"{url}/{name}", cache=cache)
+            assert len(source) >= 20
+            for index in range(20):
+                REMOTE_FILES.close_oldest(0)  # as after a failed read
+                assert source.read(index).fields == TEXTS[index]
+        with pytest.raises(DataError, match="no such file"):
+            len(open_records(f"{url}/gone.jsonl", cache=cache))
+        server.shutdown()
 
 
 @pytest.mark.parametrize("call", ["scandir", "stat"])
