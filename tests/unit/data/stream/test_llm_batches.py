@@ -147,8 +147,18 @@ def test_restore_in_any_number_of_processes(
                 reads.update(record_numbers(batch))
         states = [saved(batches) for batches in ranks]
     assert reads == {number: (1, 2, 1, 1)[number // 1000] for number in RECORDS}
-    counted = sum(source["counts"]["sequences"] for state in states for source in state["sources"])
-    assert counted == reads.total()
+    # So are the counts, whichever records were read again since they waited to be packed.
+    counts = [source["counts"] for state in states for source in state["sources"]]
+    assert sum(count["sequences"] for count in counts) == reads.total()
+    assert sum(count["draws"] for count in counts) == 66 + 2 * 30 + 35 + 50
+    skipped = Counter[str]()
+    for count in counts:
+        skipped.update({reason: entry["count"] for reason, entry in count["skipped"].items()})
+    once = LlmBatches(options, tokenizer)
+    assert len(list(once))
+    for source in once.report()["sources"].values():
+        skipped.subtract({reason: entry["count"] for reason, entry in source["skipped"].items()})
+    assert not any(skipped.values())
 
 
 @pytest.mark.process

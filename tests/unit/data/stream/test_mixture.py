@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 from data_files import lines
+from repository import NANO
+from tiny import write_json
 
-from seed_multimodal.data.stream.config import read_data_settings
+from seed_multimodal.cli.main import main
+from seed_multimodal.data.stream.config import read_data_settings, read_once
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
 CAPTIONS, DOCUMENTS, TEXTS = 66, 30, 35  # records of the sets of `mixed`
@@ -80,6 +83,30 @@ def test_weights_hold_whatever_is_dropped(tmp_path, tokenizer, packing, workers)
 def test_order_of_sources(mixed, tokenizer, record_numbers, concat_type, order):
     config = unpacked(mixed(concat_type=concat_type), cycles=(1, 2, 1))
     assert chosen_sources(tokenizer, record_numbers, config, 1000) == order
+
+
+@pytest.mark.parametrize(
+    "cycles, endless, never_drawn",
+    [((), "captions", "documents"), ((2,), "documents", "texts"), ((2, 1), None, None)],
+)
+def test_source_after_an_endless_one(
+    mixed, tokenizer, tmp_path, capsys, cycles, endless, never_drawn
+):
+    # Else a run learns from the first source alone, without a word.
+    config = unpacked(mixed(concat_type="concat"), cycles)
+    run = tmp_path / "run.yaml"
+    write_json(run, {"tokenizer": str(NANO / "seed_tokenizer"), "data": config})
+    if endless is None:
+        LlmBatches(read_data_settings(config), tokenizer)
+        assert main(f"data check {run} --records 1".split()) == 0
+        return
+    message = f"never draws from source {never_drawn}, since source {endless}"
+    with pytest.raises(ConfigError, match=message):
+        LlmBatches(read_data_settings(config), tokenizer)
+    assert main(f"data check {run} --records 1".split()) == 2
+    assert message in capsys.readouterr().err
+    # Held-out data is read once, so that no source is endless.
+    LlmBatches(read_once(read_data_settings(config)), tokenizer)
 
 
 # ---- long sequences
