@@ -1,8 +1,12 @@
 """Files of training data: JPEG noise, shards, JSON lines."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import webdataset
 from random_images import noise
@@ -67,3 +71,13 @@ def fields_of(source) -> list[dict]:
 def learned(sequence: TrainingSequence) -> list[int]:
     """Labels without those that are ignored."""
     return [label for label in sequence.labels if label != IGNORE_INDEX]
+
+
+@contextmanager
+def serve_folder(folder) -> Iterator[str]:
+    """The URL of a folder on a server on loopback."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -1,4 +1,4 @@
-"""Readers of benchmark annotation files, as `Sample`s.
+"""Lists of questions, captions and prompts as `Sample`s: any format of `data.formats`.
 
 vqa         {"questions": [{image_id, question, question_id}]} (VQA v1 and v2, OK-VQA), and
             {"annotations": [{question_id, answers: [{answer}], answer_type, question_type}]}
@@ -7,47 +7,48 @@ gqa         {ID: {imageId, question, answer, types}}
 coco        {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; NoCaps and
             Flickr30k too
 karpathy    {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
-questions   LAVIS's list: [{image, question, question_id, answer: text or list}]; also .jsonl
+questions   LAVIS's list: [{image, question, question_id, answer: text or list}]
 captions    LAVIS's list: [{image, caption: text or list, image_id or img_id}]; to draw [{image,
-            text}] or [{text}]; also .jsonl
+            text}] or [{text}]
 text        a .txt with one caption per line
 
-The formats name a field differently: `read_sample` knows all names. Images are named by path or
-COCO id. An unusable item is a sample with a `problem`.
+They name a field differently: `annotations.yaml` has all names. Images are named by path or COCO
+id, or are part of the record. Numbers are texts, true is "yes". A record that cannot be used is a
+sample with a `problem`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from seed_multimodal.data.formats.contents import nearest_path
+from seed_multimodal.config import read_table
+from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, broken_note
+from seed_multimodal.data.formats.contents import IMAGE_KEYS, check_text
 from seed_multimodal.data.formats.image_paths import find_image
-from seed_multimodal.data.formats.record import as_list
-from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import DataError, ImageError, first_line
+from seed_multimodal.data.formats.images import RecordImage, record_image, text_member
+from seed_multimodal.data.formats.record import (
+    BadRecord,
+    Record,
+    RecordFields,
+    as_list,
+    shorten,
+)
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.storage import read_all
+from seed_multimodal.errors import DataError
 
 Key = int | str
+MAX_PATH = 4096  # longer texts are images as base64
 Json = Any  # a value of a file, whose type is unknown
 Model = TypeVar("Model", bound=BaseModel)
-# File names of COCO ids; optionally in a folder named after the split.
-_COCO_NAMES = (
-    "COCO_val2014_{:012d}.jpg",
-    "val2014/COCO_val2014_{:012d}.jpg",
-    "COCO_test2015_{:012d}.jpg",
-    "test2015/COCO_test2015_{:012d}.jpg",
-    "COCO_train2014_{:012d}.jpg",
-    "train2014/COCO_train2014_{:012d}.jpg",
-    "{:012d}.jpg",
-    "val2017/{:012d}.jpg",
-    "train2017/{:012d}.jpg",
-)
+NAMES: dict[str, list[str]] = read_table(__file__)
 
 
 @dataclass
@@ -61,8 +62,13 @@ class Sample:
     references: list[str] = field(default_factory=list)  # annotators' answers or captions
     answer_type: str = ""
     question_type: str = ""
+    official: bool = False  # references of VQA's annotators, which are compared as they are
     problem: str = ""  # why it is unusable
     index: int = 0  # among all samples of a run
+    split: str = ""  # of Karpathy's file
+    # What it was read from; `is_content`: also the image, whose name then is `image`.
+    record: Record | None = field(default=None, compare=False, repr=False)
+    is_content: bool = False
 
     @property
     def caption(self) -> str:
@@ -70,85 +76,152 @@ class Sample:
         return next(text.strip() for text in self.references if text.strip())
 
 
-# ---- items
+# ---- records
 
 
-def read_sample(location: str, item: Json, needed: Sequence[str]) -> Sample:
-    """The sample of an item; without one of the `needed` fields it has a problem."""
-    if not isinstance(item, dict):
-        item = {}
+def read_records(path: str | Path) -> list[Record]:
+    """The unread records of files of any format, or the lines of a .txt.
 
-    # 1. The image: GQA and Karpathy have parts of its path, VQA and COCO its id.
-    image = _first(item, "image", "file_name", "filename", "imageId")
-    if "imageId" in item:
-        image = f"{image}.jpg"
-    elif item.get("filepath"):
-        image = f"{item['filepath']}/{image}"
-    elif image is None and "text" not in item:
-        image = item.get("image_id")
+    Raises DataError: no such file, or none that is read.
+    """
+    if Path(path).suffix == ".txt":
+        content = read_all(path)
+        check_text(path, content)
+        lines = content.decode("utf-8-sig", "replace").split("\n")
+        return [
+            Record(f"line {number}", f"{path}: line {number}", {"image_id": number, "text": text})
+            for number, text in enumerate(map(str.strip, lines), 1)
+            if text
+        ]
+    records = open_records(path, joined=False)
+    return [records.locate(index) for index in range(len(records))]
 
-    # 2. The key: of a question (VizWiz names it by its image), or of the image.
-    if "question_id" in needed:
-        key = _first(item, "question_id")
-        if key is None and str(image).startswith("VizWiz_"):
-            key = image
-    else:
-        key = _first(item, "cocoid", "image_id", "img_id", "imgid")
-        if key is None:
-            key = _coco_id(image)
 
-    # 3. The texts; GQA has an object of types.
-    types = {**(item.get("types") or {}), **item}
-    references = _first(item, "answers", "answer", "captions", "caption", "sentences", "text")
-    sample = Sample(
-        key,
-        location,
-        image,
-        question=_text(item, "question"),
-        references=_texts(references),
-        answer_type=_text(types, "answer_type", "structural"),
-        question_type=_text(types, "question_type", "semantic"),
-    )
+def read_items(path: str | Path) -> list[tuple[str, Json]]:
+    """The fields of each record, with its location. Raises DataError: it is damaged, too."""
+    return [(record.location, record.parsed().fields) for record in read_records(path)]
 
-    # 4. What is missing.
-    values = {**vars(sample), "question_id": key}
-    missing = [name for name in needed if values[name] in (None, "", [])]
-    if missing:
-        problem = f"{location}: has no {' and no '.join(missing)}."
-        return replace(sample, key=location.rpartition(": ")[2], problem=problem)
+
+def parse_item(model: type[Model], location: str, item: Json) -> Model:
+    """An item as an object of a pydantic class. Raises DataError: another layout."""
+    try:
+        return model.model_validate(item)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        names = ": ".join(map(str, fault["loc"]))
+        raise DataError(f"{location}: {names}: {fault['msg']}.") from None
+
+
+def read_sample(record: Record, needed: Sequence[str]) -> Sample:
+    """The sample of a record; damaged, of another type or without one of `needed` it has a
+    problem."""
+    sample = Sample(record.key, record.location, record=record)
+    try:
+        _fill(sample, record.parsed(), needed)
+    except RECORD_FAULTS as error:
+        sample.problem = broken_note(error, record.location).location
     return sample
 
 
-def _samples(items: Iterable[tuple[str, Json]], needed: Sequence[str]) -> list[Sample]:
-    return [read_sample(location, item, needed) for location, item in items]
+def _fill(sample: Sample, record: Record, needed: Sequence[str]) -> None:
+    """Set the fields of a sample from a read record. Raises one of RECORD_FAULTS."""
+    # 1. The image: GQA and Karpathy have parts of its path, VQA and COCO its id.
+    fields = record.fields
+    image = _value(fields, "image")
+    is_member = not record.members.keys().isdisjoint(IMAGE_KEYS)
+    is_long = isinstance(image, str) and len(image) > MAX_PATH
+    if is_member or is_long or isinstance(image, bytes | Mapping):
+        sample.is_content = True
+        image = (isinstance(image, Mapping) and image.get("path")) or record.key
+    elif "imageId" in fields:
+        image = f"{image}.jpg"
+    elif fields.get("filepath"):
+        image = f"{fields['filepath']}/{image}"
+    elif image is None and "text" not in fields:
+        image = fields.get("image_id")
+    sample.image = _key(image, "image")
+
+    # 2. The key: of a question (VizWiz names it by its image), or of the image.
+    is_vizwiz = str(image).startswith("VizWiz_")
+    if "question_id" in needed:
+        key = _key(_value(fields, "question_id"), "question_id")
+        if key is None and is_vizwiz:
+            key = sample.image
+    else:
+        key = _key(_value(fields, "image_id"), "image_id")
+        if key is None:
+            key = _coco_id(sample.image)
+    if key is not None:
+        sample.key = key
+
+    # 3. The texts; GQA has an object of types.
+    types = fields.get("types") or {}
+    if not isinstance(types, Mapping):
+        raise BadRecord("wrong type", f"types: {shorten(types)} is no object.")
+    types = {**types, **fields}
+    sample.question = _text(_value(fields, "question"), "question").strip()
+    sample.answer_type = _text(_value(types, "answer_type"), "answer_type").strip()
+    sample.question_type = _text(_value(types, "question_type"), "question_type").strip()
+    if "sentences" in fields:
+        sample.split = str(fields.get("split"))
+
+    # 4. What the annotators wrote: texts, or objects with one each.
+    answers = _value(fields, "references")
+    if answers is None:
+        answers = text_member(record) or []
+    references = as_list(answers)
+    are_objects = all(isinstance(item, Mapping) for item in references)
+    if are_objects:
+        references = [item.get("answer", item.get("raw")) for item in references]
+    if None in references:
+        raise BadRecord("missing key", "references: one of them has no text.")
+    texts = [_text(item, "references") for item in references]
+    sample.references = texts if "".join(texts).strip() else []
+    is_vqa = "question_id" in fields and "question" not in fields
+    sample.official = bool(texts) and are_objects and (is_vqa or is_vizwiz)
+
+    # 5. What is missing.
+    values = {**vars(sample), "question_id": key}
+    missing = [name for name in needed if values[name] in (None, "", [])]
+    if missing:
+        raise BadRecord("missing key", f"has no {' and no '.join(missing)}.")
 
 
-def _first(item: JsonObject, *names: str) -> Json:
-    """The first of these values that is there, or None."""
-    for name in names:
-        if item.get(name) not in (None, ""):
-            return item[name]
+def _value(fields: RecordFields, name: str) -> Json:
+    """The first value that is there under one of the names of a field, or None."""
+    for key in NAMES[name]:
+        if fields.get(key) not in (None, "", []):
+            return fields[key]
     return None
 
 
-def _text(item: JsonObject, *names: str) -> str:
-    """The first of these values that is there, as a text."""
-    return str(_first(item, *names) or "").strip()
+def _key(value: Json, name: str) -> Key | None:
+    """An id or path. Raises BadRecord: another type."""
+    if isinstance(value, float) and value.is_integer():  # of a table with empty cells
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str | None):
+        raise BadRecord("wrong type", f"{name}: {shorten(value)} is neither a text nor a number.")
+    return value
 
 
-def _texts(value: Json) -> list[str]:
-    """The texts of a string, a list of strings, or of objects with one each; else an empty list."""
-    texts: list[str] = []
-    for item in as_list(value):
-        if isinstance(item, dict):  # an annotator's answer, or a caption of Karpathy's file
-            item = item.get("answer", item.get("raw"))
-        if not isinstance(item, str):
-            return []
-        texts.append(item)
-    return texts if "".join(texts).strip() else []
+def _text(value: Json, name: str) -> str:
+    """A text, also of a number, or of a truth value as answers have it; None: "".
+
+    Raises BadRecord: another type.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
+        return str(value)
+    is_list = isinstance(value, str) and re.match(r"\s*\[\s*['\"]", value) is not None
+    if is_list or not isinstance(value, str | None):
+        raise BadRecord("wrong type", f"{name}: {shorten(value)} is not a text.")
+    return value or ""
 
 
-def _coco_id(image: Json) -> Json:
+def _coco_id(image: Key | None) -> Key | None:
     """The number at the end of a COCO file name, used as key of results; else the name."""
     if not isinstance(image, str):
         return image
@@ -167,16 +240,20 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
             annotation.
     """
     # 1. The questions, each once.
-    samples = _samples(read_items(path, "questions"), ("question", "image", "question_id"))
-    keys = {sample.key for sample in samples}
-    if len(keys) < len(samples):
+    samples = _samples(path, ("question", "image", "question_id"))
+    if len({str(sample.key) for sample in samples}) < len(samples):
         raise DataError(f"{path}: several questions have one question_id.")
-    if annotations is None:
-        return samples
 
-    # 2. Their answers.
-    answers = _samples(read_items(annotations, "annotations"), ("references", "question_id"))
-    return _annotated(samples, answers, path, annotations)
+    # 2. Their answers; of a test set there are none at all.
+    if annotations is not None:
+        needed = ("references", "question_id")
+        answers = [read_sample(record, needed) for record in read_records(annotations)]
+        _annotate(samples, answers, path, annotations)
+    elif any(sample.references for sample in samples):
+        for sample in samples:
+            if not (sample.references or sample.problem):
+                sample.problem = f"{sample.location}: has no references, but others have."
+    return samples
 
 
 def read_captions(
@@ -197,66 +274,74 @@ def read_captions(
     Raises:
         DataError: no such file, unknown layout, empty split, or images missing in `truth`.
     """
-    # 1. The items: Karpathy's file lists images with their captions, others captions of images.
-    content = _load(path)
-    images: list[JsonObject] = []
-    if isinstance(content, dict):
-        images = content.get("images") or []
-    if any("sentences" in image for image in images):
-        items = _items(images, path, "images")
-        items = [(location, image) for location, image in items if image.get("split") == split]
-        if not items:
-            splits = ", ".join(sorted({str(image.get("split")) for image in images}))
-            raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
-    else:
-        items = _items(content, path, "annotations")
-
-    # 2. A sample for each; texts to draw need no image, and captions may be in the other file.
+    # 1. A sample for each item; texts to draw need no image, and captions may be in `truth`.
     needed: tuple[str, ...] = ("image", "references")
     if truth is not None:
         needed = ("image",)
     elif each_text:
         needed = ("references",)
-    samples = _samples(items, needed)
-    samples = _with_unique_keys(samples) if each_text else _grouped(samples)
+    samples = _samples(path, needed)
 
-    # 3. Images have the names of their files.
-    files = {image.get("id"): image["file_name"] for image in images if "file_name" in image}
+    # 2. Those of the split.
+    splits = sorted({sample.split for sample in samples if sample.split})
+    if splits:
+        samples = [sample for sample in samples if sample.split in (split, "")]
+        if split not in splits:
+            raise DataError(
+                f"{path}: has no image of the split {split!r}; there are {', '.join(splits)}."
+            )
+
+    # 3. Each text, or each image with all of its captions.
+    if each_text:
+        return _with_unique_keys(samples)
+    samples = _grouped(samples)
+    if truth is not None:
+        _annotate(samples, read_captions(truth, split), path, truth)
+    return samples
+
+
+def _samples(path: str | Path, needed: Sequence[str]) -> list[Sample]:
+    """The samples of a file; unusable ones have the keys of their records."""
+    samples = [read_sample(record, needed) for record in read_records(path)]
     for sample in samples:
-        sample.image = files.get(sample.image, sample.image)
-    if truth is None or each_text:
-        return samples
-    return _annotated(samples, read_captions(truth, split), path, truth)
+        if sample.problem and sample.record is not None:
+            sample.key = sample.record.key
+    return samples
 
 
 def _with_unique_keys(samples: Sequence[Sample]) -> list[Sample]:
     """Samples whose keys were used before, or are missing, get their index as key."""
-    used: set[Key | None] = {None}
+    used: set[Key] = set()
     for index, sample in enumerate(samples):
-        if sample.key in used:
+        if sample.key in used or sample.location.endswith(f": {sample.key}"):
             sample.key = f"item {index}"
         used.add(sample.key)
     return list(samples)
 
 
-def _annotated(
+def _annotate(
     samples: Sequence[Sample], truth: Sequence[Sample], path: str | Path, truth_path: str | Path
-) -> list[Sample]:
-    """Samples of one file with the references of another."""
-    references = {sample.key: sample for sample in truth if not sample.problem}
+) -> None:
+    """Give samples of one file the references of another, by their keys as texts."""
+    references = {str(sample.key): sample for sample in truth}
     usable = [sample for sample in samples if not sample.problem]
-    missing = [sample.key for sample in usable if sample.key not in references]
-    if missing:
+    missing = [sample.key for sample in usable if str(sample.key) not in references]
+    problems = [sample.problem for sample in truth if sample.problem]
+    if missing and not problems:
         raise DataError(
             f"{truth_path}: has nothing about {len(missing):,} of {len(samples):,} samples of "
             f"{path}, first {missing[0]}: they belong to different sets."
         )
     for sample in usable:
-        reference = references[sample.key]
+        reference = references.get(str(sample.key))
+        if reference is None:
+            sample.problem = f"{sample.location}: has no references in {truth_path} ({problems[0]})"
+            continue
+        sample.problem = reference.problem
         sample.references = reference.references
         sample.answer_type = reference.answer_type
         sample.question_type = reference.question_type
-    return list(samples)
+        sample.official = reference.official
 
 
 def _grouped(samples: Iterable[Sample]) -> list[Sample]:
@@ -277,71 +362,23 @@ def _grouped(samples: Iterable[Sample]) -> list[Sample]:
     return list(by_key.values())
 
 
-# ---- files
+# ---- images
 
 
-def parse_item(model: type[Model], location: str, item: Json) -> Model:
-    """An item as an object of a pydantic class. Raises DataError: another layout."""
-    try:
-        return model.model_validate(item)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        names = ": ".join(map(str, fault["loc"]))
-        raise DataError(f"{location}: {names}: {fault['msg']}.") from None
+def sample_image(sample: Sample, root: str | Path | None, file: str | Path) -> RecordImage:
+    """The image of a sample: of its record, or named by path or COCO id.
 
+    root: folder of the images; by default that of the record's, or the samples', `file`.
 
-def read_items(path: str | Path, key: str) -> list[tuple[str, Json]]:
-    """The items of a JSON file (a list, or the list under `key`) or of lines, with their location.
-
-    Raises DataError: no such file, no JSON, no list.
+    Raises ImageError: not found; BadRecord: no image.
     """
-    return _items(_load(path), path, key)
-
-
-def _load(path: str | Path) -> Json:
-    """A file's JSON; for .jsonl a list of its lines, for .txt captions with numbers of lines."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file{nearest_path(path)}.")
-    # Files of Windows programs may begin with a byte order mark.
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".txt":
-            lines = enumerate(text.split("\n"), 1)
-            return [
-                {"image_id": number, "text": line.strip()} for number, line in lines if line.strip()
-            ]
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line]
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: is not json ({first_line(error)}).") from None
-
-
-def _items(content: Json, path: str | Path, key: str) -> list[tuple[str, Json]]:
-    """The items of a list, of the list under `key`, or of GQA's object, with their location."""
-    items = content
-    if isinstance(content, dict):
-        items = content.get(key)
-        first_value = next(iter(content.values()), None)
-        if isinstance(first_value, dict) and "imageId" in first_value:
-            # GQA's object has the question ids as keys.
-            items = [{**item, "question_id": id} for id, item in content.items()]
-    if not isinstance(items, list) or not items:
-        raise DataError(f"{path}: holds no json list, by itself or under {key!r}.")
-    return [(f"{path}: item {index}", item) for index, item in enumerate(items)]
-
-
-def find_image_file(image: int | str, root: Path | None, annotations: Path, location: str) -> Path:
-    """The file of an image named by path or COCO id.
-
-    Raises:
-        ImageError: not found, with the first path tried.
-    """
-    names = [name.format(image) for name in _COCO_NAMES] if isinstance(image, int) else [image]
-    for name in names:
-        file = find_image(name, root, annotations)
-        if file:
-            return file
-    folder = root or annotations.parent
-    raise ImageError(f"{location}: its image was not found: {folder}/{names[0][:200]}.")
+    record = sample.record or Record("", sample.location, file=str(file))
+    if sample.is_content:
+        record = record.parsed()
+        content: Json = record.member(*IMAGE_KEYS)
+        return record_image(content or _value(record.fields, "image"), record, root)
+    names = [str(sample.image)]
+    if isinstance(sample.image, int):
+        names = [name.format(sample.image) for name in NAMES["coco_names"]]
+    name = next((name for name in names if find_image(name, root, record.file)), names[0])
+    return record_image(name, record, root)

@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from PIL import Image
 
 from seed_multimodal.data.formats.bad_records import BROKEN, BadRecords, RecordNote
+from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.data.stream.order import Chunks
 from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
 from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
-from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
+from seed_multimodal.evaluation.annotations import Key, Sample, sample_image
 from seed_multimodal.evaluation.metrics import finite_json, plain
 from seed_multimodal.images.io import open_image
 from seed_multimodal.models.registry import find_family
@@ -122,7 +123,7 @@ class Benchmark(RunSettings, Generic[SampleT]):
         kind: in the suite, and of `FamilySpec.evaluators`.
         options_of: key of `FamilySpec.evaluation`.
         draws: whether the system draws.
-        file: of the samples.
+        file: of the samples, or its URL.
         truth: file of reference answers or captions.
     """
 
@@ -131,9 +132,9 @@ class Benchmark(RunSettings, Generic[SampleT]):
     options_of: ClassVar[str]
     draws: ClassVar[bool] = False
 
-    file: Path
-    truth: Path | None = None
-    images: Path | None = setting(None, help="folder of the images", metavar="DIR")
+    file: str | Path
+    truth: str | Path | None = None
+    images: str | Path | None = setting(None, help="folder of the images", metavar="DIR")
     prompts: str = setting(
         "chat", choices=("chat", "plain"), help="plain: of pretrained SEED-LLaMA"
     )
@@ -195,8 +196,11 @@ class Benchmark(RunSettings, Generic[SampleT]):
             raise ImageError(sample.problem)
         if sample.image is None:
             return None
-        file = find_image_file(sample.image, self.images, self.file, sample.location)
-        return open_image(file).image
+        try:
+            image = sample_image(sample, self.images, self.file)
+        except DataError as error:
+            raise ImageError(str(error)) from error
+        return open_image(image, name=None if isinstance(image, Path) else sample.location).image
 
 
 AnyBenchmark = Benchmark[Any]
@@ -352,7 +356,7 @@ def _answered(benchmark: AnyBenchmark, batch: Sequence[Sample]) -> list[Line]:
 
 def _read_lines(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key, Line]:
     """Each sample's line: the current answer, else the latest error."""
-    by_key = {sample.key: sample for sample in samples}
+    by_key = {sample.key: sample for sample in samples if not sample.problem}
     lines: dict[Key, Line] = {}
     for path in sorted(benchmark.out.glob("samples-*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -381,7 +385,8 @@ def _settings(benchmark: AnyBenchmark) -> JsonObject:
 def _identity(benchmark: AnyBenchmark, system: MultimodalSystem | None) -> JsonObject:
     """Settings, samples, and the weights (size and time of each file)."""
     # 1. The settings, and the contents of the files that they name.
-    content = benchmark.file.read_bytes() if benchmark.file.is_file() else b""
+    file = benchmark.file
+    content = read_all(file) if is_remote(file) or Path(file).is_file() else b""
     settings = _settings(benchmark).items()
     values = {name: value for name, value in settings if name not in MAY_CHANGE}
     identity = {**values, "contents of the file of samples": _digest(content)}

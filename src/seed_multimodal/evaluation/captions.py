@@ -23,6 +23,7 @@ NO_JAVA = (
     "the Penn Treebank tokenizer, so they differ slightly from published ones; METEOR and SPICE "
     "are missing."
 )
+NO_CIDER = "CIDEr is missing: it weighs words by the other images, and there is one image."
 PARSER = "stanford-corenlp-3.6.0.jar"
 NO_PARSER = (
     "SPICE is missing: `python -c 'from pycocoevalcap.spice.spice import Spice; Spice()'` "
@@ -34,7 +35,7 @@ NO_PARSER = (
 class CaptionFile(Benchmark[Sample]):
     """A benchmark that reads captions."""
 
-    file: Path = setting(
+    file: str | Path = setting(
         flag="--captions",
         metavar="FILE",
         help="COCO's captions, Karpathy's file dataset_coco.json, or a list with image and "
@@ -50,7 +51,7 @@ class Captions(CaptionFile):
     title = "captions of images: CIDEr and others"
     kind = options_of = "caption"
 
-    truth: Path | None = setting(
+    truth: str | Path | None = setting(
         None, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)"
     )
 
@@ -91,8 +92,12 @@ def caption_scores(
     answers = _tokenized([[caption] for caption in captions], java)
 
     # 2. The scorers that can run; Spice() would download its parser.
-    scorers = {"ROUGE_L": Rouge, "CIDEr": Cider}
+    scorers = {"ROUGE_L": Rouge}
     notes: list[str] = []
+    if len(captions) > 1:
+        scorers["CIDEr"] = Cider
+    else:
+        notes.append(NO_CIDER)
     parser = Path(spice.__file__).with_name("lib") / PARSER
     if java:
         scorers["METEOR"] = Meteor

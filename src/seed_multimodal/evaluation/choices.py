@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.data.formats.record import parse_json
+from seed_multimodal.data.formats.storage import read_all
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.annotations import Key, Sample, parse_item, read_items
 from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
@@ -50,11 +51,13 @@ class ChoiceSample(Sample):
 
 def read_choices(path: str | Path) -> list[ChoiceSample]:
     """The questions about images. Raises DataError: no such file, or another layout."""
-    type_ids = read_json_object(Path(path), DataError).get("question_type", {})
-    type_names = {identifier: name for name, identifier in type_ids.items()}
+    type_names: dict[object, str] = {}
+    content = parse_json(read_all(path), str(path)) if Path(path).suffix == ".json" else []
+    if isinstance(content, dict):
+        type_names = {id: name for name, id in content.get("question_type", {}).items()}
     samples: list[ChoiceSample] = []
-    for location, value in read_items(path, "questions"):
-        if isinstance(value, dict) and value.get("data_type", "image") != "image":
+    for location, value in read_items(path):
+        if value.get("data_type", "image") != "image":
             continue
         item = parse_item(Item, location, value)
         samples.append(
@@ -80,7 +83,7 @@ class Choices(Benchmark[ChoiceSample]):
     title = "multiple choice by likelihood: SEED-Bench"
     kind = options_of = "choices"
 
-    file: Path = setting(flag="--questions", metavar="JSON", help="SEED-Bench.json")
+    file: str | Path = setting(flag="--questions", metavar="JSON", help="SEED-Bench.json")
 
     def samples(self) -> list[ChoiceSample]:
         return read_choices(self.file)

@@ -74,7 +74,7 @@ def read_object_prompts(path: str | Path) -> list[ObjectPrompt]:
 
     Raises DataError: no such file, or an item of another layout.
     """
-    items = enumerate(read_items(path, "prompts"))
+    items = enumerate(read_items(path))
     return [object_prompt(index, location, metadata) for index, (location, metadata) in items]
 
 

@@ -78,7 +78,7 @@ class JudgedDrawings(Benchmark[PromptT]):
     images_per_prompt: ClassVar[int] = 1
     verdicts: ClassVar[str]
 
-    file: Path = setting(
+    file: str | Path = setting(
         flag="--data", metavar="PATH", help="the benchmark's file of prompts or its folder"
     )
     judge: Path = setting(
@@ -93,8 +93,8 @@ class JudgedDrawings(Benchmark[PromptT]):
     )
 
     def __post_init__(self) -> None:
-        if self.file.is_dir():
-            self.file = self.file / self.file_name
+        if Path(self.file).is_dir():
+            self.file = Path(self.file) / self.file_name
         if self.num_images is None:
             self.num_images = self.images_per_prompt
         self.count = self.num_images

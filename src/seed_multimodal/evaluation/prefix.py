@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.formats.record import FieldValue
+from seed_multimodal.data.formats.record import FieldValue, as_list
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.disk import JsonObject, replace_text, writable_folder, writing
 from seed_multimodal.errors import ConfigError, DataError, pluralize
@@ -65,7 +65,7 @@ MEASURES = {
 }
 SHOWN = 8  # images of the sheet
 PENALTY = 0.01  # of the ridge regression, for each sample of standardized features
-Columns = Sequence[Sequence[object]]  # for each label the classes of all images
+Columns = Mapping[str, Sequence[object]]  # name of a label → the classes of all images
 
 
 def evaluate_prefixes(settings: PrefixSettings, log: Log = print) -> JsonObject:
@@ -142,7 +142,7 @@ class _Measures:
         self.encoder = opened.target
         if self.encoder is not None:
             self.target = torch.from_numpy(encoded.features["target"]).to(runtime.device)
-        self.columns: Columns = []
+        self.columns: Columns = {}
         if (settings.probe or settings.judge) is not None:
             self.columns = class_columns(encoded.labels)
         self.judge = None
@@ -151,7 +151,10 @@ class _Measures:
             entries = registered("rewards")
             if name not in entries:
                 raise ConfigError(f"--judge: {name!r} is not registered{nearest(name, entries)}.")
-            self.records = [{"labels": list(row)} for row in zip(*self.columns, strict=True)]
+            self.records = [
+                {"labels": value if isinstance(value, Mapping) else as_list(value)}
+                for value in encoded.labels
+            ]
             open_judge = import_entry(entries[name])
             self.judge = open_judge(model or name, self.records, runtime.device)
 
@@ -198,7 +201,11 @@ class _Measures:
 
         # 2. The likeliest class of each label.
         hits: list[list[bool]] = []
-        for column, wanted in zip(class_columns(labels), self.columns, strict=True):
+        columns = class_columns(labels)
+        if columns.keys() != self.columns.keys():
+            raise DataError("The images of --probe have other labels than those of --data.")
+        for name, column in columns.items():
+            wanted = self.columns[name]
             classes = sorted(set(column), key=str)
             indices = torch.tensor([classes.index(value) for value in column])
             targets = F.one_hot(indices, len(classes)).double()
@@ -209,11 +216,18 @@ class _Measures:
 
 
 def class_columns(labels: Sequence[FieldValue]) -> Columns:
-    """For each label the classes of all images. Raises DataError: an image without, or others."""
-    rows = [list(value.values()) if isinstance(value, Mapping) else [value] for value in labels]
-    if len(set(map(len, rows))) != 1 or any(None in row for row in rows):
+    """For each label the classes of all images, by its name; those of a list have numbers.
+
+    Raises DataError: an image without, or others.
+    """
+    rows: list[Mapping[str, object]] = []
+    for value in labels:
+        items = enumerate(as_list(value))
+        rows.append(value if isinstance(value, Mapping) else {str(n): item for n, item in items})
+    names = rows[0].keys()
+    if any(row.keys() != names or None in row.values() for row in rows):
         raise DataError("Not every image has the same labels, under `labels` or `label`.")
-    return list(zip(*rows, strict=True))
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def first_codes(encoded: Pass, order: np.ndarray, count: int) -> Tensor:

@@ -163,6 +163,6 @@ class Drawings(CaptionFile):
 class OriginalDrawings(CaptionFile):
     """The flags of the original program, which has captions of its own."""
 
-    file: Path = setting(
+    file: str | Path = setting(
         BUILT_IN, flag="--captions", metavar="FILE", help="as of seed eval text2image"
     )

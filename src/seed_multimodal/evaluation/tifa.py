@@ -12,7 +12,6 @@ FOLDER/ITEM.png: one image, or up to four as two rows of two.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -134,7 +133,7 @@ class GenEval2Item(BaseModel):
 def read_geneval2(path: str | Path) -> list[QuestionPrompt]:
     """The prompts of `geneval2_data.jsonl`. Raises DataError: no such file, or another layout."""
     prompts: list[QuestionPrompt] = []
-    for index, (location, metadata) in enumerate(read_items(path, "prompts")):
+    for index, (location, metadata) in enumerate(read_items(path)):
         item = parse_item(GenEval2Item, location, metadata)
         if len(item.vqa_list) != len(item.skills):
             raise DataError(f"{location}: needs as many 'skills' as questions in 'vqa_list'.")
@@ -212,28 +211,20 @@ class DpgRow(BaseModel):
 
 def read_dpg(path: str | Path) -> list[QuestionPrompt]:
     """The items of `dpg_bench.csv`. Raises DataError: no such file, or another layout."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
     rows: dict[str, list[DpgRow]] = {}
     locations: dict[str, str] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for values in reader:
-            location = f"{path}: line {reader.line_num}"
-            row = parse_item(DpgRow, location, values)
-            rows.setdefault(row.item_id, []).append(row)
-            locations.setdefault(row.item_id, location)
-    if not rows:
-        raise DataError(f"{path}: has no rows.")
+    for location, values in read_items(path):
+        row = parse_item(DpgRow, location, values)
+        rows.setdefault(row.item_id, []).append(row)
+        locations.setdefault(row.item_id, location)
     return [_dpg_prompt(path, locations[item], of_item) for item, of_item in rows.items()]
 
 
-def _dpg_prompt(path: Path, location: str, rows: Sequence[DpgRow]) -> QuestionPrompt:
+def _dpg_prompt(path: str | Path, location: str, rows: Sequence[DpgRow]) -> QuestionPrompt:
     """An item with its questions; its prompt is in a file, or in the rows."""
     item = rows[0].item_id
     text = rows[0].text
-    file = path.parent / "prompts" / f"{item}.txt"
+    file = Path(path).parent / "prompts" / f"{item}.txt"
     if file.is_file():
         text = file.read_text(encoding="utf-8").strip()
     prompt = QuestionPrompt(item, location, references=[text], metadata={"prompt": text})

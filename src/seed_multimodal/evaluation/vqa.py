@@ -84,23 +84,26 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer) -> float:
+def vqa_accuracy(
+    answer: str, annotated: Sequence[str], rule: Rule = vqa_answer, official: bool = True
+) -> float:
     """Accuracy (0 to 1) of an answer, normalized by `rule`, against the annotators' answers.
 
     The mean over annotators of the agreement with the others, where three (or all, if fewer)
-    suffice. A single reference is normalized, too.
+    suffice. A single reference, and what is not of VQA's `official` files, is normalized, too.
     """
-    if len(annotated) == 1:
-        return float(rule(answer) == rule(annotated[0]))
-
-    # Punctuation counts only where the annotators agree.
+    # 1. Official punctuation counts only where the annotators agree.
     references = [_one_line(text) for text in annotated]
-    if len(set(references)) > 1:
+    if not official or len(references) == 1:
+        references = list(map(rule, annotated))
+    elif len(set(references)) > 1:
         references = [without_marks(reference) for reference in references]
 
-    # Each annotator is left out once.
+    # 2. Each annotator is left out once.
     normalized = rule(answer)
     agrees = [reference == normalized for reference in references]
+    if len(agrees) == 1:
+        return float(agrees[0])
     n_needed = min(3, len(references) - 1)
     shares = [min(1.0, (sum(agrees) - agreement) / n_needed) for agreement in agrees]
     return sum(shares) / len(references)
@@ -131,14 +134,14 @@ class Questions(Benchmark[Sample]):
     title = "questions about images: accuracy"
     kind = options_of = "vqa"
 
-    file: Path = setting(
-        Path("none"),
+    file: str | Path = setting(
+        "none",
         flag="--questions",
         metavar="JSON",
         help="VQA's file of questions (or a list with image, question, question_id); without it "
         "--question about --image is asked, as the original does",
     )
-    truth: Path | None = setting(
+    truth: str | Path | None = setting(
         None,
         flag="--annotations",
         metavar="JSON",
@@ -214,4 +217,4 @@ class Questions(Benchmark[Sample]):
         references = [self.lemma(reference) for reference in sample.references]
         if self.dataset == "gqa":
             references = references[:1]
-        return vqa_accuracy(answer, references, self.rule)
+        return vqa_accuracy(answer, references, self.rule, sample.official)

@@ -369,7 +369,7 @@ def policy_losses(
 def read_prompts(path: str) -> Records:
     """The records of a file of prompts. Raises DataError: no file, or a line without `prompt`."""
     records: list[JsonObject] = []
-    for location, record in read_items(project_path(path), "prompts"):
+    for location, record in read_items(project_path(path)):
         if not isinstance(record, dict) or not str(record.get("prompt") or "").strip():
             raise DataError(f"{location}: has no prompt.")
         records.append(record)

@@ -27,7 +27,7 @@ from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.rl.rewards import Records, Reward
 from seed_multimodal.rl.task import read_prompts
 from seed_nano.report.judge import Judge, find_judge
-from seed_nano.report.scoring import BoolArray, image_labels, label_matches, true_labels
+from seed_nano.report.scoring import BoolArray, LabelNames, image_labels, label_matches, true_labels
 from seed_nano.report.write import table
 from seed_nano.world.splits import hash_share, scene_at
 from seed_nano.world.words import describe
@@ -38,13 +38,15 @@ SEED = 64  # of the prompts' scenes
 
 def open_reward(model: str, records: Records, device: torch.device) -> Reward:
     """The share of a prompt's labels that the judge (a folder, or that of a system) sees."""
-    for number, record in enumerate(records, 1):
-        if not isinstance(record.get("labels"), list):
-            raise DataError(f"data: prompts, line {number}: has no labels for the judge.")
     folder = Path(model)
     if not (folder / "config.json").is_file():
         folder = find_judge(model)
     judge = Judge.from_pretrained(folder).to(device)
+    for number, record in enumerate(records, 1):
+        labels = record.get("labels")
+        is_named = isinstance(labels, dict) and labels.keys() >= judge.config.labels.keys()
+        if not isinstance(labels, list) and not is_named:
+            raise DataError(f"data: prompts, line {number}: has no labels for the judge.")
 
     def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
         shares: list[float] = matches(judge, images, records).mean(1).tolist()
@@ -55,7 +57,13 @@ def open_reward(model: str, records: Records, device: torch.device) -> Reward:
 
 def matches(judge: Judge, images: Sequence[Image.Image], records: Records) -> BoolArray:
     """Which labels `[N, 5]` of the records the judge sees."""
-    wanted = [tuple(record["labels"]) for record in records]
+    wanted: list[LabelNames] = []
+    for record in records:
+        labels = record["labels"]
+        is_named = isinstance(labels, dict)
+        wanted.append(
+            tuple(labels[name] for name in judge.config.labels) if is_named else tuple(labels)
+        )
     return label_matches(image_labels(judge, list(images)), wanted)
 
 

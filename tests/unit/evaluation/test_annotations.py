@@ -1,23 +1,29 @@
 """Files of benchmarks: each published format, and the faults that its readers name."""
 
 import csv
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from data_files import write_any
+from data_files import serve_folder, write_any
 from random_images import noise
 
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.evaluation.annotations import (
     Sample,
-    find_image_file,
     read_captions,
     read_questions,
+    sample_image,
 )
 from seed_multimodal.evaluation.choices import read_choices
 from seed_multimodal.evaluation.geneval import read_object_prompts
 from seed_multimodal.evaluation.tifa import read_dpg, read_geneval2
+from seed_multimodal.images.io import image_to_bytes, open_image
 from seed_nano.report import prompts
 
 COCO_NAME = "val2014/COCO_val2014_000000000007.jpg"
@@ -60,7 +66,8 @@ VQA_ANSWERS = {
         },
     ]
 }
-VIZWIZ = [{"image": "VizWiz_val_01.jpg", "question": "Who?", "answers": [{"answer": "a fox"}]}]
+VIZWIZ_IMAGE = "VizWiz_val_01.jpg"
+VIZWIZ = [{"image": VIZWIZ_IMAGE, "question": "Who?", "answers": [{"answer": "a fox"}]}]
 LISTED = [{"image": "a.jpg", "question": "Who?", "question_id": "one", "answer": ["x", "y"]}]
 GQA = {
     "201": {
@@ -76,12 +83,18 @@ GQA = {
     "questions, answers, expected",
     [
         (VQA, None, Sample(0, "", 9, "Who?")),
-        (VQA, VQA_ANSWERS, Sample(0, "", 9, "Who?", ["x", ""], "other", "what")),
-        (VIZWIZ, VIZWIZ, Sample("VizWiz_val_01.jpg", "", "VizWiz_val_01.jpg", "Who?", ["a fox"])),
+        (VQA, VQA_ANSWERS, Sample(0, "", 9, "Who?", ["x", ""], "other", "what", official=True)),
+        (
+            VIZWIZ,
+            VIZWIZ,
+            Sample(VIZWIZ_IMAGE, "", VIZWIZ_IMAGE, "Who?", ["a fox"], official=True),
+        ),
         (LISTED, None, Sample("one", "", "a.jpg", "Who?", ["x", "y"])),
         (GQA, None, Sample("201", "", "n1.jpg", "Who?", ["no"], "verify", "attr")),
+        # Ids are numbers in one file and texts in the other.
+        (VQA, [{"question_id": "0", "answer": "x"}], Sample(0, "", 9, "Who?", ["x"])),
     ],
-    ids=["vqa", "vqa with answers", "vizwiz", "list", "gqa"],
+    ids=["vqa", "vqa with answers", "vizwiz", "list", "gqa", "ids of two types"],
 )
 def test_read_questions_of_each_format(questions, answers, expected, tmp_path):
     # The files of VQAv2, VizWiz, GQA and LaVIT's lists, as they are published.
@@ -94,7 +107,7 @@ def test_read_questions_of_each_format(questions, answers, expected, tmp_path):
     "content, expected",
     [
         (COCO, [SEVEN, Sample(0, "", "b.jpg", references=["two"])]),
-        (KARPATHY, [SEVEN]),
+        (KARPATHY, [replace(SEVEN, split="test")]),
         ([{"image": COCO_NAME, "caption": ["one", "three"]}], [SEVEN]),
         # Images with equal numbers in two folders are two images.
         (
@@ -136,22 +149,126 @@ def test_read_captions_with_references_in_another_file(tmp_path):
 # ---- faults
 
 QUESTION = {"question_id": 2, "question": "Who?", "image": "a.jpg"}
+ANSWERED = {**QUESTION, "answer": "x"}
 BAD_ITEMS = {
-    "not an object": (read_questions, 1, "question"),
-    "no id": (read_questions, {**QUESTION, "question_id": None}, "question_id"),
-    "no caption": (read_captions, {"image": "a.jpg", "caption": " "}, "references"),
+    "not an object": (read_questions, 1, "not an object"),
+    "no id": (read_questions, {**ANSWERED, "question_id": None}, "no question_id"),
+    "no caption": (read_captions, {"image": "a.jpg", "caption": " "}, "no references"),
+    "image of a caption": (read_captions, {"image": ["a.png"], "caption": "a"}, "image: .*a.png"),
+    # Where others have references, what has none is no test set.
+    "no answer": (read_questions, {**QUESTION, "answer": None, "answers": []}, "no references"),
+    **{
+        f"{name} {value}": (read_questions, {**ANSWERED, name: value}, f"{names}: ")
+        for names, name, value in (
+            ("types", "types", "color"),
+            ("question_id", "question_id", [1]),
+            ("question_id", "question_id", True),
+            ("image", "image", ["a.png"]),
+            ("question", "question", {"en": "Who?"}),
+            ("question_type", "question_type", ["what"]),
+            ("references", "answer", [["x"]]),
+            ("references", "answer", ["x", None]),
+            ("references", "answers", [{"text": "x"}]),
+            ("references", "answer", float("nan")),
+            ("references", "answer", "['x', 'y']"),  # how pandas writes a list into a .csv
+        )
+    },
 }
 
 
-@pytest.mark.parametrize("read, item, name", BAD_ITEMS.values(), ids=BAD_ITEMS)
-def test_an_unusable_item_does_not_end_the_file(read, item, name, tmp_path):
+@pytest.mark.parametrize("read, item, problem", BAD_ITEMS.values(), ids=BAD_ITEMS)
+def test_an_unusable_item_does_not_end_the_file(read, item, problem, tmp_path):
     # One broken line of a million is counted as bad, with its number.
-    good = [{**QUESTION, "question_id": id, "image": f"{id}.jpg", "caption": "a"} for id in (1, 9)]
+    good = [{**ANSWERED, "question_id": id, "image": f"{id}.jpg", "caption": "a"} for id in (1, 9)]
     first, bad, last = read(write_any(tmp_path / "q.json", [good[0], item, good[1]]))
-    assert (first.key, bad.key, last.key) == (1, "item 1", 9)
-    assert not first.problem
-    assert "q.json: item 1" in bad.problem
-    assert f"no {name}" in bad.problem
+    assert (first.key, last.key) == (1, 9)
+    assert not first.problem and not last.problem
+    assert re.search(f"q.json: item 1.*{problem}", bad.problem), bad.problem
+
+
+def test_an_unusable_answer_of_another_file_is_of_its_question(tmp_path):
+    questions = [{**QUESTION, "question_id": id} for id in (1, 2, 3)]
+    path = write_any(tmp_path / "q.jsonl", questions)
+    answers = [{"question_id": 1, "answer": "x"}, {"question_id": 2, "answer": {}}]
+    samples = read_questions(path, write_any(tmp_path / "a.json", [*answers, {"answer": "z"}]))
+    assert [sample.references for sample in samples] == [["x"], [], []]
+    assert not samples[0].problem
+    assert "a.json: item 1: references: " in samples[1].problem
+    # Nobody knows whose answer the third one is.
+    assert re.search("q.jsonl: line 3: .*a.json.*item 1", samples[2].problem)
+
+
+@pytest.mark.parametrize(
+    "answer, references",
+    [
+        (2, ["2"]),
+        (2.0, ["2"]),  # of a table with empty cells
+        (2.5, ["2.5"]),
+        (True, ["yes"]),
+        (False, ["no"]),
+        (0, ["0"]),
+        ([2, "two"], ["2", "two"]),
+        ([{"answer": 2}, {"answer": "two"}], ["2", "two"]),
+    ],
+    ids=str,
+)
+def test_numbers_and_truth_values_are_texts(answer, references, tmp_path):
+    # "How many?" is answered by a number in most lists of one's own.
+    [sample] = read_questions(write_any(tmp_path / "q.json", [{**QUESTION, "answer": answer}]))
+    assert (sample.references, sample.problem, sample.official) == (references, "", False)
+
+
+def rows(count: int = 2) -> list[dict]:
+    return [{**QUESTION, "question_id": n, "image": f"{n}.png", "answer": n} for n in range(count)]
+
+
+def write_table(path, **columns):
+    values = [{**row, **columns} for row in rows()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path)
+
+
+# Writes the two questions into a folder.
+LISTS = {
+    "q.csv": lambda path: path.write_text(
+        "question_id,question,image,answer\n0,Who?,0.png,0\n1,Who?,1.png,1\n"
+    ),
+    "q.jsonl": lambda path: path.write_text(" \n\n".join(map(json.dumps, rows())) + "\n   \n"),
+    "q.json": lambda path: path.write_text("\n".join(map(json.dumps, rows()))),
+    "q.parquet": write_table,
+    "content.parquet": lambda path: write_table(
+        path, image={"bytes": image_to_bytes(noise(0), "PNG"), "path": None}
+    ),
+    "q.tar": lambda path: write_shard(
+        path,
+        [
+            (f"{n}", {"png": image_to_bytes(noise(0), "PNG"), "json": json.dumps(row).encode()})
+            for n, row in enumerate(rows())
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("scheme", ["", "http"])
+@pytest.mark.parametrize("name", LISTS)
+def test_questions_of_any_format(name, scheme, tmp_path, monkeypatch):
+    # As the training reads them; images lie beside the list, on the same server, or in it.
+    monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    LISTS[name](folder / name)
+    for number in range(2):
+        noise(0).save(folder / f"{number}.png")
+    with serve_folder(folder) as url:
+        path = f"{url}/{name}" if scheme else str(folder / name)
+        samples = read_questions(path)
+        assert [(str(sample.key), sample.references) for sample in samples] == [
+            ("0", ["0"]),
+            ("1", ["1"]),
+        ]
+        assert not any(sample.problem for sample in samples)
+        for sample in samples:
+            image = open_image(sample_image(sample, None, path)).image
+            assert image.tobytes() == noise(0).tobytes()
 
 
 GENEVAL = {"tag": "single_object", "include": [{"class": "cup", "count": 1}], "prompt": "a cup"}
@@ -190,7 +307,8 @@ def write_dpg(path, rows: list[dict[str, str]]) -> Path:
 
 BAD_FILES = {
     # Reader, content, what the error names besides the file.
-    "no questions": (read_questions, {"questions": []}, "questions"),
+    "no questions": (read_questions, {"questions": []}, "list of records"),
+    "damaged line": (read_object_prompts, [GENEVAL, 1], "item 1: is a JSON int"),
     "equal ids": (read_questions, [QUESTION, QUESTION], "question_id"),
     "geneval: no prompt": (read_object_prompts, [{**GENEVAL, "prompt": 1}], "item 0.*prompt"),
     "geneval: itself": (read_object_prompts, [{**GENEVAL, "include": [ABOVE_ITSELF]}], "cup"),
@@ -205,8 +323,8 @@ BAD_FILES = {
 def test_a_file_of_another_layout_is_named_with_the_fault(read, content, name, tmp_path):
     # Half of a benchmark would be scored, or all of it as wrong.
     write_file = write_dpg if read is read_dpg else write_any
-    file = write_file(tmp_path / "data.json", content)
-    with pytest.raises(DataError, match=f"(?s)data.json.*{name}"):
+    file = write_file(tmp_path / ("data.csv" if read is read_dpg else "data.json"), content)
+    with pytest.raises(DataError, match=f"(?s){file.name}.*{name}"):
         read(file)
 
 
@@ -244,10 +362,12 @@ def test_prompts_of_nano_have_the_formats_of_the_benchmarks(tmp_path):
     assert len(read_dpg(tmp_path / "dpg_bench.csv")) == 100
 
 
-def test_find_image_file_by_coco_names(tmp_path):
+def test_sample_image_by_coco_names(tmp_path):
     # Annotations name images by numbers, COCO's files have twelve digits and the split.
     (tmp_path / "val2014").mkdir()
     noise(0).save(tmp_path / COCO_NAME)
-    assert find_image_file(7, tmp_path, tmp_path / "q.json", "here") == tmp_path / COCO_NAME
+    file = tmp_path / "q.json"
+    assert sample_image(Sample(7, "", 7), tmp_path, file) == tmp_path / COCO_NAME
+    assert sample_image(Sample(7, "", 7), None, file) == tmp_path / COCO_NAME
     with pytest.raises(ImageError, match=r"q\.json: item 3: .*COCO_val2014_000000000009\.jpg"):
-        find_image_file(9, tmp_path, tmp_path / "q.json", "q.json: item 3")
+        sample_image(Sample(9, "q.json: item 3", 9), tmp_path, file)

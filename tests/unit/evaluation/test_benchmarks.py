@@ -67,6 +67,22 @@ BENCHMARKS = {
         {"answer": ["Two dogs!", "the dogs", "red", ""], "question_id": [1, 2, 3, 4]},
         status=1,
     ),
+    # One answer that is a number, or none, does not remove the accuracy of the others.
+    "one's own list": Recorded(
+        "vqa --questions q.jsonl",
+        {
+            "q.jsonl": [
+                question(1, answer=2),
+                question(2, answer=True),
+                question(3, answers=[], answer=["A fox", "The fox"]),
+                question(4),
+            ]
+        },
+        [answer(1, "two"), answer(2, "No."), answer(3, "a fox"), answer(4, "x")],
+        {"accuracy": 66.67, "answered": 3, "bad": 1},
+        {"answer": ["two", "No.", "a fox"], "question_id": [1, 2, 3]},
+        status=1,
+    ),
     "gqa": Recorded(
         "vqa --dataset gqa --questions q.json",
         {"q.json": [question(1, answer="red"), question(2, answer="no")]},

@@ -33,6 +33,10 @@ def test_caption_scores_without_java(monkeypatch, capsys):
     assert len(notes) == 1
     assert "METEOR and SPICE" in notes[0]
     assert capsys.readouterr().out == ""  # stdout is for the summary
+    # It compares an image with the others.
+    scores, notes = caption_scores(["a fox"], [["a fox"]])
+    assert scores["ROUGE_L"] == 1 and "CIDEr" not in scores
+    assert "CIDEr" in notes[0]
 
 
 @pytest.mark.nightly

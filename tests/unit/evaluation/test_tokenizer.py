@@ -9,16 +9,22 @@ import torch
 import torch.nn.functional as F
 from llm_runs import COLOURS
 from PIL import Image
+from random_images import noise
 from repository import NANO
 from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
+from seed_multimodal.errors import DataError
+from seed_multimodal.evaluation.prefix import class_columns
 from seed_multimodal.evaluation.tokenizer import open_tokenizer, run_pass
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_nano.report.judge import Judge, find_judge
+from seed_nano.report.reward import open_reward
+from seed_nano.report.scoring import image_labels
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -141,6 +147,26 @@ def test_eval_prefix_of_nano_and_its_sister(tmp_path):
             assert rows[first][measure]["value"] < rows[last][measure]["value"], measure
     assert (tmp_path / "prefix.md").read_text().count("\n") == len(rows) + 2
     assert all(Image.open(tmp_path / f"{name}.png").width > 300 for name in ("curves", "sheet"))
+
+
+def test_labels_are_matched_by_name():
+    # Else a record with its labels in another order compares a style with a thing.
+    rows = [{"thing": "fox", "style": "noto"}, {"style": "flat", "thing": "cat"}]
+    assert class_columns(rows) == {"thing": ["fox", "cat"], "style": ["noto", "flat"]}
+    assert class_columns([3, 4]) == {"0": [3, 4]}
+    for other in ({"thing": "cat"}, {"thing": "cat", "colour": "red"}, {**rows[0], "style": None}):
+        with pytest.raises(DataError, match="labels"):
+            class_columns([rows[0], other])
+
+    # The judge of nano as well.
+    judge = Judge.from_pretrained(find_judge("nano"))
+    labels = image_labels(judge, [noise(0)])[0]
+    named = dict(reversed(list(zip(judge.config.labels, labels, strict=True))))
+    for record in ({"labels": list(labels)}, {"labels": named}):
+        reward = open_reward("nano", [record], torch.device("cpu"))
+        assert reward([noise(0)], [record]) == [1.0]
+    with pytest.raises(DataError, match="line 1: .*labels"):
+        open_reward("nano", [{"labels": {"thing": "fox"}}], torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from seed_multimodal.evaluation.vqa import vqa_accuracy, vqa_answer
+from seed_multimodal.evaluation.annotations import Sample
+from seed_multimodal.evaluation.vqa import accuracies, vqa_accuracy, vqa_answer
 from seed_multimodal.models.lavit.evaluate import lavit_answer
 
 
@@ -56,3 +57,29 @@ def test_vqa_accuracy_is_the_mean_over_the_other_annotators(answer, annotated, a
 def test_lavit_answer_removes_opening_words(text, normalised):
     # LaVIT's own program: its published scores of VizWiz need it.
     assert lavit_answer(text) == normalised
+
+
+@pytest.mark.parametrize(
+    "answer, references, accuracy",
+    [
+        ("Yes", ["Yes"] * 3, 1.0),
+        ("a fox", ["A fox", "The fox"], 1.0),
+        ("two", ["2", "Two."], 1.0),
+        # Each of two references has the other one to agree with, each of three two.
+        ("fox", ["a fox", "a dog"], 1 / 2),
+        ("fox", ["a fox", "the fox", "a dog"], (1 / 2 + 1 / 2 + 1) / 3),
+    ],
+)
+def test_references_of_lists_of_ones_own_are_normalised(answer, references, accuracy):
+    # Whoever writes "A fox" does not expect it to be wrong, as the official program has it.
+    assert vqa_accuracy(answer, references, official=False) == pytest.approx(accuracy)
+
+
+def test_accuracies_count_an_unanswered_question_as_wrong():
+    samples = [Sample(0, "", answer_type="a"), Sample(1, "", answer_type="b")]
+    scores = accuracies(samples, [{"answer": "x"}, {"bad": "no image"}], lambda *_: 0.5)
+    assert scores == {
+        "accuracy": 25.0,
+        "per_answer_type": {"a": 50.0, "b": 0.0},
+        "per_question_type": {},
+    }

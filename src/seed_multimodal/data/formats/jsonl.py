@@ -21,7 +21,10 @@ from seed_multimodal.data.formats.record import BadRecord, FieldValue, JsonObjec
 from seed_multimodal.data.formats.storage import DataFile, open_binary, read_all
 from seed_multimodal.errors import DataError, first_line
 
-ANNOTATED = {"annotations", "questions"}  # keys of COCO's and VQA's files
+# Keys of the lists in official files: COCO's and VQA's, prompts, Karpathy's; what a record has of
+# the last two is its own.
+LISTS = ("annotations", "questions", "prompts", "images")
+OWN = {"prompts", "images"}
 
 
 class JsonLines(IndexedFile):
@@ -63,11 +66,14 @@ class JsonList:
     """The items of a .json list, or an object per line, by index.
 
     They are one buffer, which forked workers share.
+
+    joined: VQA's annotations get the questions of the official file beside them.
     """
 
-    def __init__(self, file: DataFile) -> None:
+    def __init__(self, file: DataFile, joined: bool = True) -> None:
         self.path = file.path
         self.files = [file.path]
+        self.joined = joined
 
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray]:
@@ -91,9 +97,10 @@ class JsonList:
             ) from None
 
         if isinstance(value, dict):
-            # Records under a key, as COCO's captions; or a file of one line.
+            # An official file, or a file of one line.
             one_line = b"\n" not in content.strip()
-            value = self._annotations(value) if ANNOTATED & value.keys() else [value] * one_line
+            official = self._official(value)
+            value = [value] * one_line if official is None else official
         if not isinstance(value, list) or (not value and content.lstrip().startswith(b"{")):
             raise BadRecord(
                 "malformed json",
@@ -101,22 +108,30 @@ class JsonList:
             )
         return [json.dumps(item).encode() for item in value]
 
-    def _annotations(self, content: JsonObject) -> FieldValue:
-        """The annotations of an official file, with the fields of their images and questions."""
-        items = content.get("annotations")
-        if items is None:
+    def _official(self, content: JsonObject) -> list[FieldValue] | None:
+        """The records of an official file, with the fields of their images and questions."""
+        # 1. Objects by their id (GQA), or the list under a key.
+        first = next(iter(content.values()), None)
+        if isinstance(first, dict) and "imageId" in first:
+            return [{**item, "question_id": id} for id, item in content.items()]
+        key = next((key for key in LISTS if isinstance(content.get(key), list)), "")
+        items: list[FieldValue] = content.get(key, [])
+        first = next(iter(items), {})
+        names = first.keys() if isinstance(first, dict) else ()
+        # A record may have images, or prompts, of its own.
+        if not key or (key in OWN and not {"file_name", "filename", "prompt"} & names):
+            return None
+        if key == "questions" and self.joined:
             raise DataError(
                 f"{self.path}: has questions without answers; give the file of their annotations."
             )
+
+        # 2. What an annotation is about.
         try:
-            images = {image["id"]: image for image in content.get("images", ())}
-            if images:
-                columns = ("file_name", "width", "height")
-                for item in items:
-                    image = images.get(item.get("image_id"), {})
-                    item.update({key: image[key] for key in columns if key in image})
-            elif items and "question_id" in items[0] and "question" not in items[0]:
-                self._add_questions(items, content["data_subtype"])
+            if key == "annotations":
+                _add_images(items, content.get("images", ()))
+                if self.joined and "question_id" in names and "question" not in names:
+                    self._add_questions(items, content["data_subtype"])
         except VALUE_ERRORS as error:
             raise unusable_value(error, self.path) from error
         return items
@@ -134,10 +149,10 @@ class JsonList:
                 f"has {len(files)}."
             )
         entries = json.loads(read_all(files[0]))["questions"]
-        questions = {entry["question_id"]: entry["question"] for entry in entries}
+        questions = {str(entry["question_id"]): entry["question"] for entry in entries}
         for item in items:
             answers = Counter(answer["answer"] for answer in item["answers"])
-            item["question"] = questions[item["question_id"]]
+            item["question"] = questions[str(item["question_id"])]
             item["answer"] = item.get("multiple_choice_answer") or answers.most_common(1)[0][0]
             item["image"] = f"COCO_{subset}_{item['image_id']:012d}.jpg"
 
@@ -153,6 +168,15 @@ class JsonList:
         key = f"item {row}"
         item = data[offsets[row] : offsets[row + 1]]
         return Record(key, f"{self.path}: {key}", {}, {"json": item}, self.path)
+
+
+def _add_images(items: list[JsonObject], images: Sequence[JsonObject]) -> None:
+    """Add file and size of COCO's images to their annotations."""
+    by_id = {str(image["id"]): image for image in images}
+    columns = ("file_name", "width", "height")
+    for item in filter(lambda item: isinstance(item, dict), items):
+        image = by_id.get(str(item.get("image_id")), {})
+        item.update({key: image[key] for key in columns if key in image})
 
 
 class CsvTable(JsonList):

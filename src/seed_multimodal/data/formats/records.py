@@ -57,9 +57,10 @@ CHECKED_FILES = 32
 CHECKED_BLOCKS = 64
 
 
-def open_file(path: str | Path, format: str, **access: Any) -> RecordFile:
-    """Open one file or folder of a format of ours; `access`: as of `storage.DataFile`."""
-    return _OPENERS[format](DataFile(path, **access))
+def open_file(path: str | Path, format: str, joined: bool = True, **access: Any) -> RecordFile:
+    """Open one file or folder of a format of ours; arguments as of `open_records`."""
+    file = DataFile(path, **access)
+    return JsonList(file, joined) if format == "json" else _OPENERS[format](file)
 
 
 def open_records(
@@ -74,7 +75,7 @@ def open_records(
 
     format: as of `find_files`, or a registered one, with its `options`.
     name: of the source in logs and counts.
-    access: `cache` and `in_order`, as of `storage.DataFile`.
+    access: `cache` and `in_order`, as of `storage.DataFile`; `joined`, as of `JsonList`.
 
     Raises ConfigError: unknown format or option.
     """

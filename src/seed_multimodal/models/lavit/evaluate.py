@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.vqa import DIGITS, UNANSWERABLE, Questions, vqa_answer
@@ -39,6 +40,6 @@ class LavitQuestions(Questions):
         if system.config.found.original:
             self.as_asked = QuestionProcessor()
         # LaVIT's answers are compared with lemmatized references.
-        if LEMMATISED not in (self.truth or self.file).stem:
+        if LEMMATISED not in Path(self.truth or self.file).stem:
             system.family.lemmatizer = system.family.lemmatizer or Lemmatizer()
             self.lemma = system.family.lemmatizer
