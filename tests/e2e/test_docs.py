@@ -1,16 +1,30 @@
-"""The documentation's site: a strict build, no requests to other hosts, and commands that the
-parser accepts."""
+"""The documentation's site: a strict build, no requests to other hosts, commands that the parser
+accepts, and packages as the pages write them."""
 
+import ast
 import re
+import runpy
 import shlex
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+import torch
+from data_files import jpeg, write, write_any
+from installed_package import install
 from llm_runs import environment
+from random_images import noise
 from real_processes import run_checked
 from repository import ROOT
+from tiny import read_json
 
-from seed_multimodal.cli.main import build_parser
+from seed_multimodal.cli.main import build_parser, main
+from seed_multimodal.data.formats.contents import registered_formats
+from seed_multimodal.rl.config import RewardSettings
+from seed_multimodal.rl.rewards import open_reward
+
+HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 
 LOADED = re.compile(
     r"<(?:(?:script|img|iframe|source)[^>]*\ssrc|link[^>]*\shref)=\"?(https?:[^\s\">]+)"
@@ -72,3 +86,87 @@ def test_documented_commands_are_understood(capsys):
         except SystemExit:
             unknown.append((argv, capsys.readouterr().err.splitlines()[-1]))
     assert len(documented_commands()) > 30 and not unknown
+
+
+# ---- blocks of Python and TOML
+
+
+def blocks(page: Path, language) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
+def test_python_blocks_import_what_exists(page, tmp_path):
+    # Most of them need weights; what they import must be there.
+    for block in blocks(page, "python"):
+        tree = ast.parse(block)  # no page has code that cannot be pasted
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        runpy.run_path(str(write(tmp_path / "imports.py", ast.unparse(ast.Module(imports, [])))))
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """The packages of all pages, installed; the working folder."""
+    monkeypatch.chdir(tmp_path)
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    for number, page in enumerate(HOW_TO):
+        for block in blocks(page, "python"):
+            name = re.match(r"# (my_package\S*\.py)\n", block)
+            if name:
+                # The page of rewards has a module, the others a package.
+                file = name[1].replace("my_package.py", "my_package/__init__.py")
+                write(site / file, block)
+        groups: dict[str, dict[str, str]] = {}
+        for block in blocks(page, "toml"):
+            groups |= tomllib.loads(block).get("project", {}).get("entry-points", {})
+        if "mosaic" not in str(groups):  # tests/contract has this one
+            install(site, f"page{number}", groups)
+    registered_formats.cache_clear()
+    yield tmp_path
+    registered_formats.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+def test_a_format_as_its_page_writes_it(packages, capsys):
+    # Whoever pastes the page's package trains on it with the page's command.
+    for index in range(3):
+        write(packages / f"pages/de/{index}.txt", f"a fox {index}")
+        write(packages / f"pages/de/{index}.png", jpeg(index))
+    [command] = [argv for argv in documented_commands() if "mine" in argv]
+    argv = [str(ROOT / word) if word.startswith("pretrained") else word for word in command]
+    assert main(argv) == 0
+    assert "3 of 3 records, 3 sequences" in capsys.readouterr().out
+    # What it lacks is named.
+    module = packages / "site/my_package/records.py"
+    write(module, module.read_text().replace("self.path = path", "pass"))
+    del sys.modules["my_package.records"]
+    assert main(argv) == 2
+    assert "'path'" in capsys.readouterr().err
+
+
+def test_a_benchmark_as_its_page_writes_it(packages, tiny_folder, capsys):
+    answers = {1: "two", 2: "3", 3: "none"}
+    question = {"image": "a.jpg", "question": "How many?"}
+    rows = [{**question, "question_id": key, "answer": 2} for key in answers]
+    write_any(packages / "q.json", rows)
+    lines = [{"id": key, "answer": answer} for key, answer in answers.items()]
+    write_any(packages / "out/samples-0.jsonl", lines)
+    flags = f"--questions q.json --out out --device cpu --model {tiny_folder}".split()
+    assert main(["eval", "numbers", *flags, "--tolerance", "1"]) == 0
+    assert read_json(packages / "out/summary.json")["accuracy"]["value"] == 0.6667
+
+    # A package that is broken, or none of a benchmark, leaves the other commands usable.
+    entries = {"gone": "my_package.gone:Gone", "path": "pathlib:Path"}
+    install(packages / "site", "broken", {"seed_multimodal.benchmarks": entries})
+    build_parser().parse_args(["eval", "vqa", *flags])
+    error = capsys.readouterr().err
+    assert "my_package.gone" in error and "pathlib:Path" in error
+
+
+def test_a_reward_as_its_page_writes_it(packages):
+    records = [{"least": 0}, {"least": 300}]
+    reward = open_reward(RewardSettings("mine", ""), records, torch.device("cpu"))
+    assert reward([noise(0)] * 2, records) == [1.0, 0.0]

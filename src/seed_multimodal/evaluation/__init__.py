@@ -2,7 +2,7 @@
 
 benchmark         what a benchmark is, and `run`: a system on one of them, resumable, shared by
                   processes; `BENCHMARKS`, a row for each
-annotations       published files of questions and captions → samples
+annotations       lists of questions and captions, of any format → samples
 vqa, captions, choices    benchmarks whose answers are texts
 text2image        drawings of captions, compared by CLIP (`clip`) and FID (`fid`)
 judged            drawings that another model judges: geneval (`detection`), tifa (`judges`)

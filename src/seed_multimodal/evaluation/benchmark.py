@@ -8,9 +8,10 @@ OUT/samples-0.jsonl    one line per sample, appended by process 0 (-1 by process
 OUT/results.json       in the benchmark's format, and summary.json: written when all samples are
                        answered
 
-To add a benchmark, write a module with a dataclass derived from `Benchmark` and name it in
-`BENCHMARKS`: `seed eval` gets a command whose flags are the fields with a help text. Modules import
-torch where they use it, so that `seed eval --help` is fast.
+A benchmark is a dataclass derived from `Benchmark`, in `BENCHMARKS` or registered by an entry point
+of the group `seed_multimodal.benchmarks`: `seed eval` gets a command of its name, whose flags are
+the fields with a help text. Modules import torch where they use it, so that `seed eval --help` is
+fast.
 
 Processes (torchrun's RANK and WORLD_SIZE) share the samples; their number may change on resume.
 Unusable samples are logged, counted and retried by the next run; `max_bad` consecutive ones stop
@@ -34,13 +35,20 @@ from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.data.stream.order import Chunks
 from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
 from seed_multimodal.entry import log_line, rank_and_world_size
-from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
+from seed_multimodal.errors import (
+    ConfigError,
+    DataError,
+    GenerationError,
+    ImageError,
+    pluralize,
+)
 from seed_multimodal.evaluation.annotations import Key, Sample, sample_image
 from seed_multimodal.evaluation.metrics import finite_json, plain
 from seed_multimodal.images.io import open_image
 from seed_multimodal.models.registry import find_family
+from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_identity, read_settings, setting
+from seed_multimodal.settings import check_identity, find_entry, read_settings, setting
 from seed_multimodal.weights.catalogue import weight_files
 
 if TYPE_CHECKING:
@@ -207,8 +215,16 @@ AnyBenchmark = Benchmark[Any]
 
 
 def benchmark_class(command: str) -> type[AnyBenchmark]:
-    """The class of a command of `seed eval`."""
-    return pkgutil.resolve_name(BENCHMARKS[command])
+    """The class of a command of `seed eval`. Raises ConfigError: none, or it cannot be imported."""
+    if command in BENCHMARKS:
+        return pkgutil.resolve_name(BENCHMARKS[command])
+    entry = find_entry(registered("benchmarks"), command, "benchmark")
+    kind = import_entry(entry)
+    if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
+        raise ConfigError(
+            f"{entry.value}: benchmark {command} is no evaluation.benchmark.Benchmark."
+        )
+    return kind
 
 
 def open_benchmark(command: str, **settings: object) -> AnyBenchmark:

@@ -100,7 +100,7 @@ class Turn:
     role: str
     content: list[RawPart]
     learned: bool = True
-    images: list[ContentPart] = field(default_factory=list)
+    images: list[JsonObject] = field(default_factory=list)
 
     @property
     def message(self) -> JsonObject:
@@ -308,9 +308,9 @@ def _read_part(part: object, location: str) -> list[RawPart]:
     return parts
 
 
-def _images(values: Iterable[FieldValue]) -> list[ContentPart]:
+def _images(values: Iterable[FieldValue]) -> list[JsonObject]:
     """The images among some values: paths, contents, or objects of chat APIs and tables."""
-    images: list[ContentPart] = []
+    images: list[JsonObject] = []
     for value in values:
         if isinstance(value, Mapping):
             images += _images(value.get(key) for key in IMAGE_VALUES)[:1]
@@ -396,7 +396,7 @@ def _place_images(turns: Sequence[Turn], fields: RecordFields, location: str) ->
                 turn.content[index] = images[next(remaining)]
 
 
-def _mismatch(parts: Sequence[RawPart], images: Sequence[ContentPart], location: str) -> BadRecord:
+def _mismatch(parts: Sequence[RawPart], images: Sequence[JsonObject], location: str) -> BadRecord:
     """The error of contents with another number of placeholders than of images."""
     placeholders = [part.text for part in parts if isinstance(part, Placeholder)]
     counts = []
@@ -406,7 +406,7 @@ def _mismatch(parts: Sequence[RawPart], images: Sequence[ContentPart], location:
     return BadRecord("images and placeholders", f"{location}: {' for '.join(counts)}.")
 
 
-def _field_images(fields: RecordFields, n_images: int, location: str) -> list[ContentPart]:
+def _field_images(fields: RecordFields, n_images: int, location: str) -> list[JsonObject]:
     """The images outside the turns; `n_images`: by the placeholders, to divide joined codes."""
     codes = fields.get("image_ids")
     if codes is not None:
@@ -418,7 +418,7 @@ def _field_images(fields: RecordFields, n_images: int, location: str) -> list[Co
         return [{"codes": image_codes} for image_codes in codes]
 
     # Paths or contents, in columns of any name; others may name the same files.
-    columns: dict[str, list[ContentPart]] = {}
+    columns: dict[str, list[JsonObject]] = {}
     for name, value in fields.items():
         values = _images(as_list(value)) if name not in OTHER_FIELDS else []
         if values and (name in IMAGES or None not in map(_file_name, values)):

@@ -117,7 +117,7 @@ class JsonList:
         key = next((key for key in LISTS if isinstance(content.get(key), list)), "")
         items: list[FieldValue] = content.get(key, [])
         first = next(iter(items), {})
-        names = first.keys() if isinstance(first, dict) else ()
+        names = {*first} if isinstance(first, dict) else set()
         # A record may have images, or prompts, of its own.
         if not key or (key in OWN and not {"file_name", "filename", "prompt"} & names):
             return None

@@ -35,7 +35,7 @@ from seed_multimodal.data.formats.record import JsonObject, Record, RecordFile, 
 from seed_multimodal.data.formats.storage import BLOCK_BYTES, DataFile, is_remote, stat
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.entry import end_with_parent, log_line, rank_and_world_size
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.plugins import import_entry
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys
@@ -88,6 +88,13 @@ def open_records(
         _, *option_names = inspect.signature(opener).parameters
         check_keys(options, option_names, f"options of format {format}")
         record_files = [opener(pattern, **options) for pattern in patterns or (None,)]
+        for file in record_files:
+            for attribute in ("path", "sizes", "locate"):
+                if not hasattr(file, attribute):
+                    raise ConfigError(
+                        f"format {format}: its {type(file).__name__} has no {attribute!r}, which a "
+                        "RecordFile needs."
+                    )
     else:
         check_keys(options, option_names, f"options of format {format}")
         record_files = [
