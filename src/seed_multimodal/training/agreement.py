@@ -30,6 +30,7 @@ from seed_multimodal.weights.find import locate
 
 # Settings that may differ between processes.
 OWN_SETTINGS = ("trainer.device", "trainer.dataloader_num_workers", "run.device", "run.num_workers")
+PROGRAMS = ("trainer.report_to",)  # whose names are also those of folders that they write
 COMPARED_FILES = 20_000  # of a folder
 SHOWN_DIFFERENCES = 5
 FOLDER_SECONDS = 5.0  # in which a new file appears on all nodes of a shared disk
@@ -96,11 +97,15 @@ def _sees_folder(group: ProcessGroup, folder: Path) -> bool:
 
 
 def _file_sizes(config: Mapping[str, object], output_dir: Path) -> Iterator[tuple[str, int]]:
-    """Path and size of each file that a configuration names, also in folders and by patterns."""
+    """Path and size of each file that a configuration names, also in folders and by patterns.
+
+    Any text that is a path counts, since settings of formats and decoders name files, too.
+    """
     texts: list[object] = []
-    for _, value in leaves(config):
-        texts += value if isinstance(value, list) else [value]
-    for text in dict.fromkeys(str(text) for text in texts if "/" in str(text)):
+    for key, value in leaves(config):
+        if key not in PROGRAMS:
+            texts += value if isinstance(value, list) else [value]
+    for text in dict.fromkeys(text for text in texts if isinstance(text, str)):
         for path in _paths(text):
             is_parent = Path(os.path.abspath(output_dir)).is_relative_to(path.absolute())
             if path.is_file():

@@ -29,7 +29,6 @@ def run(folder, prompt: dict, reward: dict) -> dict:
 @pytest.mark.parametrize(
     "prompt, reward, message",
     [
-        ({"text": "a dog"}, NANO, "item 0: has no prompt"),
         ({"prompt": "a dog"}, NANO, "line 1: has no labels"),
         ({"prompt": "a dog"}, GENEVAL, "line 1: tag"),
         (

@@ -1,5 +1,6 @@
 """GRPO: its values in tables, and steps of a tiny system."""
 
+import json
 import math
 import os
 import signal
@@ -7,12 +8,13 @@ import signal
 import pytest
 import rl_runs
 import torch
+from data_files import write
 from llm_runs import log_lines
 from rl_runs import low_codes
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.rl import task as rl_task
-from seed_multimodal.rl.task import advantages, policy_losses
+from seed_multimodal.rl.task import advantages, policy_losses, read_prompts
 from seed_multimodal.training.distributed import TrainingError
 
 NAN = math.nan
@@ -60,6 +62,14 @@ def test_policy_losses():
     torch.testing.assert_close(gradient, torch.tensor([[0, -0.25], [0.25, 0]]))
 
 
+@pytest.mark.parametrize(
+    "records", [[{"text": "a cat"}], [{"prompt": "a cat"}, {"prompt": " "}], [3]]
+)
+def test_prompts_that_are_none(tmp_path, records):
+    with pytest.raises(DataError, match="no prompt"):
+        read_prompts(write(tmp_path / "prompts.json", json.dumps(records)))
+
+
 @pytest.fixture
 def run(tmp_path, tiny_folder):
     """`rl_runs.run` of the tiny system; returns the task and the log's lines."""
@@ -78,7 +88,7 @@ def test_rewarded_codes_become_likelier(run):
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "modules_to_save": []}], ids=["all", "lora"])
-def test_log_of_steps(run, lora):
+def test_log_of_steps(run, tmp_path, lora):
     # Sampled and trained distributions are one; micro-steps share the step's answers.
     values = iter(range(100))
     functions = {"low": low_codes, "mine": lambda images, records: [next(values) for _ in images]}
@@ -86,13 +96,14 @@ def test_log_of_steps(run, lora):
         functions,
         model={"lora": lora},
         data={"rewards": [{"name": "low", "weight": -2}, {"name": "mine", "weight": 0.5}]},
-        trainer={"kl_weight": 0.1, "gradient_accumulation_steps": 2},
+        trainer={"kl_weight": 0.1, "gradient_accumulation_steps": 2, "sample_steps": 2},
     )
     assert [line["drift"] < 1e-5 for line in lines] == [True, True]
     assert lines[0]["kl"] < 1e-6 < lines[1]["kl"]
     assert (lines[0]["mine"], task.means["mine"], task.means["flat_groups"]) == (7.5, 23.5, 0)
     assert task.means["mine_std"] == pytest.approx(torch.arange(16.0).std().item())
     assert task.means["reward"] == pytest.approx(23.5 / 2 - 2 * task.means["low"])
+    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["step-2.png"]
 
 
 def test_rewards_that_do_not_apply(run):

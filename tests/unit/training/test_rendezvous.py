@@ -103,6 +103,7 @@ os.environ["LOCAL_RANK"] = "0"  # as the first process of a node
 rank = dist.get_rank()
 agreement.FOLDER_SECONDS = 0.2
 for config, folder, torch_version in json.loads(sys.argv[1 + rank]):
+    os.chdir(Path(folder).parent)
     agreement.version = lambda name: torch_version
     try:
         agreement.agree(ProcessGroup(), config, Path(folder))
@@ -117,7 +118,10 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
     for number in "01":
         (tmp_path / number / "shards").mkdir(parents=True)
         (tmp_path / number / "shards" / "a.tar").write_text("a" * 10)
+        (tmp_path / number / "wandb").mkdir()
+        (tmp_path / number / "p.jsonl").write_text(number * (1 + int(number)))
     (tmp_path / "0" / "shards" / "b.tar").write_text("b")
+    (tmp_path / "0" / "wandb" / "log").touch()
     base = {
         "optim": {"rate": 0.1},
         "trainer": {"device": "cpu"},
@@ -129,6 +133,8 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
         return [{**base, **changes}, str(tmp_path / folder / "out"), torch]
 
     shards = [{"data": {"files": f"{tmp_path}/{number}/shards"}} for number in "01"]
+    prompts = {"data": {"prompts": "p.jsonl"}}
+    names = {"data": {"options": {"media": ["shards"]}}, "trainer": {"report_to": ["wandb"]}}
     cases = [
         (run(), run(trainer={"device": "cuda"}), "equal"),
         (run(**shards[0]), run(**shards[0]), "equal"),
@@ -136,6 +142,13 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
         (run(**shards[0]), run(**shards[1]), "b.tar: 1 -> not given"),
         (run(), run(torch="2.12"), "versions.torch: 2.13 -> 2.12"),
         (run(), run("1"), "output folder: shared -> not the same"),
+        # Names without a slash, from other working directories.
+        (run(**prompts), run("1", **prompts), "files.p.jsonl: 1 -> 2; output"),
+        (
+            run(**names),
+            run("1", **names),
+            "b.tar: 1 -> not given; output",
+        ),
     ]
     program = tmp_path / "agree.py"
     program.write_text(AGREE)
