@@ -36,7 +36,7 @@ def low_codes(images, records) -> list[float]:
 def run(folder, system, functions: Mapping[str, Callable], **settings) -> RlTask:
     """Train two steps of two groups of four; returns the task.
 
-    functions: rewards of these names, of `codes_as_pixels`; none: of drawings, those of `data`.
+    functions: rewards of these names.
     settings: of each group; `evaluated`: number of prompts.
     """
     evaluated = [{"prompt": f"a bird {index}"} for index in range(settings.pop("evaluated", 0))]
@@ -56,8 +56,7 @@ def run(folder, system, functions: Mapping[str, Callable], **settings) -> RlTask
     for group, values in groups.items():
         config[group] = {**values, **settings.get(group, {})}
     with pytest.MonkeyPatch.context() as patch:
-        if functions:
-            patch.setattr(Family, "draw", codes_as_pixels)
+        patch.setattr(Family, "draw", codes_as_pixels)
         for name, function in functions.items():
             patch.setitem(rewards.BUILT_IN, name, lambda *opened, function=function: function)
         task = RlTask(RlTask.run_type.read(config), ProcessGroup(), torch.device("cpu"))

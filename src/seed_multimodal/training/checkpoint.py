@@ -145,12 +145,11 @@ class CheckpointStore:
             damaged = self.last_folder
             if damaged is None or is_intact(damaged):
                 raise
-            older = [path for _, path in checkpoints(damaged.parent) if path.name != damaged.name]
-            intact = next(filter(is_intact, older), None)
-            advice = "there is no intact one"
-            if intact is not None:
-                advice = f"{intact.name} is intact: remove {damaged} to resume from it"
-            raise CheckpointError(f"{error} The checkpoint is damaged; {advice}.") from error
+            for _, folder in checkpoints(damaged.parent):
+                if is_intact(folder):
+                    advice = f"{folder.name} is intact: remove {damaged} to resume from it."
+                    raise CheckpointError(f"{error} {advice}") from error
+            raise
 
     def description(self) -> str:
         """The last checkpoint, for error messages."""
@@ -352,19 +351,17 @@ def _is_kept(folder: Path) -> bool:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a checkpoint has all kinds of files, and all of them can be opened."""
+    """Whether the states, weights and optimizer of a checkpoint can be opened."""
     weights = [*folder.rglob("*.safetensors")]
-    torch_files = [*folder.rglob("*.pt")]
+    optimizer = [*folder.rglob("*.pt")]
     try:
         read_states(folder)
-        for file in folder.rglob("*.json"):
-            _read_state(file)
         for file in weights:
             with safe_open(file, "pt"):
                 pass
     except (CheckpointError, OSError, SafetensorError):
         return False
-    return bool(weights and torch_files) and all(map(zipfile.is_zipfile, torch_files))
+    return bool(weights and optimizer) and all(map(zipfile.is_zipfile, optimizer))
 
 
 def resume_remarks(folder: Path, saved: JsonObject, task: Task, world: int) -> list[str]:

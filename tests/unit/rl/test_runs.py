@@ -1,4 +1,4 @@
-"""Training of nano by the rewards of this package, and by two processes."""
+"""Rewards that cannot be opened for nano, and a training by two processes."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 import rl_runs
 from data_files import lines
-from llm_runs import environment, log_lines
+from llm_runs import environment
 from real_processes import STARTED, free_port, nothing_stays_behind  # noqa: F401
 from repository import ROOT
 
@@ -16,21 +16,13 @@ from seed_multimodal.errors import SeedError
 
 NANO = {"name": "nano", "model": "nano"}
 GENEVAL = {"name": "geneval", "model": "nano"}
-DOG = {"prompt": "a dog", "tag": "one", "include": [{"class": "dog", "count": 1}]}
-
-
-def run(folder, prompt: dict, reward: dict) -> dict:
-    """Train two steps; returns the last line of the log."""
-    data = {"rewards": [reward], "prompts": str(lines(folder / "nano.jsonl", [prompt]))}
-    rl_runs.run(folder, "nano", {}, data={**data, "drawing": {"num_inference_steps": 1}})
-    return log_lines(folder / "out")[-1]
+DOG = {"prompt": "a dog"}
 
 
 @pytest.mark.parametrize(
     "prompt, reward, message",
     [
-        ({"prompt": "a dog"}, NANO, "line 1: has no labels"),
-        ({"prompt": "a dog"}, GENEVAL, "line 1: tag"),
+        (DOG, NANO, "line 1: has no labels"),
         (
             {"prompt": "a lion", "tag": "one", "include": [{"class": "sphinx", "count": 1}]},
             GENEVAL,
@@ -42,13 +34,8 @@ def run(folder, prompt: dict, reward: dict) -> dict:
 )
 def test_refused(tmp_path, prompt, reward, message):
     with pytest.raises(SeedError, match=message):
-        run(tmp_path, prompt, reward)
-
-
-def test_geneval(tmp_path):
-    # A group whose answers are all right teaches nothing.
-    line = run(tmp_path, DOG, GENEVAL)
-    assert 0 <= line["geneval"] <= 1 and 0 <= line["flat_groups"] <= 1
+        data = {"rewards": [reward], "prompts": str(lines(tmp_path / "nano.jsonl", [prompt]))}
+        rl_runs.run(tmp_path, "nano", {}, data=data)
 
 
 @pytest.mark.process

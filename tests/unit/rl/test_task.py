@@ -1,10 +1,12 @@
 """GRPO: its values in tables, and steps of a tiny system."""
 
+import functools
 import json
 import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import rl_runs
 import torch
@@ -15,7 +17,6 @@ from rl_runs import low_codes
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.rl import task as rl_task
 from seed_multimodal.rl.task import advantages, policy_losses, read_prompts
-from seed_multimodal.training.distributed import TrainingError
 
 NAN = math.nan
 HALF = 0.5**0.5
@@ -27,15 +28,12 @@ FLAT = [[0.0, 0.0, 0.0]]
     [
         ([[3, 1], [10, 14]], False, [[1, -1], [-2, 2]]),
         ([[3, 1], [10, 14]], True, [[HALF, -HALF], [-HALF, HALF]]),
-        ([[5, 5, 8]], True, [[-1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]]),
         ([[1e6, 1e6 + 4], [1e-3, -1e-3]], True, [[-HALF, HALF], [HALF, -HALF]]),
         # A drawing without a reward does not count.
-        ([[NAN, 3, 1], [NAN, NAN, 5], [NAN] * 3], False, [[0, 1, -1], *FLAT, *FLAT]),
         ([[NAN, 3, 1], [NAN, NAN, 5], [NAN] * 3], True, [[0, HALF, -HALF], *FLAT, *FLAT]),
         # Rounding of a mean, over a standard deviation of 0, was a full step of noise.
         ([[0.7] * 3, [28.3] * 3, [-1000.1] * 3, [1e-9] * 3], True, FLAT * 4),
-        ([[1e9, 1e9 + 1, 1e9], [28.3, 28.3 + 1e-6, 28.3]], True, FLAT * 2),
-        ([[1e9 + 0.1] * 3, [0.0, 9e-7, 0.0]], False, FLAT * 2),
+        ([[1e9, 1e9 + 1, 1e9], [0.0, 9e-7, 0.0]], False, FLAT * 2),
     ],
 )
 def test_advantages(groups, spread, expected):
@@ -72,36 +70,30 @@ def test_prompts_that_are_none(tmp_path, records):
 
 @pytest.fixture
 def run(tmp_path, tiny_folder):
-    """`rl_runs.run` of the tiny system; returns the task and the log's lines."""
-
-    def go(functions, **settings):
-        task = rl_runs.run(tmp_path, tiny_folder, functions, **settings)
-        return task, log_lines(tmp_path / "out")
-
-    return go
+    """`rl_runs.run` of the tiny system."""
+    return functools.partial(rl_runs.run, tmp_path, tiny_folder)
 
 
 def test_rewarded_codes_become_likelier(run):
     # A wrong sign would learn the opposite.
-    task, lines = run({"low": low_codes}, trainer={"max_steps": 6})
-    assert task.means["low"] > lines[0]["low"] + 0.2
+    before = run({"low": low_codes}, trainer={"max_steps": 1}).means["low"]
+    assert run({"low": low_codes}, trainer={"max_steps": 6}).means["low"] > before + 0.2
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "modules_to_save": []}], ids=["all", "lora"])
 def test_log_of_steps(run, tmp_path, lora):
     # Sampled and trained distributions are one; micro-steps share the step's answers.
     values = iter(range(100))
-    functions = {"low": low_codes, "mine": lambda images, records: [next(values) for _ in images]}
-    task, lines = run(
-        functions,
+    task = run(
+        {"low": low_codes, "mine": lambda images, records: [next(values) for _ in images]},
         model={"lora": lora},
         data={"rewards": [{"name": "low", "weight": -2}, {"name": "mine", "weight": 0.5}]},
         trainer={"kl_weight": 0.1, "gradient_accumulation_steps": 2, "sample_steps": 2},
     )
-    assert [line["drift"] < 1e-5 for line in lines] == [True, True]
-    assert lines[0]["kl"] < 1e-6 < lines[1]["kl"]
-    assert (lines[0]["mine"], task.means["mine"], task.means["flat_groups"]) == (7.5, 23.5, 0)
-    assert task.means["mine_std"] == pytest.approx(torch.arange(16.0).std().item())
+    first, second = log_lines(tmp_path / "out")
+    assert max(first["drift"], second["drift"]) < 1e-5 and first["kl"] < 1e-6 < second["kl"]
+    assert (first["mine"], task.means["mine"], task.means["flat_groups"]) == (7.5, 23.5, 0)
+    assert task.means["mine_std"] == pytest.approx(np.std(range(16), ddof=1))
     assert task.means["reward"] == pytest.approx(23.5 / 2 - 2 * task.means["low"])
     assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["step-2.png"]
 
@@ -111,10 +103,10 @@ def test_rewards_that_do_not_apply(run):
     def first(images, records) -> list[float | None]:
         return [1.0 * (index % 2) if index < 4 else None for index in range(len(images))]
 
-    task, lines = run({"first": first, "never": lambda images, records: [None] * len(images)})
+    task = run({"first": first, "never": lambda images, records: [None] * len(images)})
     assert [answer.advantage > 0 for answer in task.answers] == [False, True] * 2 + [False] * 4
-    assert [line["first"] for line in lines] == [line["reward"] for line in lines] == [0.5, 0.5]
-    assert {line["flat_groups"] for line in lines} == {0.5} and "never" not in lines[0]
+    shares = [task.means[name] for name in ("first", "reward", "flat_groups")]
+    assert shares == [0.5] * 3 and "never" not in task.means
 
 
 def test_rewarded_codes_alone_are_drawn_and_trained(run, monkeypatch):
@@ -125,12 +117,12 @@ def test_rewarded_codes_alone_are_drawn_and_trained(run, monkeypatch):
         return policy_losses(*arguments)
 
     monkeypatch.setattr(rl_task, "policy_losses", recorded)
-    task, _ = run({"low": low_codes}, data={"rewarded_codes": 3})
+    task = run({"low": low_codes}, data={"rewarded_codes": 3})
     assert lengths == [3] * 16
     assert {(answer.image.width, answer.image.info["codes"]) for answer in task.answers} == {(3, 3)}
 
 
-def test_evaluation_draws_the_same_of_each_prompt(run, capsys):
+def test_evaluation_draws_the_same_of_each_prompt(run, tmp_path, capsys):
     # Other drawings for each prompt; of the same weights, the same ones at every evaluation.
     drawings = []
 
@@ -139,11 +131,11 @@ def test_evaluation_draws_the_same_of_each_prompt(run, capsys):
             drawings.append([(image.info["seed"], image.tobytes()) for image in images])
         return low_codes(images, records)
 
-    task, lines = run({"low": recorded}, evaluated=2, optim={"learning_rate": 0.0})
+    run({"low": recorded}, evaluated=2, optim={"learning_rate": 0.0})
     (first, second), again = drawings
     assert [first, second] == again and first[0] != second[0] and first[1] != second[1]
     shares = [sum(code < 8 for code in codes) / 32 for _, codes in again]
-    assert lines[-1]["eval_low"] == pytest.approx(sum(shares) / 2)
+    assert log_lines(tmp_path / "out")[-1]["eval_low"] == pytest.approx(sum(shares) / 2)
     assert "evaluation of 2 prompts every 1 steps and at the end" in capsys.readouterr().out
 
 
@@ -160,11 +152,6 @@ def test_stop_during_an_evaluation(run):
     with pytest.raises(SystemExit):
         run({"low": stopping}, evaluated=80)
     assert calls == [8, 32]
-
-
-def test_evaluation_with_a_wrong_number_of_values(run):
-    with pytest.raises(TrainingError, match="Reward mine returned 8 values for 3 drawings"):
-        run({"mine": lambda images, records: [0.5] * 8}, evaluated=3)
 
 
 @pytest.mark.parametrize(
