@@ -27,7 +27,7 @@ from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
 from seed_multimodal.settings import check_keys, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES, SCHEDULES
+from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES, SCHEDULES, refuse_unread
 
 APPLICATION = Path(__file__).resolve().parents[1]
 REPOSITORY = APPLICATION.parent
@@ -228,6 +228,8 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     lavis_class("task", run.task, f"{file}: run.task")
     if run.lr_sched not in STEP_SCHEDULES:
         lavis_class("lr_scheduler", run.lr_sched, f"{file}: run.lr_sched")
+    unread = unread_schedule_keys(run.lr_sched)
+    refuse_unread(run, unread, f"{file}: run", f"by lr_sched {run.lr_sched}")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(
             f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
@@ -250,6 +252,17 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     run.output_dir = os.path.abspath(run.output_dir)
     config.run_cfg.update(vars(run))
     return config
+
+
+def unread_schedule_keys(schedule: str) -> list[str]:
+    """Keys of the section `run` that a schedule does not read."""
+    if schedule == "linear_warmup_step_lr":
+        return []
+    if schedule not in STEP_SCHEDULES:
+        return ["lr_decay_rate"]
+    names = {"warmup_steps": "warmup_steps", "min_lr_ratio": "min_lr"}
+    unread = set(SCHEDULES[STEP_SCHEDULES[schedule]])
+    return ["warmup_lr", "lr_decay_rate", *(names[key] for key in names.keys() & unread)]
 
 
 def _prepare_processors(dataset: Any, values: dict[str, Any], key: str) -> None:

@@ -37,12 +37,12 @@ from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
 from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.codebook import CodebookTask, codebook_use
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import SCHEDULES, StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import autocast
-from seed_multimodal.training.schedules import learning_rate
-from seed_multimodal.training.task import frozen_names
-from seed_multimodal.training.trainer import Trainer, train_stage
+from seed_multimodal.training.meters import Meter
+from seed_multimodal.training.task import RunView, frozen_names
+from seed_multimodal.training.trainer import train_stage
 
 # Settings that change no result of the training: not reported when they differ at a resume.
 QUIET_KEYS = (
@@ -58,22 +58,33 @@ class ImageGenPretrainTask(ImageTextPretrainTask):
     """LAVIS's `image_text_pretrain` by another name, which some of the original's files use."""
 
 
+class EpochMeter(Meter):
+    """With the loss of the last step (`loss` is smoothed)."""
+
+    def line(self, steps: int, seconds: float, world: int) -> dict[str, float]:
+        return {**super().line(steps, seconds, world), "last_loss": self.last["loss"]}
+
+
 class TokenizerTask(CodebookTask):
     """One stage of one model; batches: those of the training split."""
 
     quiet_keys = [f"run.{key}" for key in QUIET_KEYS]
     start_hint = "run.resume_ckpt_path"
-    trainer: Trainer
-    last_loss: Tensor | None = None
 
     def __init__(self, runner: RunnerSeed, batches: StepBatches) -> None:
         run = runner.options
-        # The trainer's settings from LAVIS's keys; a completed run continues with a higher
-        # max_epoch.
+        # The trainer's settings from LAVIS's keys, its own schedules (by epoch) excepted; a
+        # completed run continues with a higher max_epoch.
+        schedule = STEP_SCHEDULES.get(run.lr_sched, "cosine")
+        has_floor = run.init_lr and "min_lr_ratio" not in SCHEDULES[schedule]
         settings = StageSettings(
             max_steps=runner.steps_per_epoch * run.max_epoch,
             batch_size=run.batch_size_train,
             learning_rate=run.init_lr,
+            lr_scheduler_type=schedule,
+            warmup_steps=run.warmup_steps,
+            min_lr_ratio=run.min_lr / run.init_lr if has_floor else 0.0,
+            schedule_per_micro_batch=True,
             weight_decay=run.weight_decay,
             max_grad_norm=run.clip_grad,
             ema=run.ema,
@@ -99,40 +110,33 @@ class TokenizerTask(CodebookTask):
             n_images=batches.n_samples,
         )
         self.runner = runner
-        self.step_batches = batches
+        if run.lr_sched not in STEP_SCHEDULES:
+            self.learning_rate = self.epoch_rate
+        self.meter = EpochMeter(self.meter.samples)
+        self.data = batches
+        self.parts = [batches, *self.parts]
         self.options = run
-        self.eval_steps = runner.steps_per_epoch
+        self.sample_steps = runner.steps_per_epoch
+        self.eval_steps = runner.steps_per_epoch if run.valid_splits else 0
         self.config = runner.config.to_dict()
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of the optimizer step's last iteration."""
+    def epoch_rate(self, step: int) -> float:
+        """The rate of the optimizer step's last iteration, by LAVIS's schedule."""
         run = self.options
         last_iteration = (step + 1) * run.accum_grad_iters - 1
-        if run.lr_sched in STEP_SCHEDULES:
-            schedule = StageSettings(
-                max_steps=run.max_epoch * run.iters_per_epoch,
-                learning_rate=run.init_lr,
-                warmup_steps=run.warmup_steps,
-                min_lr_ratio=run.min_lr / run.init_lr if run.init_lr else 0.0,
-                lr_scheduler_type=STEP_SCHEDULES[run.lr_sched],
-            )
-            return learning_rate(last_iteration, schedule)
-
-        # LAVIS's.
         epoch, iteration = divmod(last_iteration, run.iters_per_epoch)
         self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=iteration)
         return self.optimizer.param_groups[0]["lr"]
 
     def batch(self, micro_step: int) -> dict[str, Any]:
-        """One batch, its images on the device."""
-        return self.runner.with_images(self.step_batches.at(micro_step))
+        return self.data.at(micro_step)
 
     def codebook_points(self, batch: dict[str, Any]) -> Tensor:
         """As the base's, of the images."""
-        return self.model.codebook_points(batch["image"])
+        return self.model.codebook_points(self.runner.with_images(batch)["image"])
 
-    def before_training(self) -> None:
-        """All checks have passed: write the run's settings."""
+    def prepare(self) -> None:
+        """Write the run's settings."""
         folder = self.runner.output_dir
         if self.runner.group.first:
             with writing(folder):
@@ -141,31 +145,23 @@ class TokenizerTask(CodebookTask):
                 sizes = json.dumps(self.model.config.to_dict(), indent=2)
                 replace_text(folder / "config.json", sizes + "\n")
 
-    def batch_loss(
-        self, model: nn.Module, batch: dict[str, Any]
-    ) -> tuple[Tensor, Mapping[str, Any]]:
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         """As LAVIS's training step, with all of the model's losses."""
-        losses = model(batch)
-        loss = losses.pop("loss")
-        self.last_loss = loss.detach()
-        return loss, losses
+        losses = model(self.runner.with_images(batch))
+        return losses.pop("loss"), losses
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """At the end of an epoch its checkpoint, held-out losses and samples.
-
-        Returns the held-out losses as `valid/SPLIT/NAME`.
-        """
+    def write_samples(self, run: RunView) -> None:
+        """The checkpoint of an epoch."""
         runner = self.runner
-        epoch = step // runner.steps_per_epoch - 1
+        epoch = run.step // runner.steps_per_epoch - 1
+        with writing(runner.output_dir):
+            runner.save_epoch(epoch, run.weights())
+            runner.log_stats({"epoch": epoch, **self.losses()}, "train")
 
-        # 1. The checkpoint.
-        if runner.group.first:
-            losses = {name: float(value) for name, value in self.latest.items()}
-            with writing(runner.output_dir):
-                runner.save_epoch(epoch, self.trainer.engine.weights())
-                runner.log_stats({"epoch": epoch, **losses}, "train")
-
-        # 2. Held-out losses.
+    def evaluate(self, run: RunView) -> dict[str, float]:
+        """Held-out losses and samples at the end of an epoch, as `valid/SPLIT/NAME`."""
+        runner = self.runner
+        epoch = run.step // runner.steps_per_epoch - 1
         validation = {}
         for split in self.options.valid_splits:
             means = mean_losses(runner, split)
@@ -179,21 +175,10 @@ class TokenizerTask(CodebookTask):
                     validation[f"valid/{split}/{name}"] = value
         return validation
 
-    def status(self) -> dict[str, float]:
-        """As the base's, and the last loss (`loss` is smoothed)."""
-        status = super().status()
-        if self.last_loss is not None:
-            status["last_loss"] = float(self.last_loss)
-        return status
-
-    def finish(self, group: ProcessGroup) -> dict[str, Any]:
+    def finish(self, run: RunView) -> dict[str, Any]:
         """The record of the run."""
-        return {
-            **super().finish(group),
-            "checkpoint": str(
-                self.runner.output_dir / f"checkpoint_{self.options.max_epoch - 1}.pth"
-            ),
-        }
+        file = self.runner.output_dir / f"checkpoint_{self.options.max_epoch - 1}.pth"
+        return {**super().finish(run), "checkpoint": str(file)}
 
 
 def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
@@ -326,6 +311,11 @@ class RunnerSeed(RunnerBase):
                 f"The training set has {n_images} images: a batch contrasts "
                 f"{options.batch_size_train} of each process, and none twice."
             )
+        if self.model.contrasts and options.batch_size_train * world == 1:
+            log(
+                "warning: a batch of one pair has no other to contrast it with, so loss_itc is 0; "
+                "raise run.batch_size_train."
+            )
 
         # 3. Training; another run's checkpoint is only read if this run has none.
         with StepBatches(
@@ -340,12 +330,13 @@ class RunnerSeed(RunnerBase):
             max_bad_in_a_row=options.max_bad_in_a_row,
         ) as batches:
             task = TokenizerTask(self, batches)
+            first_step = 0
             if options.resume_ckpt_path and not checkpoints(
                 self.output_dir / task.checkpoint_folder
             ):
                 self._load_checkpoint(locate(options.resume_ckpt_path))
-                task.first_step = self.steps_per_epoch * self.start_epoch
-            record = train_stage(task, self.output_dir, self.group)
+                first_step = self.steps_per_epoch * self.start_epoch
+            record = train_stage(task, self.output_dir, self.group, first_step)
 
         log(f"Next: {shlex.join(self.next_command(record['checkpoint']))}")
         return record

@@ -48,6 +48,14 @@ def project_root(start: str | Path | None = None) -> Path:
     return Path.cwd()
 
 
+def project_path(path: str | Path) -> Path:
+    """A path as is, else below the project root or its parents; unchanged if it does not exist."""
+    path = Path(path).expanduser()
+    root = project_root()
+    candidates = [path, *(folder / path for folder in (root, *root.parents))]
+    return next((candidate for candidate in candidates if candidate.exists()), path)
+
+
 def load_yaml(path: str | Path) -> DictConfig:
     """A YAML mapping with its interpolations resolved.
 

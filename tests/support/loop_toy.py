@@ -23,12 +23,11 @@ from safetensors.torch import load_file
 from tiny import read_json
 from torch import nn
 
+from seed_multimodal.data.stream.epochs import EpochOrder
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.schedules import batch_indices
-from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.task import ONE_PROCESS, StageTask
 from seed_multimodal.training.trainer import train_stage
 
 
@@ -36,6 +35,12 @@ def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
     """Model and data `[64, 8]`, the same at every call."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(64, 8)
+
+
+def batch_indices(step: int, size: int = 8) -> torch.Tensor:
+    """The rows of a batch."""
+    samples = EpochOrder(64, 3).samples(step * size, size)
+    return torch.tensor([index for _, index in samples])
 
 
 def toy_loss(model, data: torch.Tensor, chosen: torch.Tensor, noise: float) -> torch.Tensor:
@@ -50,8 +55,21 @@ def move_bias(model: nn.Sequential):
         model[2].bias.add_(0.01 * torch.randn(1))
 
 
+class ToyPart:
+    """A part without a state, whose numbers are given as a function."""
+
+    def __init__(self, status: Callable):
+        self.status = status
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, states):
+        pass
+
+
 class ToyTask(StageTask):
-    """A stage whose methods are given as functions."""
+    """A stage whose methods are given as functions; its batches are the numbers of micro-steps."""
 
     def __init__(
         self,
@@ -68,11 +86,14 @@ class ToyTask(StageTask):
             if function is not None:
                 setattr(self, method, function)
 
+    def batch(self, micro_step: int) -> int:
+        return micro_step
+
     def measures(self) -> dict:
         return {}
 
-    def finish(self, group: ProcessGroup) -> dict:
-        return {**super().finish(group), **self.measures()}
+    def finish(self, run) -> dict:
+        return {**super().finish(run), **self.measures()}
 
 
 def train(
@@ -81,6 +102,7 @@ def train(
     name="toy",
     pause: float = 0.0,
     noise: float = 0.1,
+    frozen: bool = False,
     stop_at: int = -1,
     status: Callable[[], dict[str, float]] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
@@ -89,7 +111,8 @@ def train(
     """Train one stage; returns its record with the exact sum of the final weights.
 
     Each micro-step sleeps `pause` seconds; if that is a second or more, it first makes the file
-    `begun.MICRO_STEP`. In micro-step `stop_at` this process sends itself SIGTERM.
+    `begun.MICRO_STEP`. In micro-step `stop_at` this process sends itself SIGTERM. `frozen`: the
+    loss does not depend on the weights.
     """
     # A rank sees its own batches.
     model, data = toy_model()
@@ -120,8 +143,10 @@ def train(
         # A signal in the middle of a step.
         if micro_step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        chosen = batch_indices(micro_step * world + rank, choices["batch_size"], 64, 3)
+        chosen = batch_indices(micro_step * world + rank, choices["batch_size"])
         value = toy_loss(model, data, chosen, noise)
+        if frozen:
+            value = value * 0.0
         # At once, so that a killed process leaves what it did.
         with open(losses, "a") as file:
             file.write(f"{micro_step} {value.item().hex()}\n")
@@ -138,10 +163,10 @@ def train(
 
     methods = {
         "measures": measures,
-        "after_step": change if noise else None,
-        "evaluate": evaluate,
+        "evaluate": evaluate and (lambda run: evaluate(run.step)),
         "eval_steps": 1 if evaluate else 0,
-        "status": status,
+        "after_step": change if noise else None,
+        "parts": [ToyPart(status)] if status else [],
     }
     return train_stage(
         ToyTask(name, model, loss, StageSettings(**choices), methods=methods), folder
@@ -223,10 +248,9 @@ def main() -> int:
     # A stage of one process only is refused, before it waits for others.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         try:
-            train_stage(
-                StageTask("single", nn.Linear(1, 1), StageSettings(max_steps=1), parallel=False),
-                sys.argv[1],
-            )
+            single = StageTask("single", nn.Linear(1, 1), StageSettings(max_steps=1))
+            single.ddp_options = ONE_PROCESS
+            train_stage(single, sys.argv[1])
         except SeedError as error:
             print(f"refused: {error}", flush=True)
     try:

@@ -84,7 +84,7 @@ def convert(args: Namespace) -> int:
 
 def plot(args: Namespace) -> int:
     """Draw the figure and print its name."""
-    from seed_multimodal.training.plots import draw_runs
+    from seed_multimodal.plots import draw_runs
 
     logs = draw_runs(args.runs, args.out)
     emit(args, {"figure": args.out, "logs": [str(log) for log in logs]}, args.out)

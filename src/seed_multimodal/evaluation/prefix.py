@@ -52,9 +52,9 @@ from seed_multimodal.evaluation.tokenizer import (
 from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings, TokenizerSettings
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.pipelines.images import CodeCodec
+from seed_multimodal.plots import save_figure
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
-from seed_multimodal.training.plots import save_figure
 
 MEASURES = {
     "psnr": "PSNR, dB",

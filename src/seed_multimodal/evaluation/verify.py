@@ -30,7 +30,7 @@ from seed_multimodal.errors import (
 from seed_multimodal.evaluation.machine import circumstances
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.training.metrics import peak_memory_mib
+from seed_multimodal.training.run_log import peak_memory_mib
 from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, weight_files
 from seed_multimodal.weights.fetch import file_sha256
 from seed_multimodal.weights.find import portable_path

@@ -8,7 +8,7 @@ from typing import Any
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_settings, setting
 from seed_multimodal.training.config import RunTrainerSettings
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.hydra_task import RunSettings
 
 
 @dataclass

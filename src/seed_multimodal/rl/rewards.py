@@ -145,8 +145,8 @@ def judge_reward(model: str, records: Records, device: torch.device) -> Reward:
 
 def clip_reward(model: str, records: Records, device: torch.device) -> Reward:
     """The cosine of image and prompt in CLIP's space; model: its folder, or OpenAI's file."""
+    from seed_multimodal.config import project_path
     from seed_multimodal.evaluation.clip import Clip
-    from seed_multimodal.training.llm.config import project_path
 
     clip = Clip(project_path(model), device)
 

@@ -2,7 +2,7 @@
 
 A step, always on-policy:
 
-    begin_step   prompts -> groups of drawings by the engine, which shares the trained module
+    batches      prompts -> groups of drawings by the engine, which shares the trained module
                  -> pixels -> rewards -> advantages: the distance from the group's mean
     loss         the answers' log-probabilities in the distribution from which they were sampled,
                  weighted by their advantages, and the distance from the start (`policy_losses`)
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from seed_multimodal.config import project_path
 from seed_multimodal.data.stream.epochs import EpochOrder, sample_seed
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
@@ -38,12 +39,12 @@ from seed_multimodal.rl.config import RlRunSettings, RlTrainerSettings
 from seed_multimodal.rl.rewards import Records, checked_rewards, open_reward, weighted_sum
 from seed_multimodal.training.config import refuse_unread
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.llm.lora import add_lora
+from seed_multimodal.training.hydra_task import RunSettings
+from seed_multimodal.training.llm.lora import add_lora, is_lora
 from seed_multimodal.training.llm.task import LanguageModelTask
-from seed_multimodal.training.metrics import Meter, Metrics
+from seed_multimodal.training.meters import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.task import Identity, RunView
 
 SAMPLED = {"do_sample": True, "num_beams": 1, "guidance": 1, "top_p": 1.0, "top_k": 0}
 DRAWN_AT_ONCE = 32
@@ -60,6 +61,14 @@ class ScoredAnswer:
     image: Image.Image
     reward: float
     advantage: float = 0.0
+
+
+@dataclass
+class AnswerBatch:
+    """A micro-batch, with the means of its step in all processes."""
+
+    answers: Sequence[ScoredAnswer]
+    means: Mapping[str, float]
 
 
 class RlTask(LanguageModelTask):
@@ -116,7 +125,7 @@ class RlTask(LanguageModelTask):
                 raise ConfigError(
                     f"model: {key} is {value}, but must be 0: answers are sampled without dropout."
                 )
-        self.start = fingerprint(llama)
+        start = fingerprint(llama)
         self.reference: nn.Module | None = None
         if model.lora is not None:
             self.llm = add_lora(llama, {"lora_dropout": 0.0, **model.lora}, model.seed)
@@ -139,7 +148,9 @@ class RlTask(LanguageModelTask):
             for reward in self.run.data.rewards
         }
 
-    def before_training(self) -> None:
+        self.saves_frozen = not is_lora(self.llm)
+        decoder = self.system.images.decoder
+        self.frozen_models = {"start": start, "de-tokenizer": fingerprint(decoder.denoiser)}
         self.log_sizes(
             f"{self.prompts_per_step} of {len(self.records):,} prompts a step, "
             f"{self.run.data.group_size} drawings of each; "
@@ -150,16 +161,14 @@ class RlTask(LanguageModelTask):
                 "and at the end (trainer.eval_steps=0: none)."
             )
 
-    def frozen_models(self) -> Mapping[str, str]:
-        decoder = self.system.images.decoder
-        return {"start": self.start, "de-tokenizer": fingerprint(decoder.denoiser)}
-
-    def identity(self, world: int) -> JsonObject:
-        return {**super().identity(world), "lora": self.run.model.lora}
+    def identity(self, world: int) -> Identity:
+        identity = super().identity(world)
+        identity.fixed["lora"] = self.run.model.lora
+        return identity
 
     # ---- a step
 
-    def begin_step(self, step: int) -> bool:
+    def batches(self, step: int) -> Sequence[AnswerBatch]:
         """Draw and score groups of answers to the step's prompts."""
         # 1. This process's prompts, each once for every answer of its group.
         group_size = self.run.data.group_size
@@ -184,7 +193,13 @@ class RlTask(LanguageModelTask):
             answer.advantage = value
         flat = float(flat_groups(groups).double().mean())
         self.means = {**self.reward_means(rewards), "flat_groups": flat}
-        return True
+
+        # 4. The micro-batches.
+        size = self.run.data.batch_size * group_size
+        return [
+            AnswerBatch(self.answers[start : start + size], self.means)
+            for start in range(0, len(self.answers), size)
+        ]
 
     def draw_and_score(
         self, records: Records, seeds: Sequence[int]
@@ -239,14 +254,11 @@ class RlTask(LanguageModelTask):
                 line[f"{name}_std"] = float(values.std()) if len(values) > 1 else 0.0
         return line
 
-    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, batch: AnswerBatch) -> tuple[Tensor, Metrics]:
         """The policy gradient of a micro-batch's answers, and `kl_weight` times their distance from
         the start."""
         # 1. Log-probabilities of the answers' tokens, now and at the start.
-        size = self.run.data.batch_size * self.run.data.group_size
-        index = micro_step % self.settings.gradient_accumulation_steps
-        answers = self.answers[index * size : (index + 1) * size]
-        requests = [answer.request for answer in answers]
+        requests = [answer.request for answer in batch.answers]
         log_probs = token_log_probs(model, requests)
         start_log_probs = None
         if self.settings.kl_weight:
@@ -257,7 +269,7 @@ class RlTask(LanguageModelTask):
         losses, distances = policy_losses(
             log_probs,
             start_log_probs,
-            [answer.advantage for answer in answers],
+            [answer.advantage for answer in batch.answers],
             [len(request.ids[: self.run.data.rewarded_codes]) for request in requests],
             self.settings.kl_weight,
         )
@@ -267,7 +279,7 @@ class RlTask(LanguageModelTask):
             [torch.tensor(request.log_probs) for request in requests], batch_first=True
         )
         drift = (sampled.to(log_probs) - log_probs.detach()).abs().max()
-        return losses.mean(), {**self.means, "kl": distances.detach().mean(), "drift": drift}
+        return losses.mean(), {**batch.means, "kl": distances.detach().mean(), "drift": drift}
 
     @contextmanager
     def start_model(self) -> Iterator[nn.Module]:
@@ -280,15 +292,15 @@ class RlTask(LanguageModelTask):
 
     # ---- evaluation and result
 
-    def evaluate(self, step: int) -> Mapping[str, float]:
+    def evaluate(self, run: RunView) -> Mapping[str, float]:
         """Rewards of the evaluation's prompts, one drawing each with the same seeds; empty if the
         run is stopped."""
         n_prompts = len(self.eval_records)
         n_drawn = DRAWN_AT_ONCE * self.group.world
         rewards: list[Tensor] = []
         for start in range(0, n_prompts, n_drawn):
-            self._log(f"evaluation after step {step}: {start:,} of {n_prompts:,} prompts.")
-            if self.trainer.stop_requested():
+            self._log(f"evaluation after step {run.step}: {start:,} of {n_prompts:,} prompts.")
+            if run.stop_requested():
                 return {}
             # The same seeds for any number of processes.
             rows = range(n_prompts)[start : start + n_drawn][self.group.rank :: self.group.world]
@@ -298,7 +310,7 @@ class RlTask(LanguageModelTask):
         means = self.reward_means(torch.cat(rewards))
         return {f"eval_{name}": value for name, value in means.items()}
 
-    def write_samples(self, step: int) -> None:
+    def write_samples(self, run: RunView) -> None:
         """Some groups of the last step with their rewards."""
         group_size = self.run.data.group_size
         rows: list[Row] = []
@@ -308,13 +320,13 @@ class RlTask(LanguageModelTask):
             rows.append(Row(answers[0].prompt, cells))
         folder = self.run.output_dir / "samples"
         folder.mkdir(exist_ok=True)
-        contact_sheet(rows, f"step {step}", cell=96).save(folder / f"step-{step}.png")
+        contact_sheet(rows, f"step {run.step}", cell=96).save(folder / f"step-{run.step}.png")
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+    def finish(self, run: RunView) -> Mapping[str, object]:
         return {
             "rewards": self.means,
-            "evaluation": self.trainer.evaluation,
-            "checkpoint": str(self.trainer.store.last_folder),
+            "evaluation": run.evaluation,
+            "checkpoint": str(run.checkpoint),
         }
 
 

@@ -45,9 +45,10 @@ from seed_multimodal.settings import changed_settings
 from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict, save_torch
 from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine
+from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine
 from seed_multimodal.training.optimizers import Ema, averaged_weights, trained_parameters
 from seed_multimodal.training.task import Task
+from seed_multimodal.training.zero_engine import ZeroEngine
 
 TRAINER_STATE = "trainer_state.json"
 DATA_STATE = "data_state.json"
@@ -369,7 +370,8 @@ def resume_remarks(folder: Path, saved: JsonObject, task: Task, world: int) -> l
 
     Raises CheckpointError: this run cannot resume from it.
     """
-    for key, value in task.identity(world).items():
+    identity = task.identity(world)
+    for key, value in identity.fixed.items():
         if saved.get(key) != value:
             noun = key.replace("_", " ")
             changes = changed_settings({noun: saved.get(key)}, {noun: value})
@@ -380,7 +382,7 @@ def resume_remarks(folder: Path, saved: JsonObject, task: Task, world: int) -> l
     remarks = [
         f"the checkpoint was saved with {saved.get(key)} {key.replace('_', ' ')}, this run has "
         f"{value}."
-        for key, value in task.reported(world).items()
+        for key, value in identity.reported.items()
         if saved.get(key) != value
     ]
     return [*remarks, settings_remark(saved["config"], task.config, task.quiet_keys)]
@@ -419,7 +421,7 @@ def check_all_saved(task: Task) -> None:
 
 def frozen_state(task: Task) -> dict[str, str]:
     """Name → fingerprint of all that the training reads and does not change."""
-    return {BASE: fingerprint(task.module, frozen=True), **task.frozen_models()}
+    return {BASE: fingerprint(task.module, frozen=True), **task.frozen_models}
 
 
 def load_task(folder: Path, saved: JsonObject, task: Task, frozen: Mapping[str, str]) -> None:

@@ -33,16 +33,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from seed_multimodal.config import from_compat, project_root_variable, read_yaml, resolve
+from seed_multimodal.config import (
+    from_compat,
+    project_path,
+    project_root_variable,
+    read_yaml,
+    resolve,
+)
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import rank_and_world_size, run_and_exit, run_guarded
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.models.registry import find_training
 from seed_multimodal.settings import describe_settings, nearest
-from seed_multimodal.training.llm.config import project_path
 
 if TYPE_CHECKING:
-    from seed_multimodal.training.run import RunTask
+    from seed_multimodal.training.hydra_task import RunTask
 
 GROUPS = (
     "model",

@@ -8,7 +8,7 @@ broadcast.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,10 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.settings import setting
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.metrics import Metrics
-from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.task import RunView, StageTask
 
 USES_PER_CODE = 10  # mean number without which no code counts as dead
+STEP_NUMBERS = ("loss", "grad", "lr", "loss_scale")  # of every step, beside the model's
 
 
 @dataclass
@@ -47,6 +46,56 @@ class CodebookHealth:
     restart_until: float = setting(0.8, minimum=0, maximum=1)
 
 
+class Codebook:
+    """Use of a model's codes: its statistics, restarts of dead codes, and numbers to log.
+
+    since_restart, since_log: uses of each code by all processes since then, int64 `[K]`.
+    """
+
+    def __init__(self, model: Any, health: CodebookHealth, max_steps: int) -> None:
+        if health.codebook_warmup and not health.kmeans_start:
+            raise ConfigError("codebook_warmup needs kmeans_start: true.")
+        if health.codebook_warmup >= max_steps:
+            raise ConfigError(
+                f"codebook_warmup ({health.codebook_warmup} steps) leaves none of the run's "
+                f"{max_steps} steps for training with codes."
+            )
+        self.model = model
+        self.health = health
+        self.last_restart = health.restart_until * max_steps
+        device = next(model.parameters()).device
+        self.since_restart = torch.zeros(model.quantize.size, dtype=torch.long, device=device)
+        self.since_log = self.since_restart.clone()
+
+    def update(self, step: int) -> None:
+        """Update the codebook after a step; restart dead codes from its last batch, when due."""
+        uses = self.model.quantize.update()
+        self.since_log += uses
+        self.since_restart += uses
+
+        # A code is dead if many features have missed it, whatever the number of steps.
+        steps_with_codes = step - self.health.codebook_warmup
+        every = self.health.restart_every
+        is_due = every and steps_with_codes > 0 and steps_with_codes % every == 0
+        is_due = is_due and step <= self.last_restart
+        if is_due and self.since_restart.double().mean() >= USES_PER_CODE:
+            self.model.quantize.restart(self.since_restart == 0, self.model.quantize.features)
+            self.since_restart.zero_()
+
+    def status(self) -> dict[str, float]:
+        """Code usage since the last log line."""
+        usage = codebook_use(self.since_log)
+        self.since_log.zero_()
+        return usage
+
+    def state_dict(self) -> JsonObject:
+        """Use counts of codes since the last restart of dead codes."""
+        return {"since_restart": self.since_restart.tolist()}
+
+    def load_state_dict(self, states: Sequence[JsonObject]) -> None:
+        self.since_restart.copy_(torch.tensor(states[0]["since_restart"]))
+
+
 class CodebookTask(StageTask):
     """A stage of a model with an optional codebook.
 
@@ -57,6 +106,8 @@ class CodebookTask(StageTask):
         health: a `CodebookHealth`, or settings with its fields.
         n_images: size of the training set; None: endless.
     """
+
+    codebook: Codebook | None = None
 
     def __init__(
         self,
@@ -71,50 +122,27 @@ class CodebookTask(StageTask):
         self.model: Any = model
         self.health = health
         self.n_images = n_images
-        self.latest: Metrics = {}  # of the last micro-step
-        # Uses of each code by all processes since the last restart and the last log line, `[K]`.
-        self.since_restart: Tensor | None = None
         if hasattr(model, "codebook_points"):
-            if health.codebook_warmup and not health.kmeans_start:
-                raise ConfigError("codebook_warmup needs kmeans_start: true.")
-            if health.codebook_warmup >= settings.max_steps:
-                raise ConfigError(
-                    f"codebook_warmup ({health.codebook_warmup} steps) leaves none of the run's "
-                    f"{settings.max_steps} steps for training with codes."
-                )
-            device = next(model.parameters()).device
-            self.since_restart = torch.zeros(
-                self.model.quantize.size, dtype=torch.long, device=device
-            )
-            self.since_log = self.since_restart.clone()
-            self.after_step = self.update_codes
+            self.codebook = Codebook(model, health, settings.max_steps)
+            self.parts = [self.codebook]
+            self.after_step = self.codebook.update
         super().__init__(name, model, settings, optimizer=optimizer)
         self.ddp_options = {
-            **self.ddp_options,
+            "broadcast_buffers": False,
             "find_unused_parameters": getattr(model, "skips_parameters", False),
         }
-
-    def batch(self, micro_step: int) -> Any:
-        """This process's batch on the model's device, determined by `micro_step`."""
-        raise NotImplementedError
-
-    def batch_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
-        """Loss of a batch, and numbers to log."""
-        raise NotImplementedError
 
     def codebook_points(self, batch: Any) -> Tensor:
         """Features of a batch to quantize, `[..., d]`."""
         return self.model.codebook_points(batch)
 
-    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """The loss; the codebook starts at the end of the warm-up."""
-        step, index = divmod(micro_step, self.settings.gradient_accumulation_steps)
-        if self.since_restart is not None and index == 0:
+    def batches(self, step: int) -> Sequence[Any]:
+        """As the base's; the codebook starts at the end of the warm-up."""
+        if self.codebook is not None:
             self.model.use_codes = step >= self.health.codebook_warmup
             if step == self.health.codebook_warmup and self.health.kmeans_start:
                 self.start_codes()
-        loss, self.latest = self.batch_loss(model, self.batch(micro_step))
-        return loss, self.latest
+        return super().batches(step)
 
     def start_codes(self) -> None:
         """Initialize the codebook by k-means of features of the run's first batches."""
@@ -129,47 +157,14 @@ class CodebookTask(StageTask):
             features = [self.codebook_points(self.batch(index)) for index in range(n_batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
-    def update_codes(self, step: int) -> None:
-        """Update the codebook; restart dead codes from features of the last batch, when due."""
-        assert self.since_restart is not None
-        uses = self.model.quantize.update()
-        self.since_log += uses
-        self.since_restart += uses
+    def finish(self, run: RunView) -> Mapping[str, object]:
+        """With the metrics of the last step."""
+        latest = {name: round(value, 6) for name, value in self.losses().items()}
+        return {**super().finish(run), **latest}
 
-        # A code is dead if many features have missed it, whatever the number of steps.
-        steps_with_codes = step - self.health.codebook_warmup
-        last_step = self.health.restart_until * self.settings.max_steps
-        every = self.health.restart_every
-        is_due = every and steps_with_codes > 0 and steps_with_codes % every == 0
-        if is_due and step <= last_step and self.since_restart.double().mean() >= USES_PER_CODE:
-            self.model.quantize.restart(self.since_restart == 0, self.model.quantize.features)
-            self.since_restart.zero_()
-
-    def status(self) -> dict[str, float]:
-        """Code usage since the last log line."""
-        status = dict(super().status())
-        if self.since_restart is not None:
-            status |= codebook_use(self.since_log)
-            self.since_log.zero_()
-        return status
-
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
-        """With the metrics of the last micro-step."""
-        latest = {name: round(float(value), 6) for name, value in self.latest.items()}
-        return {**super().finish(group), **latest}
-
-    def state_dict(self) -> JsonObject:
-        """Use counts of codes since the last restart of dead codes."""
-        state = super().state_dict()
-        if self.since_restart is not None:
-            state["since_restart"] = self.since_restart.tolist()
-        return state
-
-    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
-        """Inverse of `state_dict`."""
-        super().load_state_dict(states, rank)
-        if self.since_restart is not None:
-            self.since_restart.copy_(torch.tensor(states[0]["since_restart"]))
+    def losses(self) -> dict[str, float]:
+        """The model's numbers in the last step."""
+        return {name: value for name, value in self.meter.last.items() if name not in STEP_NUMBERS}
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:

@@ -116,6 +116,8 @@ class StageSettings(TrainerSettings):
     `warmup_steps` to `learning_rate` and decays to `learning_rate · min_lr_ratio`.
 
     Attributes:
+        schedule_per_micro_batch: `warmup_steps` and the decay count micro-steps; a step has the
+            rate of its last one.
         further: a completed run continues if `max_steps` was raised.
     """
 
@@ -125,6 +127,7 @@ class StageSettings(TrainerSettings):
     warmup_steps: int = setting(100, minimum=0)
     min_lr_ratio: float = setting(0.02, minimum=0)
     lr_scheduler_type: str = setting("cosine", choices=tuple(SCHEDULES))
+    schedule_per_micro_batch: bool = False
     weight_decay: float = setting(0.01, minimum=0)
     seed: int = setting(0, minimum=0)
     logging_steps: int = setting(50, minimum=1)

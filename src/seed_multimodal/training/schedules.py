@@ -1,14 +1,10 @@
-"""Learning rates as pure functions of the step, for exact resuming, and the seeded sample order."""
+"""Learning rates as pure functions of the step, for exact resuming."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
-from seed_multimodal.data.stream.epochs import EpochOrder
 from seed_multimodal.training.config import OptimSettings, StageSettings
 
 INVERSE_SQRT_STEPS = 10_000  # scale of this schedule without warm-up, as in transformers
@@ -80,15 +76,18 @@ def learning_rate(step: int, settings: StageSettings) -> float:
 
     The cosine, as in LAVIS, begins at the first step after the warm-up, the others at its last.
     """
-    kind = settings.lr_scheduler_type
-    warmup = settings.warmup_steps
-    is_decaying_cosine = kind == "cosine" and step >= warmup
+    micro_steps = 1
+    if settings.schedule_per_micro_batch:
+        micro_steps = settings.gradient_accumulation_steps
+    position = (step + 1) * micro_steps
+    if settings.lr_scheduler_type == "cosine" and position > settings.warmup_steps:
+        position -= 1
     return scheduled_rate(
-        kind,
-        step if is_decaying_cosine else step + 1,
+        settings.lr_scheduler_type,
+        position,
         settings.learning_rate,
-        settings.max_steps,
-        warmup=warmup,
+        settings.max_steps * micro_steps,
+        warmup=settings.warmup_steps,
         floor=settings.min_lr_ratio,
     )
 
@@ -124,9 +123,3 @@ def optim_learning_rate(
 def warmup_count(max_steps: int, ratio: float, steps: int) -> int:
     """Warm-up steps as transformers computes them, in floats: 7 % of 50,000 steps are 3501."""
     return steps if steps > 0 else math.ceil(max_steps * ratio)
-
-
-def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:
-    """Sample indices of a step, int64 `[batch_size]`, by seeded permutations of `range(total)`."""
-    samples = EpochOrder(total, seed).samples(step * batch_size, batch_size)
-    return torch.tensor([index for _, index in samples])

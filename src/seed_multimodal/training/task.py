@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +25,73 @@ from seed_multimodal.training.config import (
     check_schedule,
 )
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.metrics import Meter, Metrics
+from seed_multimodal.training.meters import Meter, Metrics
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.schedules import learning_rate
 
 if TYPE_CHECKING:
-    from seed_multimodal.data.stream.step_batches import StepBatches
+    from torch.utils.tensorboard import SummaryWriter
 
 WEIGHTS = "model.safetensors"
+ONE_PROCESS = None  # as `Task.ddp_options`
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """What a task sees of the run that trains it.
+
+    Attributes:
+        step: completed steps.
+        model: the engine's module, whose forward passes are collective.
+        autocast: context in the run's precision.
+        weights: as `Engine.weights`.
+        stop_requested: whether a process received SIGTERM or Ctrl-C; collective. Long evaluations
+            call it to end early.
+        evaluation: numbers of the latest evaluation, with its `step`.
+        checkpoint: folder of the last one.
+        board: TensorBoard's, in the first process.
+    """
+
+    step: int
+    group: ProcessGroup
+    model: nn.Module
+    autocast: Callable[[], AbstractContextManager[object]]
+    weights: Callable[[], Mapping[str, Tensor]]
+    stop_requested: Callable[[], bool]
+    evaluation: Mapping[str, float]
+    checkpoint: Path | None
+    board: SummaryWriter | None
+
+
+class Part(Protocol):
+    """A part of a task with a state of its own in each process: its data, its codebook."""
+
+    def status(self) -> Mapping[str, float]:
+        """Numbers of a log line.
+
+        Counts (int) are summed over processes and also in the run's record, measures (float)
+        averaged; `wait_seconds` is all time spent waiting for data, logged as `wait_share`.
+        """
+
+    def state_dict(self) -> JsonObject:
+        """State of this process, JSON-serializable; its keys are not those of other parts."""
+
+    def load_state_dict(self, states: Sequence[JsonObject]) -> None:
+        """Restore from the states of all processes, by rank; their number may differ."""
+
+
+class Identity(NamedTuple):
+    """Values that are compared when a run resumes.
+
+    fixed: must be those of the checkpoint. reported: their change is logged.
+    """
+
+    fixed: JsonObject
+    reported: JsonObject
 
 
 class Task:
     """Everything that differs between trainings; methods are called by the trainer.
-
-    A task defines what is trained (`prepare`: `module`, `optimizer`), what must be equal when it
-    resumes (`identity`, `frozen_models`), its data (`begin_step`, `state_dict`), the `loss`, how it
-    is evaluated (`evaluate`, `write_samples`) and saved (`published`, `save`, `load`, `finish`).
 
     Attributes:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
@@ -46,28 +99,26 @@ class Task:
         module: the trained and saved module.
         optimizer: of (some of) the module's parameters.
         meter: aggregates numbers of steps into log lines.
-        step_batches: the data, whose bad samples and waiting are logged and saved; for another kind
-            of data the task defines `status`, `state_dict` and `load_state_dict`.
-        first_step: steps of an earlier run in another format, whose weights and optimizer are
-            already loaded.
-        parallel: whether several processes may train it.
+        parts: what has a state besides these.
+        learning_rate: rate of an optimizer step (from 0); multiplied by a group's `lr_scale`.
+        peak_rate: the highest one of the schedule.
+        after_step: called after each optimizer step with the number of completed ones; may change
+            weights if equally in all processes.
+        record_file, checkpoint_folder: name of the completed run's record, and of the checkpoints'
+            folder ("": the run's itself).
         sample_steps, eval_steps: steps between samples and between evaluations (0: none); there is
             also an evaluation at the end.
-        loss_reduction: how a step's loss follows from those of its micro-steps.
         plain_attention: on a CPU attention uses plain matrix products, since the backward pass of
             the fused bf16 kernel is several times slower.
-        after_step: called after each optimizer step with the number of completed steps; may change
-            weights if equally in all processes.
-        ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or
-            kept equal by the task, and processes may make unequal numbers of forward passes in a
-            step.
-        deepspeed: DeepSpeed's configuration, for its engine; with `rows`, the sequences of a
-            micro-step in each process, and `width` of the model for "auto" values.
+        ddp_options: of DistributedDataParallel; `ONE_PROCESS`: several cannot train it. Buffers are
+            not broadcast: they are constants or kept equal by the task, and processes may make
+            unequal numbers of forward passes in a step.
+        deepspeed: DeepSpeed's configuration, for its engine.
+        saves_frozen: whether checkpoints have the frozen weights of `module`, too.
+        frozen_models: name → `fingerprint` of frozen models outside of `module`.
         config: the resolved configuration.
         quiet_keys: keys of the configuration whose change is not reported on resume.
         start_hint: option that initializes a new run from another run's weights.
-        trainer: set when all is restored, before the first step; a task that reads it declares it
-            as a `Trainer`.
     """
 
     name: str
@@ -75,113 +126,70 @@ class Task:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     meter: Meter
-    step_batches: StepBatches[Any] | None = None
-    first_step: int = 0
-    parallel: bool = True
+    parts: Sequence[Part] = ()
+    learning_rate: Callable[[int], float]
+    peak_rate: float
+    after_step: Callable[[int], None] | None = None
+    record_file: str
+    checkpoint_folder: str
     sample_steps: int = 0
     eval_steps: int = 0
-    loss_reduction: Literal["mean", "sum"] = "mean"
     plain_attention: bool = True
-    after_step: Callable[[int], None] | None = None
-    ddp_options: Mapping[str, bool] = MappingProxyType({"broadcast_buffers": False})
+    ddp_options: Mapping[str, bool] | None = MappingProxyType({"broadcast_buffers": False})
     deepspeed: ConfigNode | None = None
-    rows: int
-    width: int
+    saves_frozen: bool
+    frozen_models: Mapping[str, str] = MappingProxyType({})
     config: ConfigNode | None = None
     quiet_keys: Sequence[str] = ()
     start_hint: str = "`start`"
-    trainer: object
 
-    @property
-    def record_file(self) -> str:
-        """File name of the completed run's record."""
-        return f"{self.name}.done.json"
-
-    @property
-    def checkpoint_folder(self) -> str:
-        """Subfolder of the checkpoints in the run's folder ("": the folder itself)."""
-        return f"{self.name}.checkpoints"
-
-    @property
-    def saves_frozen(self) -> bool:
-        """Whether checkpoints have the frozen weights of `module`, too."""
-        return self.settings.save_frozen
+    # ---- training
 
     def prepare(self) -> None:
-        """Build `module` and `optimizer`; called after the resume checks."""
+        """Build `module` and `optimizer`; called after `identity` was compared."""
 
-    def before_training(self) -> None:
-        """Called after restoring, before the first step."""
-
-    def learning_rate(self, step: int) -> float:
-        """Rate of optimizer step `step` (from 0); multiplied by a group's `lr_scale`."""
+    def batches(self, step: int) -> Sequence[Any]:
+        """This process's micro-batches of a step: `gradient_accumulation_steps`, fewer at the end
+        of the data."""
         raise NotImplementedError
 
-    def begin_step(self, step: int) -> bool:
-        """Called before the first micro-step of a step; False: the data of all processes have
-        ended."""
-        return True
+    def weight(self, batch: Any) -> float:
+        """What the `loss` of a batch counts in its step."""
+        return 1.0
 
-    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """Loss of one micro-batch by `model` (the engine's `module`), and numbers to log.
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
+        """Loss of a micro-batch by `model` (the engine's `module`), and numbers to log.
 
-        micro_step: step · gradient_accumulation_steps + index in the step. torch's generators are
-            seeded from (seed, micro_step, rank) before each call.
+        All are sums of what `weight` counts: a step's are the sums over its micro-batches in all
+        processes, divided by the sum of the weights. torch's generators are seeded from (seed,
+        step, index in the step, rank) before each call.
+
+        batch: of `batches`; None: this process has fewer than others.
         """
         raise NotImplementedError
 
-    def write_samples(self, step: int) -> None:
+    # ---- results
+
+    def write_samples(self, run: RunView) -> None:
         """Called in the first process when samples are due; as `evaluate`."""
 
-    def evaluate(self, step: int) -> Mapping[str, float]:
+    def evaluate(self, run: RunView) -> Mapping[str, float]:
         """Evaluation numbers to log; with the averaged weights if the run averages.
 
         The time of the call does not count in the speed.
         """
         return {}
 
-    def status(self) -> Mapping[str, float]:
-        """Further numbers of a log line.
-
-        Counts (int) are summed over processes, measures (float) averaged; `wait_seconds` is all
-        time spent waiting for data, logged as `wait_share`.
-        """
-        if self.step_batches is None:
-            return {}
-        return {
-            "wait_seconds": self.step_batches.wait_seconds,
-            "bad_samples": self.step_batches.n_bad,
-        }
-
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+    def finish(self, run: RunView) -> Mapping[str, object]:
         """Called at the end: save the final weights (first process); returns further values of the
         record."""
         return {}
 
-    def summary(self, record: JsonObject) -> list[str]:
-        """Lines of the final summary."""
-        return [f"done: {json.dumps(record)}"]
+    # ---- checkpoints
 
-    def identity(self, world: int) -> JsonObject:
-        """Values that must be those of the checkpoint when a run resumes."""
-        return {}
-
-    def reported(self, world: int) -> JsonObject:
-        """Values whose change is logged when a run resumes."""
-        return {"processes": world}
-
-    def frozen_models(self) -> Mapping[str, str]:
-        """Name -> `fingerprint` of frozen models outside of `module`."""
-        return {}
-
-    def state_dict(self) -> JsonObject:
-        """State of this process (data position, bad samples), JSON-serializable."""
-        return {} if self.step_batches is None else self.step_batches.state_dict()
-
-    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
-        """Restore from the `state_dict`s of all processes, by rank; their number may differ."""
-        if self.step_batches is not None:
-            self.step_batches.load_state_dict(states)
+    def identity(self, world: int) -> Identity:
+        """What is compared when a run of `world` processes resumes."""
+        return Identity({}, {"processes": world})
 
     def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by their names in `module` → those of a checkpoint, by their names in it."""
@@ -201,11 +209,10 @@ class Task:
 
 
 class StageTask(Task):
-    """One stage; subclasses define `loss` and override methods of `Task`.
+    """One stage; subclasses define `batch` and `loss`, and override methods of `Task`.
 
     Args:
         optimizer: by default AdamW on all parameters of `module` with gradients.
-        parallel: False if the loss calls submodules of `module` without its `forward`.
     """
 
     settings: StageSettings
@@ -217,14 +224,17 @@ class StageTask(Task):
         settings: StageSettings,
         *,
         optimizer: torch.optim.Optimizer | None = None,
-        parallel: bool = True,
     ) -> None:
         check_settings(settings, f"[{name}]")
         check_schedule(settings, f"[{name}]")
         self.name = name
+        self.record_file = f"{name}.done.json"
+        self.checkpoint_folder = f"{name}.checkpoints"
         self.module = module
         self.settings = settings
-        self.parallel = parallel
+        self.learning_rate = partial(learning_rate, settings=settings)
+        self.peak_rate = settings.learning_rate
+        self.saves_frozen = settings.save_frozen
         self.optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(module.parameters(), settings.weight_decay),
             lr=settings.learning_rate,
@@ -232,23 +242,29 @@ class StageTask(Task):
         )
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
-    def learning_rate(self, step: int) -> float:
-        """By `StageSettings`."""
-        return learning_rate(step, self.settings)
+    def batch(self, micro_step: int) -> Any:
+        """This process's batch of a micro-step: step · gradient_accumulation_steps + index."""
+        raise NotImplementedError
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+    def batches(self, step: int) -> Sequence[Any]:
+        count = self.settings.gradient_accumulation_steps
+        return [self.batch(step * count + index) for index in range(count)]
+
+    def finish(self, run: RunView) -> Mapping[str, object]:
         """Step size; subclasses add their metrics."""
         values: JsonObject = {"stage": self.name, "batch_size": self.settings.batch_size}
         if self.settings.gradient_accumulation_steps > 1:
             values["accumulate"] = self.settings.gradient_accumulation_steps
-        if group.world > 1:
-            values["processes"] = group.world
+        if run.group.world > 1:
+            values["processes"] = run.group.world
         return values
 
-    def identity(self, world: int) -> JsonObject:
+    def identity(self, world: int) -> Identity:
         """The samples per step, which determine the sample order."""
+        identity = super().identity(world)
         micro_steps = self.settings.gradient_accumulation_steps
-        return {"samples_per_step": self.settings.batch_size * micro_steps * world}
+        identity.fixed["samples_per_step"] = self.settings.batch_size * micro_steps * world
+        return identity
 
 
 def frozen_names(module: nn.Module) -> list[str]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from seed_multimodal.disk import (
     JsonObject,
@@ -42,10 +44,15 @@ from seed_multimodal.training.distributed import (
     stop_request,
     translate_errors,
 )
-from seed_multimodal.training.engine import build_engine
-from seed_multimodal.training.metrics import Metrics, RunLog, to_floats
+from seed_multimodal.training.engine import Engine
+from seed_multimodal.training.meters import MIN_WEIGHT, Metrics, to_floats
 from seed_multimodal.training.optimizers import Ema, averaged_weights
-from seed_multimodal.training.task import StageTask, Task
+from seed_multimodal.training.run_log import RunLog
+from seed_multimodal.training.task import RunView, StageTask, Task
+from seed_multimodal.training.zero_engine import ZeroEngine
+
+SAMPLED_RATES = 1000  # of the schedule, to find the highest
+FIRST_STEPS = 3  # whose gradients are checked
 
 
 def train(
@@ -54,12 +61,15 @@ def train(
     *,
     group: ProcessGroup | None = None,
     device: torch.device | None = None,
+    first_step: int = 0,
 ) -> JsonObject:
     """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if any.
 
     Under torchrun every process calls it with the same shared folder.
     group: by default torch.distributed's default group, or this process.
     device: by default that of the task's module.
+    first_step: steps of an earlier run in another format, whose weights and optimizer are already
+        loaded.
 
     Returns the run's record, also written to `folder/task.record_file`: steps, seconds and the
     task's metrics.
@@ -81,7 +91,7 @@ def train(
                 ".run.lock",
             )
             stack.enter_context(lock)
-        return Trainer(task, output_dir, group, device, stack).train()
+        return Trainer(task, output_dir, group, device, first_step, stack).train()
 
 
 class Trainer:
@@ -93,6 +103,7 @@ class Trainer:
         output_dir: Path,
         group: ProcessGroup,
         device: torch.device | None,
+        first_step: int,
         stack: contextlib.ExitStack,
     ) -> None:
         """Find the checkpoint to resume from, build the task's module and restore both. Raises as
@@ -109,12 +120,14 @@ class Trainer:
         stack.callback(self.store.close)
 
         # 1. Compare the checkpoint's settings with this run's before anything is built.
-        self.identity = {**task.reported(group.world), **task.identity(group.world)}
+        identity = task.identity(group.world)
+        self.identity = {**identity.reported, **identity.fixed}
         saved, process_states = self.store.find()
         checkpoint = self.store.last_folder
         if checkpoint is not None:
             self.log_line(*resume_remarks(checkpoint, saved, task, group.world))
-        self.step = int(saved.get("global_step", task.first_step))
+        self.step = int(saved.get("global_step", first_step))
+        self.start_step = self.step
 
         # 2. Load the weights before the engine wraps or shards the module, and the optimizer after
         #    that.
@@ -132,7 +145,8 @@ class Trainer:
             if checkpoint is not None:
                 load_trained(checkpoint, task.module)
             self.device = device or next(task.module.parameters()).device
-            self.engine = build_engine(task, group, self.device)
+            engine_class = Engine if task.deepspeed is None else ZeroEngine
+            self.engine = engine_class(task, group, self.device)
             stack.callback(self.engine.close)
             if checkpoint is not None:
                 self.engine.load(checkpoint, self.step)
@@ -140,16 +154,17 @@ class Trainer:
         # 3. Restore metrics and data positions.
         if checkpoint is not None:
             task.meter.load_state_dict(saved)
-            task.load_state_dict(process_states, group.rank)
+            for part in task.parts:
+                part.load_state_dict(process_states)
             self.log_line(f"resumes from {checkpoint} (step {self.step}).")
 
         # 4. Open the logs.
         self.start_time = time.monotonic() - saved.get("seconds", 0.0)
-        self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the latest one
+        self.evaluation: Mapping[str, float] = saved.get("evaluation", {})  # the latest one
+        self.sampled_step = 0
         self.log = RunLog(task, self.step, output_dir, group, self.device)
         stack.callback(self.log.close)
-        task.trainer = self
-        task.before_training()
+        self.zero_gradients = 0  # in the first steps
         self.log_line(self._idle_reason())
 
     def train(self) -> JsonObject:
@@ -194,9 +209,22 @@ class Trainer:
                     raise SystemExit(STOPPED)
                 return self._record()
 
+    def view(self) -> RunView:
+        """What the task sees of the run after its last step."""
+        return RunView(
+            step=self.step,
+            group=self.group,
+            model=self.engine.model,
+            autocast=self.engine.autocast,
+            weights=self.engine.weights,
+            stop_requested=self.stop_requested,
+            evaluation=self.evaluation,
+            checkpoint=self.store.last_folder,
+            board=self.log.board,
+        )
+
     def stop_requested(self) -> bool:
-        """Whether a process received SIGTERM or Ctrl-C; collective. Long evaluations call it to end
-        early."""
+        """Whether a process received SIGTERM or Ctrl-C; collective."""
         return self.group.agree(self.stop_event.is_set())[0]
 
     def log_line(self, *texts: str) -> None:
@@ -213,59 +241,75 @@ class Trainer:
         task = self.task
         lr = task.learning_rate(self.step)
         self.engine.set_learning_rate(lr)
-        if not task.begin_step(self.step):
-            return False
 
-        # 1. Accumulate the gradients of all micro-batches.
-        n_micro_steps = self.settings.gradient_accumulation_steps
-        micro_metrics = [self._micro_step(index, n_micro_steps) for index in range(n_micro_steps)]
-        shares = task.meter.combine(micro_metrics, self.group.world)
+        # 1. This process's micro-batches, and the weight of all processes' ones.
+        self._seed(0)
+        with self.engine.attention():
+            batches = list(task.batches(self.step))
+        weights = sum(map(task.weight, batches))
+        n_batches, weight = self.group.sum([len(batches), weights])
+        if not n_batches:
+            return False
+        weight = max(weight, MIN_WEIGHT)
+
+        # 2. Accumulate the gradients; engines average them over the processes.
+        sums = self._accumulate(batches, self.group.world / weight)
         norm = self.engine.clip()
-        metrics = to_floats(shares if norm is None else {**shares, "grad": norm})
+        metrics = to_floats(sums if norm is None else {**sums, "grad": norm})
         grad = metrics.pop("grad", None)
 
-        # 2. If a number is not finite in one process, all of them leave the weights unchanged and
+        # 3. If a number is not finite in one process, all of them leave the weights unchanged and
         #    stop.
         error = self.engine.gradient_error(grad)
         if not math.isfinite(metrics["loss"]):
             error = f"The loss became {metrics['loss']}"
-        n_failed, *sums = self.group.sum([bool(error), *metrics.values()])
-        # In the order of the console's line: loss, gradient norm and rate first.
-        loss, *others = zip(metrics, sums, strict=True)
-        step_metrics = dict([loss, ("grad", math.nan if grad is None else grad), ("lr", lr)])
-        step_metrics.update(others)
+        n_failed, *totals = self.group.sum([bool(error), *metrics.values()])
+        rates = {"grad": math.nan if grad is None else grad, "lr": lr}
 
-        # 3. Update the weights. DeepSpeed returns the gradient norm only then.
+        # 4. Update the weights. DeepSpeed returns the gradient norm only then.
         if not n_failed:
-            step_metrics |= self.engine.update()
-            error = self.engine.gradient_error(step_metrics["grad"])
+            rates |= self.engine.update()
+            error = self.engine.gradient_error(rates["grad"])
         if n_failed or error:
             self.store.finish()
             raise TrainingError(
                 f"{error or 'Another process had a non-finite number'} at step "
                 f"{self.step + 1}; {self.store.description()}."
             )
-        task.meter.add(step_metrics)
+        task.meter.add(dict(zip(metrics, totals, strict=True)), weight, rates)
+        self._check_gradient(rates["grad"])
         if self.ema is not None:
             self.ema.update(task.module, self.step)
         return True
 
-    def _micro_step(self, index: int, n_micro_steps: int) -> Metrics:
-        """Add the gradients of the step's micro-batch `index`; returns loss and numbers to log."""
-        micro_step = self.step * n_micro_steps + index
-        is_last = index == n_micro_steps - 1
+    def _seed(self, index: int) -> None:
+        """Seed torch's generators for a micro-step of this step."""
+        micro_step = self.step * self.settings.gradient_accumulation_steps + index
         # The rank is multiplied by more than any number of micro-steps, so seeds are distinct.
         torch.manual_seed(
             self.settings.seed * 1_000_003 + micro_step + self.group.rank * 1_000_003**2
         )
-        with self.engine.accumulating(is_last):
-            with self.engine.autocast(), self.engine.attention():
-                loss, metrics = self.task.loss(self.engine.model, micro_step)
-            share = loss
-            if self.task.loss_reduction == "mean" and n_micro_steps > 1:
-                share = loss / n_micro_steps
-            self.engine.backward(share, is_last)
-        return {"loss": loss.detach(), **metrics}
+
+    def _accumulate(self, batches: Sequence[Any], scale: float) -> Metrics:
+        """Add the gradients of a step's micro-batches, of their losses times `scale`; returns the
+        sums of losses and numbers to log.
+
+        batches: may be fewer than those of other processes.
+        """
+        sums: dict[str, Tensor | float] = {}
+        n_micro_steps = self.settings.gradient_accumulation_steps
+        missing = [None] * (n_micro_steps - len(batches))
+        for index, batch in enumerate([*batches, *missing]):
+            if index:  # the first one was seeded before the step's batches were drawn
+                self._seed(index)
+            is_last = index == n_micro_steps - 1
+            with self.engine.accumulating(is_last):
+                with self.engine.autocast(), self.engine.attention():
+                    loss, metrics = self.task.loss(self.engine.model, batch)
+                self.engine.backward(loss * scale, is_last)
+            for key, value in {"loss": loss.detach(), **metrics}.items():
+                sums[key] = sums[key] + value if key in sums else value
+        return sums
 
     def _after_step(self, save: bool) -> None:
         """Evaluate, log and save when due.
@@ -273,15 +317,19 @@ class Trainer:
         The time of evaluations and checkpoints is no training time.
         """
         self.step += 1
+        is_last = self.step >= self.settings.max_steps
 
         # 1. Evaluate.
         start = time.monotonic()
         if self.task.after_step is not None:
             self.task.after_step(self.step)
-        evaluation = self._evaluate(is_last=self.step >= self.settings.max_steps)
+        evaluation = self._evaluate(is_last)
         if evaluation:
             self.log.pause(time.monotonic() - start)
-        self.log.add(self.step, evaluation)
+        if is_last or self.step % self.settings.logging_steps == 0:
+            self.log.finish(self.step)
+        if evaluation:
+            self.log.write(self.evaluation)
 
         # 2. Save.
         save_steps = self.settings.save_steps
@@ -299,17 +347,25 @@ class Trainer:
         task = self.task
         is_sampled = task.sample_steps > 0 and self.step % task.sample_steps == 0
         is_evaluated = task.eval_steps > 0 and (is_last or self.step % task.eval_steps == 0)
+        if self.sampled_step == self.step:
+            is_sampled = False
         if self.evaluation.get("step") == self.step:
             is_evaluated = False
         if not (is_sampled or is_evaluated):
             return {}
 
         evaluation: Mapping[str, float] = {}
-        with averaged_weights(self.ema, task.module):
-            if is_sampled and self.group.first:
-                task.write_samples(self.step)
+        activity = f"the evaluation after step {self.step}"
+        with (
+            translate_errors(activity, self.store.description),
+            averaged_weights(self.ema, task.module),
+        ):
+            if is_sampled:
+                self.sampled_step = self.step
+                if self.group.first:
+                    task.write_samples(self.view())
             if is_evaluated:
-                evaluation = task.evaluate(self.step)
+                evaluation = task.evaluate(self.view())
         if evaluation:
             self.evaluation = {"step": self.step, **evaluation}
         return evaluation
@@ -336,14 +392,16 @@ class Trainer:
             "config": self.task.config,
         }
         with translate_errors(f"saving step {self.step}", self.store.description):
-            process_state = self.task.state_dict()
+            process_state: JsonObject = {}
+            for part in self.task.parts:
+                process_state.update(part.state_dict())
             self.store.save(self.step, self.task, self.engine, self.ema, state, process_state)
         self.last_save_time = time.monotonic()
 
     # -------------------------------------------------------------------------------------- the end
 
     def _idle_reason(self) -> str:
-        """Why the run cannot change anything, or ""."""
+        """Why the run cannot change anything, or hardly so, or ""."""
         max_steps = self.settings.max_steps
         if self.step >= max_steps:
             return f"nothing is left to train: step {self.step} of max_steps {max_steps}."
@@ -351,7 +409,27 @@ class Trainer:
         scales = [group.get("lr_scale", 1.0) for group in self.task.optimizer.param_groups]
         if not any(scales) or not any(rates):
             return "warning: the learning rate is 0 at every step, so no weight will change."
+
+        # A warm-up as long as the run.
+        steps = [*range(0, max_steps, 1 + max_steps // SAMPLED_RATES), max_steps - 1]
+        highest = max(map(self.task.learning_rate, steps))
+        if highest < self.task.peak_rate / 2:
+            return (
+                f"warning: the learning rate reaches {highest:.3g} of {self.task.peak_rate:.3g} in "
+                f"{max_steps} steps; the warm-up is too long for them."
+            )
         return ""
+
+    def _check_gradient(self, norm: float) -> None:
+        """Log once if the gradients of the first steps are all 0."""
+        self.zero_gradients += norm == 0
+        n_steps = self.step + 1 - self.start_step
+        n_checked = min(FIRST_STEPS, self.settings.max_steps - self.start_step)
+        if n_steps == self.zero_gradients == n_checked:
+            self.log_line(
+                f"warning: the gradient was exactly 0 in {n_steps} steps, so nothing is learned: "
+                "the loss depends on no trained weight, or its batches have nothing to compare."
+            )
 
     def _end(self, stopped: bool, data_ended: bool) -> None:
         """Last evaluation and checkpoint."""
@@ -387,11 +465,9 @@ class Trainer:
         record: JsonObject = {
             "steps": self.step,
             "seconds": round(time.monotonic() - self.start_time, 1),
-            **self.task.finish(self.group),
+            **self.task.finish(self.view()),
+            **self.log.counts(),
         }
-        batches = self.task.step_batches
-        if batches is not None:
-            record["bad_samples"] = int(self.group.sum([batches.n_bad])[0])
 
         # 2. The files, and the summary.
         if self.group.first:
@@ -399,15 +475,14 @@ class Trainer:
             with writing(file):
                 replace_text(file, strict_json(record, indent=1))
             if self.settings.curves:
-                from seed_multimodal.training.plots import save_curves  # imports matplotlib
+                from seed_multimodal.plots import save_curves  # imports matplotlib
 
                 save_curves(self.output_dir, log=self.log_line)
-            self.log_line(*self.task.summary(record))
         return self.group.gather(record)[0]
 
 
 def train_stage(
-    task: StageTask, folder: str | Path, group: ProcessGroup | None = None
+    task: StageTask, folder: str | Path, group: ProcessGroup | None = None, first_step: int = 0
 ) -> JsonObject:
     """Train a stage, or return the record `folder/NAME.done.json` of a completed one; see `train`.
 
@@ -422,7 +497,9 @@ def train_stage(
     is_done = group.agree(record_file.is_file())[0]
     record = read_json_object(record_file) if is_done else {}
     if not record or (settings.further and record["steps"] < settings.max_steps and saved):
-        return train(task, folder, group=group)
+        record = train(task, folder, group=group, first_step=first_step)
+        group.log(task.name, f"done: {strict_json(record)}")
+        return record
 
     # The stage is complete: only report changed settings.
     if group.first:

@@ -32,9 +32,8 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.metrics import Metrics
-from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.meters import Metrics
+from seed_multimodal.training.task import ONE_PROCESS, RunView, StageTask
 from seed_multimodal.training.trainer import train_stage
 from seed_multimodal.weights.find import locate, locate_system
 from seed_nano.world.scene import Scene, scene_image
@@ -234,18 +233,21 @@ class JudgeTask(StageTask):
         self.probes = probes
         self.size = self.judge.config.image_size
         self.augment = augmentations(self.size)
-        super().__init__("judge", self.judge, settings, parallel=False)
+        super().__init__("judge", self.judge, settings)
+        self.ddp_options = ONE_PROCESS
 
     def images(self, scenes: Sequence[Scene]) -> list[Image.Image]:
         """Images of scenes in the judge's size."""
         return [scene_image(scene, self.size) for scene in scenes]
 
-    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        batch = self.settings.batch_size
+    def batch(self, micro_step: int) -> list[Scene]:
+        size = self.settings.batch_size
+        first = micro_step * size
+        return [self.scenes(self.settings.seed, first + row) for row in range(size)]
+
+    def loss(self, model: nn.Module, scenes: list[Scene]) -> tuple[Tensor, Metrics]:
         device = self.judge.device
-        # 1. Draw and augment the scenes of this step.
-        first = micro_step * batch
-        scenes = [self.scenes(self.settings.seed, first + row) for row in range(batch)]
+        # 1. Augment the scenes' images.
         pixels = torch.stack([self.augment(image) for image in self.images(scenes)])
         pixels = pixels.to(device, memory_format=torch.channels_last)
         columns = label_tensor(scenes, JUDGE_CLASSES).to(device).unbind(1)
@@ -256,7 +258,7 @@ class JudgeTask(StageTask):
         right = logits["first"].argmax(1) == labels["first"]
         return torch.stack(losses).sum(), {"first_right": right.float().mean()}
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+    def finish(self, run: RunView) -> Mapping[str, object]:
         judge = self.judge.eval()
         accuracy: dict[str, float] = {}
         # Accuracy over all labels of each split's real images.
@@ -271,7 +273,7 @@ class JudgeTask(StageTask):
             "real_pictures": accuracy,
         }
         judge.half().save_pretrained(self.out)
-        return {**super().finish(group), **accuracy}
+        return {**super().finish(run), **accuracy}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -195,10 +195,13 @@ class UnetTask(NanoTask):
         )
         return torch.cat([self.normaliser.unscale(noised), sinusoid], 1)
 
-    def loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def batch(self, micro_step: int) -> Tensor:
+        count = LAYOUT_SHARE * self.settings.batch_size
+        return self.indices(micro_step, len(self.latents), count)
+
+    def loss(self, model: nn.Module, chosen: Tensor) -> Loss:
         device = self.space.device
         count = self.settings.batch_size
-        chosen = self.indices(micro_step, len(self.latents), LAYOUT_SHARE * count)
         wanted = self.latents[chosen].float().to(device)
         embedding = self.conditions(chosen).to(device)
         # 1. The layout decoder predicts the latents of the whole batch.
@@ -308,6 +311,9 @@ class LayoutTask(NanoTask):
             submodule.requires_grad_(False)
         super().__init__(space, "layout", self.layout)
 
+    def batch(self, micro_step: int) -> Tensor:
+        return self.indices(micro_step, len(self.features))
+
     def save_result(self) -> None:
         self.layout.cpu().save_pretrained(self.folder)
 
@@ -324,10 +330,9 @@ class XLayoutTask(LayoutTask):
         heads = {"heads": trained_label_heads(space)}
         super().__init__(space, space.out / "detokenizer", features, heads, keeps=KEEPS)
 
-    def loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, rows: Tensor) -> Loss:
         """Half of the samples unconditional, half conditioned on the image before the edit."""
         device = self.space.device
-        rows = self.indices(micro_step, len(self.features))
         count = len(rows)
         after = rows[: count // 2] | 1  # an edit's result has the odd number
         before = torch.where(torch.rand(len(after)) < ITSELF, after, after - 1)
@@ -357,9 +362,8 @@ class LavitLayoutTask(LayoutTask):
         reading = (features.shape[2], space.config.tokenizer.reading)
         super().__init__(space, space.decoder_folder, features, frozen, reading=reading)
 
-    def loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, rows: Tensor) -> Loss:
         device = self.space.device
-        rows = self.indices(micro_step, len(self.features))
         mean = model(self.features[rows].to(device).float(), self.spots[rows].to(device))[0]
         error = F.mse_loss(mean.float(), self.latents[rows].to(device).float())
         return error, {"error": error.detach()}

@@ -128,9 +128,11 @@ class ReaderTask(NanoTask):
         self.reader = Reader(space)
         super().__init__(space, "reader", self.reader)
 
-    def loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def batch(self, micro_step: int) -> Tensor:
+        return self.indices(micro_step, len(self.features))
+
+    def loss(self, model: nn.Module, rows: Tensor) -> Loss:
         device = self.space.device
-        rows = self.indices(micro_step, len(self.features))
         labels = self.labels[rows].to(device)
         logits = self.reader.heads(model(self.features[rows].to(device)))
         right = labels_right(logits, labels).float()
@@ -193,19 +195,25 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
         LavitTokenizerTask.__init__(self, name, model, settings, self.batch, health)
         self.enter(space)
 
-    def batch(self, micro_step: int) -> Tensor:
-        """Features of scenes of the pool and of empty ones, `[B, N, D]`."""
+    def batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Features of scenes of the pool and of empty ones, `[B, N, D]`; which are of the pool."""
         n_pool = len(self.pool)
         rows = self.indices(micro_step, n_pool + round(EMPTY * n_pool))
         # Rows beyond the pool are empty scenes.
         readable_B = rows < n_pool
-        self.model.readable_B = readable_B.to(self.space.device)
         features = torch.where(
             readable_B[:, None, None],
             self.pool[rows.clamp(max=n_pool - 1)],
             self.empty[rows % len(self.empty)],
         )
-        return features.to(self.space.device).float()
+        return features.to(self.space.device).float(), readable_B.to(self.space.device)
+
+    def codebook_points(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().codebook_points(batch[0])
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:
+        features, self.model.readable_B = batch
+        return super().loss(model, features)
 
     def save_result(self) -> None:
         """Nothing: `narrow` starts from the checkpoint."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.stream.epochs import EpochOrder
 from seed_multimodal.data.stream.step_batches import SampleDataset, StepBatches
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.metrics import Metrics
-from seed_multimodal.training.schedules import batch_indices
-from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.meters import Metrics
+from seed_multimodal.training.task import ONE_PROCESS, RunView, StageTask
 from seed_nano.train.workspace import QUIET, Workspace
 from seed_nano.world.scene import Scene, render, thing_mask
 from seed_nano.world.splits import scene_at
@@ -75,7 +74,7 @@ class NanoTask(StageTask):
     """Stage NAME with the settings `train_NAME`; its record holds the smoothed numbers of the last
     steps. Subclasses define `loss` and `save_result`.
 
-    stream: scenes that are drawn for each step; None: the stage reads cached tensors.
+    stream: scenes that are drawn for each step; None: the stage defines `batch`, of cached tensors.
     """
 
     scenes: StepBatches[dict[str, Tensor]] | None = None
@@ -97,13 +96,13 @@ class NanoTask(StageTask):
     def enter(self, space: Workspace) -> None:
         """Take a workspace and the settings that count at a resume."""
         self.space = space
-        self.parallel = False  # the losses call parts of the module past its `forward`
+        self.ddp_options = ONE_PROCESS  # the losses call parts of the module past its `forward`
         section = f"train_{self.name}"
         settings = asdict(space.config)
         self.config = {key: settings[key] for key in ("seed", "image_size", section)}
         self.quiet_keys = [f"{section}.{key}" for key in QUIET]
 
-    def drawn(self, micro_step: int) -> dict[str, Tensor]:
+    def batch(self, micro_step: int) -> Any:
         """The batch of the stream, on the device."""
         assert self.scenes is not None
         batch = self.scenes.at(micro_step)
@@ -112,16 +111,18 @@ class NanoTask(StageTask):
     def indices(self, micro_step: int, n_rows: int, count: int = 0) -> Tensor:
         """The rows of a step among cached ones; `count`: instead of the batch size."""
         batch_size = count or self.settings.batch_size
-        return batch_indices(micro_step, batch_size, n_rows, self.settings.seed)
+        order = EpochOrder(n_rows, self.settings.seed)
+        samples = order.samples(micro_step * batch_size, batch_size)
+        return torch.tensor([index for _, index in samples])
 
     def save_result(self) -> None:
         """Write the trained networks."""
         raise NotImplementedError
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+    def finish(self, run: RunView) -> Mapping[str, object]:
         if self.scenes is not None:
             self.scenes.close()
         self.save_result()
         metrics = {key: round(value, 4) for key, value in self.meter.smooth.items()}
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
-        return {**super().finish(group), "parameters": parameters, **metrics}
+        return {**super().finish(run), "parameters": parameters, **metrics}

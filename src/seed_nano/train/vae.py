@@ -8,6 +8,7 @@ normalized to zero mean and unit variance inside `quant_conv` and `post_quant_co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,8 +69,7 @@ class VaeTask(NanoTask):
         ).to(memory_format=torch.channels_last)
         super().__init__(space, "vae", self.vae, SceneStream(space))
 
-    def loss(self, model: nn.Module, micro_step: int) -> Loss:
-        batch = self.drawn(micro_step)
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         x = to_signed(batch["image"]).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
         output = self.vae.decode(posterior.sample()).sample.float()

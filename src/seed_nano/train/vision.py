@@ -176,8 +176,7 @@ class ClipTask(VisionTask):
         module = nn.ModuleDict({"vision": self.vision, **self.readers})
         super().__init__(space, "clip", module, SceneStream(space))
 
-    def loss(self, model: nn.Module, micro_step: int) -> Loss:
-        batch = self.drawn(micro_step)
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         embedding = self.vision(pixel_values=normalise(batch["image"])).image_embeds
         naming = label_loss(self.readers["heads"](embedding), batch["labels"])
         return self.read(embedding, batch, naming)
@@ -290,8 +289,7 @@ class XVisionTask(VisionTask):
         module = nn.ModuleDict({"vision": self.vision, **self.readers})
         super().__init__(space, "vision", module, WideStream(space))
 
-    def loss(self, model: nn.Module, micro_step: int) -> Loss:
-        batch = self.drawn(micro_step)
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         labels = batch["labels"]
         pixels = normalise(batch["image"])
         features = self.vision(pixels).flatten(1)

@@ -19,9 +19,9 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.training.cli import main
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import resolve_deepspeed_config
 from seed_multimodal.training.llm.config import LlmTrainerSettings, read_model_settings
 from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.zero_engine import resolve_deepspeed_config
 
 CONFIGS = APPLICATION / "configs"
 

@@ -6,6 +6,8 @@ import pytest
 import yaml
 from lavis_runs import APPLICATION
 
+from seed_multimodal.errors import ConfigError
+
 # Values of the original's YAML files: run, model.
 ORIGINAL = yaml.safe_load("""
 pretrain_qformer.yaml:
@@ -69,3 +71,30 @@ def test_load_config_of_every_project_and_data_set():
         assert load_config(str(file), []).model_cfg.arch in registry.list_models()
     for name, builder in registry.mapping["builder_name_mapping"].items():
         assert builder().config.build_info, name
+
+
+STEADY = ["run.warmup_steps=0", "run.min_lr=1e-5", "run.warmup_lr=-1"]
+
+
+@pytest.mark.parametrize(
+    "schedule, unread",
+    [
+        ("constant", ["warmup_steps=3", "min_lr=1e-6", "warmup_lr=1e-6", "lr_decay_rate=0.9"]),
+        ("constant_with_warmup", ["min_lr=1e-6", "warmup_lr=1e-6", "lr_decay_rate=0.9"]),
+        ("inverse_sqrt", ["min_lr=1e-6", "warmup_lr=1e-6", "lr_decay_rate=0.9"]),
+        ("linear_warmup_cosine_steps", ["warmup_lr=1e-6", "lr_decay_rate=0.9"]),
+        ("linear_warmup_cosine_lr", ["lr_decay_rate=0.9"]),
+        ("linear_warmup_step_lr", []),
+    ],
+)
+def test_keys_that_a_schedule_does_not_read_are_refused(schedule, unread):
+    # A warm-up that is ignored shows in the loss only.
+    from seed_lavis.options import load_config
+
+    options = [f"run.lr_sched={schedule}", *STEADY]
+    file = "lavis/projects/blip2/train/pretrain_qformer.yaml"
+    every = ["warmup_steps=3", "min_lr=1e-6", "warmup_lr=1e-6", "lr_decay_rate=0.9"]
+    load_config(file, [*options, *(f"run.{option}" for option in every if option not in unread)])
+    for option in unread:
+        with pytest.raises(ConfigError, match=f"{option.partition('=')[0]} .*{schedule}"):
+            load_config(file, [*options, f"run.{option}"])

@@ -151,6 +151,14 @@ def test_train_with_averaged_weights(yaml, run, tmp_path, capsys):
     assert means["loss"] == log_of(folder, "stage1")[6]["valid/val/loss"]
 
 
+def test_train_with_one_pair_a_batch_says_that_nothing_is_contrasted(yaml, run, capsys, tmp_path):
+    # Its loss is 0, which looks like success. The epoch's losses are written once.
+    run(yaml("stage1", "run.batch_size_train=1", *TWO_STEPS))
+    output = capsys.readouterr().out
+    assert "batch of one pair" in output and "exactly 0 in 2 steps" in output
+    assert (tmp_path / "stage1" / "log.txt").read_text().count('"train_epoch"') == 1
+
+
 @pytest.mark.slow
 def test_train_with_codebook_options(yaml, run, tmp_path):
     # The saved codebook is the one in use, whatever moved it.

@@ -12,9 +12,9 @@ from torch import nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import ZeroEngine, resolve_deepspeed_config
 from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.zero_engine import ZeroEngine, resolve_deepspeed_config
 
 CPU = torch.device("cpu")
 SETTINGS = StageSettings(max_steps=4, precision="bf16")
@@ -36,10 +36,11 @@ def test_zero_engine_leaves_the_process_as_it_was(lone_group, stage):
     linear = nn.functional.linear
     module, _ = toy.toy_model()
     module[0].bias.data = module[0].bias.data.half()  # weights may be as in their files
-    config, _ = resolve_deepspeed_config(
+    task = StageTask("toy", module, SETTINGS)
+    task.deepspeed, _ = resolve_deepspeed_config(
         {"zero_optimization": {"stage": stage}}, SETTINGS, world=1, rows=2, hidden_size=4
     )
-    engine = ZeroEngine(StageTask("toy", module, SETTINGS), lone_group, CPU, config)
+    engine = ZeroEngine(task, lone_group, CPU)
     try:
         assert module[0].weight.dtype == torch.bfloat16
     finally:
@@ -53,4 +54,5 @@ def test_zero_engine_refuses_muon(lone_group):
     task = StageTask("toy", toy.toy_model()[0], SETTINGS)
     task.optimizer = MuonWithAdamW(task.module, 1e-3, 0.0)
     with pytest.raises(ConfigError, match="muon"):
-        ZeroEngine(task, lone_group, CPU, {"zero_optimization": {"stage": 2}})
+        task.deepspeed = {"zero_optimization": {"stage": 2}}
+        ZeroEngine(task, lone_group, CPU)

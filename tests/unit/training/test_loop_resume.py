@@ -147,16 +147,6 @@ def test_signal_during_the_last_evaluation(tmp_path, capsys):
     assert evaluations == [1, 2, 3, 4, 4] and toy.log_lines(tmp_path)[-1]["eval_loss"] == 1
 
 
-@pytest.mark.parametrize(
-    "settings, named",
-    [({"max_steps": 0}, "max_steps 0"), ({"learning_rate": 0.0}, "learning rate is 0")],
-)
-def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, settings, named):
-    # Else a wrong setting looks like a finished training.
-    toy.train(tmp_path, noise=0, **settings)
-    assert named in capsys.readouterr().out
-
-
 def start_under_torchrun(folder, pause: float) -> subprocess.Popen:
     """One process under our launcher, in its first step of `pause` seconds."""
     process = toy.start(folder, {"pause": pause}, before=LAUNCHER)

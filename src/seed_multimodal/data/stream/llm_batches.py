@@ -2,14 +2,14 @@
 resumable.
 
     with LlmBatches(settings, tokenizer, rank=rank, world=world, workers=2) as batches:
-        batches.restore(states)                      # optional: states of all ranks
+        batches.load_state_dict(states)              # optional: states of all ranks
         for batch in itertools.islice(batches, 100):
             ...
-        mine = batches.state()                       # position after the last batch, for JSON
+        mine = batches.state_dict()                  # position after the last batch, for JSON
 
 Sources are drawn for what is delivered (`stream.Stream`): a packed sequence, or a padded
 micro-batch of usable records. The state holds the stream's and the pieces not yet packed. With the
-same number of processes, rows after `restore` are bit-equal.
+same number of processes, rows after `load_state_dict` are bit-equal.
 """
 
 from __future__ import annotations
@@ -215,15 +215,19 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             "sources": sources,
         }
 
-    def state(self) -> JsonObject:
-        """State for `restore` after the last batch, JSON-serializable; each rank saves its own."""
+    def status(self) -> dict[str, float]:
+        """For log lines."""
+        return {"wait_seconds": self.wait_seconds}
+
+    def state_dict(self) -> JsonObject:
+        """State after the last batch, JSON-serializable; each rank saves its own."""
         return {
             **self.stream.state(),
             "waiting": [[piece.source, piece.position, piece.index] for piece in self.waiting],
             "positions": self.positions,
         }
 
-    def restore(self, states: Sequence[State]) -> None:
+    def load_state_dict(self, states: Sequence[State]) -> None:
         """Resume from the saved states of all ranks, as `Stream.restore`; the number of rows may
         differ, too."""
         stream = self.stream

@@ -196,6 +196,10 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
             self._left = (self.next_step, self.stream.progress)
         self.stream.seek(step * self.batch_size * self.stream.world)
 
+    def status(self) -> dict[str, float]:
+        """For log lines."""
+        return {"wait_seconds": self.wait_seconds, "bad_samples": self.n_bad}
+
     def state_dict(self) -> JsonObject:
         """Position and skipped samples of this rank, JSON-serializable."""
         n_samples = self.next_step * self.batch_size * self.stream.world

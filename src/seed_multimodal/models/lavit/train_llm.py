@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.config import project_path
 from seed_multimodal.data.decoders.features import FeatureDecoderOptions
 from seed_multimodal.data.stream.config import with_option
 from seed_multimodal.data.stream.llm_batches import LlmBatch
@@ -32,13 +33,12 @@ from seed_multimodal.models.lavit.losses import UnifiedLoss
 from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.models.lavit.processing import load_lavit_tokenizer
 from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.pipelines.config import write_checkpoint_system
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.loss import LossParts, find_llama
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS
@@ -146,6 +146,7 @@ class PretrainTask(LlmTask):
         def features(pixels: Tensor) -> Tensor:
             return visual.patch_features(visual.transform.normalise(pixels))
 
+        self.frozen_models = {"visual tokenizer": fingerprint(visual)}
         self.features = FrozenFeatures(visual.encoder, self.device, features, settings.at_once)
         merger = merger.to(self.device)
         projector = projector.to(self.device)
@@ -222,10 +223,6 @@ class PretrainTask(LlmTask):
         )
 
     # ---- checkpoints
-
-    def frozen_models(self) -> dict[str, str]:
-        """Stage 1's tokenizer."""
-        return {"visual tokenizer": fingerprint(self.visual)}
 
     def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of language model or adapter, token merger and projector; original names."""

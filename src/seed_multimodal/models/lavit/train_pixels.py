@@ -26,8 +26,8 @@ from seed_multimodal.models.lavit.diffusion import (
 )
 from seed_multimodal.models.lavit.losses import HEADS, decoder_for
 from seed_multimodal.models.lavit.modeling import DynamicCodes
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.settings import setting
-from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,
     CodesPixelModel,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookTask
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.metrics import Metrics
+from seed_multimodal.training.meters import Metrics
 from seed_multimodal.training.optimizers import ParameterGroup, parameter_groups
 
 
@@ -38,15 +38,15 @@ class LavitTokenizerTask(CodebookTask):
         batches: Callable[[int], Tensor],
         health: CodebookHealth,
     ) -> None:
-        self.batches = batches
+        self.draw = batches
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale=1.0)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
         super().__init__(name, model, settings, health, optimizer=optimizer)
 
     def batch(self, micro_step: int) -> Tensor:
-        return self.batches(micro_step)
+        return self.draw(micro_step)
 
-    def batch_loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Metrics]:
         output = model(batch)
         return output.loss, output.metrics
 

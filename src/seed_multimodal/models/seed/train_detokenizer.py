@@ -46,10 +46,10 @@ from seed_multimodal.models.seed.diffusion import (
     detokenizer_class,
 )
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.pipelines.images import open_images
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest, setting
-from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,
     CodesPixelModel,

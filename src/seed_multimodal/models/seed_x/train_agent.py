@@ -10,14 +10,14 @@ tokens and target images of a step have equal weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.config import from_compat
+from seed_multimodal.config import from_compat, project_path
 from seed_multimodal.data.decoders.features import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES, copy_to
@@ -27,6 +27,7 @@ from seed_multimodal.models.seed_x.data import SeedXOptions
 from seed_multimodal.models.seed_x.losses import TrainedAgent, loss_parts
 from seed_multimodal.models.seed_x.modeling import AgentSettings, load_agent
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.vision.qwen import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,
@@ -40,8 +41,6 @@ from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict
 from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.lora import (
     RECORDED_FIELDS,
     adapter_settings,
@@ -51,7 +50,7 @@ from seed_multimodal.training.llm.lora import (
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.training.optimizers import trained_parameters
-from seed_multimodal.training.task import WEIGHTS
+from seed_multimodal.training.task import WEIGHTS, Identity
 from seed_multimodal.weights.catalogue import AGENT_CONFIG
 
 LORA_FIELDS = (*RECORDED_FIELDS, "modules_to_save")
@@ -137,6 +136,16 @@ class TuningRunSettings(LlmRunSettings):
     agent: AgentModel
 
 
+@dataclass
+class TuningBatch(LlmBatch):
+    """A micro-batch in its step.
+
+    tokens_per_image: learned tokens of the step over its target images, in all processes.
+    """
+
+    tokens_per_image: float = 1.0
+
+
 class TuningTask(LlmTask):
     """One run in one process."""
 
@@ -144,8 +153,6 @@ class TuningTask(LlmTask):
     module: TrainedAgent
     start_hint = "agent.path"
     run_type = TuningRunSettings
-    # Ratio of learned tokens to target images of this step, over all processes.
-    tokens_per_image = 1.0
 
     def __init__(self, run: TuningRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer.
@@ -185,6 +192,7 @@ class TuningTask(LlmTask):
             return encoder(encoder.preprocessing.normalise(pixels).to(dtype)).to(dtype)
 
         self.encoder = FrozenFeatures(encoder, self.device, features, settings.at_once)
+        self.frozen_models = {"vision encoder": self.encoder.fingerprint}
         self.check_views(encoder.config.image_size, SeedXOptions.base_resolution)
 
         # 2. The resamplers: features → language model, and back.
@@ -207,22 +215,22 @@ class TuningTask(LlmTask):
         # ZeRO-3 moves each parameter's shard.
         return module if self.zero_stage == 3 else module.to(self.device)
 
-    def begin_step(self, step: int) -> bool:
-        """Load the step's micro-batches and count their learned tokens and target images."""
-        has_batches = super().begin_step(step)
-        n_images = sum(_n_targets(batch) for batch in self.batches)
-        (n_images_of_all,) = self.group.sum([float(n_images)])
-        self.tokens_per_image = self.meter.divisor / max(n_images_of_all, 1.0)
-        return has_batches
+    def batches(self, step: int) -> Sequence[TuningBatch]:
+        """As the base's, with the ratio of all processes' tokens and images."""
+        batches = super().batches(step)
+        counts = [sum(map(self.weight, batches)), sum(map(_n_targets, batches))]
+        n_tokens, n_images = self.group.sum(counts)
+        ratio = n_tokens / max(n_images, 1.0)
+        return [TuningBatch(**vars(batch), tokens_per_image=ratio) for batch in batches]
 
     def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
-        tokens_per_image = self.tokens_per_image if self.equal_token_weights else None
+        tokens_per_image = batch.tokens_per_image if isinstance(batch, TuningBatch) else 1.0
         return loss_parts(
             model(**self.inputs(batch)),
             self.run.agent.losses,
             n_tokens=batch.learned,
             n_images=_n_targets(batch),
-            tokens_per_image=tokens_per_image,
+            tokens_per_image=tokens_per_image if self.equal_token_weights else None,
         )
 
     def inputs(self, batch: LlmBatch) -> dict[str, Tensor | None]:
@@ -275,20 +283,16 @@ class TuningTask(LlmTask):
 
     # ---- checkpoints
 
-    def frozen_models(self) -> dict[str, str]:
-        """The vision encoder."""
-        return {"vision encoder": self.encoder.fingerprint}
-
-    def identity(self, world: int) -> JsonObject:
+    def identity(self, world: int) -> Identity:
         """As `LlmTask`, with the resamplers' sizes."""
         identity = super().identity(world)
-        sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
-        return {**identity, "model": {**identity["model"], **sizes}}
+        for name in _RESAMPLERS:
+            identity.fixed["model"][name] = asdict(getattr(self.run.agent, name))
+        return identity
 
-    @property
-    def saves_frozen(self) -> bool:
-        """Checkpoints hold the trained weights."""
-        return False
+    def prepare(self) -> None:
+        super().prepare()
+        self.saves_frozen = False  # checkpoints hold the trained weights
 
     def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The trained weights, with original names."""

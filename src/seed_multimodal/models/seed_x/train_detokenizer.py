@@ -23,10 +23,10 @@ from seed_multimodal.disk import replace_json
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.config import PixelModel, PixelRunSettings
 from seed_multimodal.training.pixel_decoder.task import PixelTask
 from seed_multimodal.weights.catalogue import download_advice

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import from_compat, project_root
+from seed_multimodal.config import from_compat, project_path
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
@@ -144,14 +144,6 @@ def adapt_to_run(
     if trainer.compile is not None:
         adapted.compile = trainer.compile
     return adapted
-
-
-def project_path(path: str | Path) -> Path:
-    """A path as is, else below the project root or its parents; unchanged if it does not exist."""
-    path = Path(path).expanduser()
-    root = project_root()
-    candidates = [path, *(folder / path for folder in (root, *root.parents))]
-    return next((candidate for candidate in candidates if candidate.exists()), path)
 
 
 def template_of(model: LlmModelSettings, tokenizer: Path | None) -> str:

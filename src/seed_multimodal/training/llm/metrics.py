@@ -11,7 +11,7 @@ from seed_multimodal.data.stream.stream import merge_counts
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.llm import head_dim
 from seed_multimodal.training.llm.loss import find_llama
-from seed_multimodal.training.metrics import TokenFlops
+from seed_multimodal.training.meters import TokenFlops
 
 # FLOP per token and matrix element, forward and backward (multiply-add: 2).
 FROZEN_FLOP = 4

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.config import project_path
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.llm import (
@@ -29,7 +30,7 @@ from seed_multimodal.language.llm import (
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import check_keys
 from seed_multimodal.state_dicts import copy_weights, load_state_dict
-from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, project_path
+from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings
 from seed_multimodal.training.llm.lora import (
     adapter_state,
     add_lora,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.config import project_path
 from seed_multimodal.data.decoders import opens_images
 from seed_multimodal.data.stream.config import (
     LlmDataSettings,
@@ -32,13 +33,13 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.pipelines.config import DEFAULT_FAMILY, write_checkpoint_system
 from seed_multimodal.training.config import ConfigNode
-from seed_multimodal.training.distributed import ProcessGroup, translate_errors
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.hydra_task import RunSettings, RunTask
 from seed_multimodal.training.llm.config import (
     LlmModelSettings,
     LlmTrainerSettings,
     TokenizerSettings,
     adapt_to_run,
-    project_path,
     read_model_settings,
     read_tokenizer,
     template_of,
@@ -54,11 +55,9 @@ from seed_multimodal.training.llm.loss import (
 from seed_multimodal.training.llm.metrics import join_reports, summary_lines, token_flops
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.llm.samples import record_embeds, write_samples
-from seed_multimodal.training.metrics import Metrics, TokenMeter
+from seed_multimodal.training.meters import MIN_WEIGHT, Metrics, TokenMeter
 from seed_multimodal.training.optimizers import build_optimizer
-from seed_multimodal.training.run import RunSettings, RunTask
-
-MIN_DIVISOR = 1e-8  # of a step without targets
+from seed_multimodal.training.task import Identity, RunView
 
 
 @dataclass(kw_only=True)
@@ -110,11 +109,6 @@ class LanguageModelTask(RunTask):
             if published in names
         }
 
-    @property
-    def saves_frozen(self) -> bool:
-        """A plain LLaMA folder is complete; an adapter's is not."""
-        return not is_lora(self.llm)
-
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""
         save_trained(self.llm, folder, weights)
@@ -136,7 +130,6 @@ class LlmTask(LanguageModelTask):
 
     run: LlmRunSettings
     settings: LlmTrainerSettings
-    loss_reduction = "sum"
     plain_attention = False
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
@@ -173,6 +166,7 @@ class LlmTask(LanguageModelTask):
             workers=self.settings.dataloader_num_workers,
             log=self._log,
         )
+        self.parts = [self.data]
         self.rows = run.data.rows
         self.evaluation_batches = self._read_evaluation_batches()
         if self.evaluation_batches:
@@ -181,12 +175,8 @@ class LlmTask(LanguageModelTask):
             self.sample_steps = 0
         self.meter = TokenMeter()
 
-        # 3. Of the current step: this process's micro-batches, their mean number per process, the
-        #    factor of the loss.
-        self.batches: list[LlmBatch] = []
-        self.batches_per_process = 1.0
-        self.loss_factor = 1.0
-        self.sample_batch: LlmBatch | None = None  # the same in all samples of this process
+        # What is sampled without evaluation data, the same batch every time.
+        self.first_batch: LlmBatch | None = None
 
     @staticmethod
     def load_tokenizer(folder: str | Path) -> TextTokenizer:
@@ -213,8 +203,17 @@ class LlmTask(LanguageModelTask):
         self.meter.peak = self.settings.peak_tflops or peak_tflops(
             self.device, DTYPES[self.settings.precision]
         )
+        self.saves_frozen = not is_lora(self.llm)  # an adapter's folder is not complete
         if self.run.deepspeed is None:
             round_residual(self.module, self.settings.precision)
+
+        # Log what is trained.
+        batch_kind = "padded rows"
+        if self.run.data.packing:
+            batch_kind = f"{self.rows} packed rows of {self.run.data.length:,}"
+        engine = "plain" if self.run.deepspeed is None else "deepspeed"
+        averaged = "tokens" if self.equal_token_weights else "micro-batches"
+        self.log_sizes(f"{engine}, micro-steps of {batch_kind}, the loss a mean over {averaged}; ")
 
     def check_views(self, side: int, default: int) -> None:
         """Raise ConfigError if views of a source (default: `default` pixels) do not fit the vision
@@ -234,66 +233,34 @@ class LlmTask(LanguageModelTask):
         """The trained module, around `llm`."""
         return LossModule(self.llm, self.loss_weights)
 
-    def before_training(self) -> None:
-        """Log the trained parameters."""
-        batch_kind = "padded rows"
-        if self.run.data.packing:
-            batch_kind = f"{self.rows} packed rows of {self.run.data.length:,}"
-        averaged = "tokens" if self.equal_token_weights else "micro-batches"
-        self.log_sizes(
-            f"{self.trainer.engine.kind}, micro-steps of {batch_kind}, the loss a mean over "
-            f"{averaged}; "
-        )
+    def batches(self, step: int) -> Sequence[LlmBatch]:
+        read = itertools.islice(self.data, self.settings.gradient_accumulation_steps)
+        batches = [self.prepare_batch(batch) for batch in read]
+        if self.first_batch is None and batches:
+            self.first_batch = batches[0]
+        return batches
 
-    def begin_step(self, step: int) -> bool:
-        """Load the step's micro-batches (fewer at the end of the data) and count their learned
-        tokens."""
-        # 1. The micro-batches, and the weighted number of learned tokens of all processes.
-        n_micro_steps = self.settings.gradient_accumulation_steps
-        batches = itertools.islice(self.data, n_micro_steps)
-        self.batches = [self.prepare_batch(batch) for batch in batches]
-        n_learned = 0.0
-        for batch in self.batches:
-            is_packed = batch.attention_mask is None
-            position_ids = batch.position_ids if is_packed else None
-            n_learned += self.loss_weights.count(batch.labels, position_ids)
-        n_learned, n_batches = self.group.sum([n_learned, float(len(self.batches))])
-
-        # 2. Engines average gradients over the processes, so a process's losses are scaled by
-        #    their number.
-        world = self.group.world
-        self.batches_per_process = n_batches / world
-        if self.equal_token_weights:
-            self.loss_factor = world / max(n_learned, MIN_DIVISOR)
-            self.meter.divisor = n_learned
-        else:
-            self.loss_factor = 1.0 / max(self.batches_per_process, MIN_DIVISOR)
-            self.meter.divisor = world
-        return n_batches > 0
-
-    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """This micro-batch's share of the loss; of a blank batch if this process has fewer than
-        others."""
-        # 1. The batch.
-        index = micro_step % self.settings.gradient_accumulation_steps
-        is_blank = index >= len(self.batches)
-        batch = self.prepare_batch(blank_batch()) if is_blank else self.batches[index]
-        parts = self.loss_parts(model, batch)
-
-        # 2. Its loss, a sum over tokens or a mean of the batch.
-        loss = parts.sum if self.equal_token_weights else parts.mean
-        logged = loss.detach()  # the meter divides the sum of all processes
+    def weight(self, batch: LlmBatch) -> float:
+        """The weighted number of learned tokens; 1 if micro-batches have equal weights."""
         if not self.equal_token_weights:
-            logged = logged / self.batches_per_process
-        return loss * self.loss_factor, {
-            "loss": logged,
+            return 1.0
+        is_packed = batch.attention_mask is None
+        return self.loss_weights.count(batch.labels, batch.position_ids if is_packed else None)
+
+    def loss(self, model: nn.Module, batch: LlmBatch | None) -> tuple[Tensor, Metrics]:
+        """A sum over tokens, or the mean of the batch; None: of a blank batch."""
+        n_positions = 0 if batch is None else batch.input_ids.numel()
+        if batch is None:
+            batch = self.prepare_batch(blank_batch())
+        parts = self.loss_parts(model, batch)
+        return parts.sum if self.equal_token_weights else parts.mean, {
             "text_sum": parts.text_sum,
             "text_count": parts.text_count,
             "image_sum": parts.image_sum,
             "image_count": parts.image_count,
             "tokens": batch.tokens,
             "squares": batch.squares,
-            "positions": 0 if is_blank else batch.input_ids.numel(),
+            "positions": n_positions,
         }
 
     def prepare_batch(self, batch: LlmBatch) -> LlmBatch:
@@ -305,23 +272,20 @@ class LlmTask(LanguageModelTask):
         batch = batch.to(self.device)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
-    def status(self) -> Mapping[str, float]:
-        return {"wait_seconds": self.data.wait_seconds}
-
     def close(self) -> None:
         self.data.close()
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+    def finish(self, run: RunView) -> Mapping[str, object]:
         """For summary.json: data of all processes, and metrics."""
         return {
-            "data": join_reports(group.gather(self.data.report())),
-            "processes": group.world,
+            "data": join_reports(run.group.gather(self.data.report())),
+            "processes": run.group.world,
             "rows": self.rows,
             "micro_steps": self.settings.gradient_accumulation_steps,
             **self.meter.total,
             "loss": self.meter.last.get("loss"),
-            "evaluation": self.trainer.evaluation,
-            "checkpoint": str(self.trainer.store.last_folder),
+            "evaluation": run.evaluation,
+            "checkpoint": str(run.checkpoint),
         }
 
     def summary(self, record: JsonObject) -> list[str]:
@@ -354,94 +318,73 @@ class LlmTask(LanguageModelTask):
         longest = max(count["batches"] for count in counts)
         return batches + [blank_batch()] * (longest - len(batches))
 
-    def evaluate(self, step: int) -> Mapping[str, float]:
+    def evaluate(self, run: RunView) -> Mapping[str, float]:
         """Mean losses of the evaluation data of all processes; empty without targets, or if the run
         is stopped."""
-        trainer = self.trainer
-        model = trainer.engine.model
         sums = torch.zeros(len(LossParts._fields), dtype=torch.float64)
-        activity = f"the evaluation after step {step}"
-        with translate_errors(activity, trainer.store.description):
-            # 1. This process's batches; a signal in any process ends the evaluation in all.
-            model.eval()
-            with torch.no_grad():
-                for batch in self.evaluation_batches:
-                    if trainer.stop_requested():
-                        self._log("the evaluation is skipped, since the run is stopped.")
-                        model.train()
-                        return {}
-                    with trainer.engine.autocast():
-                        parts = self.loss_parts(model, self.prepare_batch(batch))
-                    # Summed on the CPU, since Apple GPUs have no fp64.
-                    sums += torch.stack([part.float() for part in parts]).cpu().double()
-            model.train()
-
-            # 2. Sums over all processes.
-            all_sums = torch.tensor(self.group.sum(sums.tolist()), dtype=torch.float64)
-            return self.evaluation_line(LossParts(*all_sums))
+        run.model.eval()
+        # This process's batches; a signal in any process ends the evaluation in all.
+        with torch.no_grad():
+            for batch in self.evaluation_batches:
+                if run.stop_requested():
+                    self._log("the evaluation is skipped, since the run is stopped.")
+                    run.model.train()
+                    return {}
+                with run.autocast():
+                    parts = self.loss_parts(run.model, self.prepare_batch(batch))
+                # Summed on the CPU, since Apple GPUs have no fp64.
+                sums += torch.stack([part.float() for part in parts]).cpu().double()
+        run.model.train()
+        all_sums = torch.tensor(self.group.sum(sums.tolist()), dtype=torch.float64)
+        return self.evaluation_line(LossParts(*all_sums))
 
     @torch.no_grad()
-    def write_samples(self, step: int) -> None:
+    def write_samples(self, run: RunView) -> None:
         """Write answers to the same prompts every time, to `samples/` and TensorBoard.
 
         Nothing without evaluation data when this process's training data have ended.
         """
-        if self.sample_batch is None:
-            if self.evaluation_batches:
-                self.sample_batch = self.prepare_batch(self.evaluation_batches[0])
-            elif self.batches:
-                self.sample_batch = self.batches[0]
-            else:
-                return
+        batch = self.first_batch
+        if self.evaluation_batches:
+            batch = self.prepare_batch(self.evaluation_batches[0])
+        if batch is None:
+            return
 
         llama = find_llama(self.llm)
-        file = self.run.output_dir / "samples" / f"step-{step}.txt"
+        file = self.run.output_dir / "samples" / f"step-{run.step}.txt"
         self.module.eval()
-        with self.trainer.engine.autocast():
+        with run.autocast():
             # A forward pass shows the embeddings, including those of images.
             with record_embeds(llama) as embeds:
-                self.loss_parts(self.module, self.sample_batch)
-            text = write_samples(file, llama, self.tokenizer, self.sample_batch, embeds[0])
+                self.loss_parts(self.module, batch)
+            text = write_samples(file, llama, self.tokenizer, batch, embeds[0])
         self.module.train()
-        if self.trainer.log.board is not None:
-            self.trainer.log.board.add_text("samples", text, step)
+        if run.board is not None:
+            run.board.add_text("samples", text, run.step)
 
     def evaluation_line(self, sums: LossParts) -> dict[str, float]:
         """Log numbers from the sums over all batches; empty without targets."""
         if not sums.text_count + sums.image_count:
             return {}
-        line = {"eval_loss": float(sums.sum / sums.count.clamp(min=MIN_DIVISOR))}
+        line = {"eval_loss": float(sums.sum / sums.count.clamp(min=MIN_WEIGHT))}
         if sums.image_count:
             line["eval_text_loss"] = float(sums.text_mean)
             line["eval_image_loss"] = float(sums.image_mean)
         return line
 
-    def identity(self, world: int) -> JsonObject:
-        identity = {
-            **super().identity(world),
-            "model": {
-                "path": self.run.model.path,
-                "sizes": self.run.model.sizes,
-                "lora": self.run.model.lora,
-                "words": self.tokenizer.vocabulary.size,
-            },
-            "tokenizer": tokenizer_checksum(self.tokenizer),
+    def identity(self, world: int) -> Identity:
+        identity = super().identity(world)
+        identity.fixed["model"] = {
+            "path": self.run.model.path,
+            "sizes": self.run.model.sizes,
+            "lora": self.run.model.lora,
+            "words": self.tokenizer.vocabulary.size,
         }
-        return {**identity, **self._rows_per_step(world)} if self.fixes_rows else identity
-
-    def reported(self, world: int) -> JsonObject:
-        reported = super().reported(world)
-        return reported if self.fixes_rows else {**reported, **self._rows_per_step(world)}
-
-    def _rows_per_step(self, world: int) -> JsonObject:
+        identity.fixed["tokenizer"] = tokenizer_checksum(self.tokenizer)
+        compared = identity.fixed if self.fixes_rows else identity.reported
         micro_steps = self.settings.gradient_accumulation_steps
-        return {"rows_per_step": world * micro_steps * self.rows}
-
-    def state_dict(self) -> JsonObject:
-        return dict(self.data.state())
-
-    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
-        self.data.restore(states)
+        compared["rows_per_step"] = world * micro_steps * self.rows
+        return identity
 
 
 def tokenizer_checksum(tokenizer: TextTokenizer) -> int:

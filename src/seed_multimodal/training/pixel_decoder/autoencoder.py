@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.config import project_path
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.training import new_part
 from seed_multimodal.disk import JsonObject
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.settings import setting
-from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.config import PixelRunSettings
 from seed_multimodal.training.pixel_decoder.encoders import EncodedImages, signed, to_image
 from seed_multimodal.training.pixel_decoder.task import PixelTask, Reconstruction

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.config import project_path
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.stream.targets import Size, TargetView
 from seed_multimodal.diffusion.objectives import FlowTimes
@@ -13,8 +14,7 @@ from seed_multimodal.diffusion.training import ConditionDropout, TrainedLayers
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.training.config import RunTrainerSettings, refuse_unread
-from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.hydra_task import RunSettings
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.targets import TargetBatch
 from seed_multimodal.diffusion.networks import encode_moments
-from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.nn.frozen import FrozenFeatures
 
 
 def latent_moments(vae: nn.Module, device: torch.device, batch_size: int = 16) -> FrozenFeatures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,15 +40,15 @@ from seed_multimodal.diffusion.networks import (
 )
 from seed_multimodal.diffusion.objectives import NoisyLatents, Objective, build_objective
 from seed_multimodal.diffusion.training import train_denoiser
-from seed_multimodal.disk import JsonObject, atomic_folder
+from seed_multimodal.disk import atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import gather_full_weights
-from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.metrics import Meter, Metrics
+from seed_multimodal.training.hydra_task import RunTask
+from seed_multimodal.training.meters import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.pixel_decoder.config import PixelRunSettings
 from seed_multimodal.training.pixel_decoder.encoders import (
@@ -59,7 +59,8 @@ from seed_multimodal.training.pixel_decoder.encoders import (
     sample_latents,
     to_image,
 )
-from seed_multimodal.training.run import RunTask
+from seed_multimodal.training.task import Identity, RunView
+from seed_multimodal.training.zero_engine import gather_full_weights
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
@@ -119,6 +120,15 @@ class TrainedDetokenizer(nn.Module):
         if condition_latents is not None:
             noisy = torch.cat([noisy, condition_latents], dim=1)
         return predict(detokenizer.denoiser, noisy, steps, conditions)
+
+
+@dataclass
+class PixelBatch:
+    """A micro-batch: its images by size, and its random numbers, those of its position for any
+    number of processes."""
+
+    parts: Sequence[TargetBatch]
+    generator: torch.Generator
 
 
 class Reconstruction:
@@ -286,6 +296,7 @@ class PixelTask(RunTask):
             max_bad_in_a_row=data.max_bad_in_a_row,
             log=self._log,
         )
+        self.parts = [self.step_batches]
 
         # 3. What is trained.
         self.module = self.new_module().to(self.device)
@@ -294,6 +305,15 @@ class PixelTask(RunTask):
         # 4. The samples' images: if they cannot be read, the run ends before its first step.
         if self.sample_steps and self.group.first:
             self.sample_batches = self._held_out_batches()
+
+        self.frozen_models = {
+            self.frozen_name: self.encoders.conditions.fingerprint,
+            "autoencoder": self.encoders.moments.fingerprint,
+            **self.learner.frozen_models,
+        }
+        n_images = sum(map(len, self.sources))
+        n_samples = self._samples_per_step(self.group.world)
+        self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
 
     def new_module(self) -> TrainedDetokenizer:
         """The initial module on the CPU, with `requires_grad` set."""
@@ -343,37 +363,31 @@ class PixelTask(RunTask):
             seed=data.seed,
         )
 
-    def before_training(self) -> None:
-        """Log what is trained."""
-        n_images = sum(map(len, self.sources))
-        n_samples = self._samples_per_step(self.group.world)
-        self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
+    def batches(self, step: int) -> list[PixelBatch]:
+        count = self.settings.gradient_accumulation_steps
+        batches: list[PixelBatch] = []
+        for micro_step in range(step * count, (step + 1) * count):
+            position = micro_step * self.group.world + self.group.rank
+            generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, position))
+            batches.append(PixelBatch(self.step_batches.at(micro_step), generator))
+        return batches
 
-    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """The loss of a batch: the mean over its images, which are computed by their sizes.
-
-        Randomness is determined by the sample's position, independent of the number of processes.
-        """
-        # 1. The batch, and its random numbers.
-        position = micro_step * self.group.world + self.group.rank
-        generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, position))
-        batches: list[TargetBatch] = self.step_batches.at(micro_step)
-
-        # 2. The mean over its images, size by size.
-        n_images = sum(len(batch["key"]) for batch in batches)
+    def loss(self, model: nn.Module, batch: PixelBatch) -> tuple[Tensor, Metrics]:
+        """The mean over a batch's images, size by size."""
+        n_images = sum(len(part["key"]) for part in batch.parts)
         loss = torch.zeros((), device=self.device)
         mse = torch.zeros((), device=self.device)
-        for batch in batches:
-            encoded = self.encoders(batch)
-            latents = sample_latents(encoded.moments, self.scale, generator, self.shift)
-            losses = self.learner.losses(model, batch, latents, encoded, generator)
-            share = len(batch["key"]) / n_images
+        for part in batch.parts:
+            encoded = self.encoders(part)
+            latents = sample_latents(encoded.moments, self.scale, batch.generator, self.shift)
+            losses = self.learner.losses(model, part, latents, encoded, batch.generator)
+            share = len(part["key"]) / n_images
             loss = loss + share * losses["total_loss"]
             mse = mse + share * losses["mse"]
         return loss, {"mse": mse}
 
     @torch.no_grad()
-    def write_samples(self, step: int) -> None:
+    def write_samples(self, run: RunView) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
         # 1. Draw them.
         drawings: list[Image.Image] = []
@@ -386,13 +400,12 @@ class PixelTask(RunTask):
 
         # 2. Write one sheet with both.
         rows = [Row("image", list(map(Cell, originals))), Row("drawn", list(map(Cell, drawings)))]
-        sheet = contact_sheet(rows, f"step {step}", cell=256)
+        sheet = contact_sheet(rows, f"step {run.step}", cell=256)
         folder = self.run.output_dir / "samples"
         folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step-{step}.png")
-        board = self.trainer.log.board
-        if board is not None:
-            board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        sheet.save(folder / f"step-{run.step}.png")
+        if run.board is not None:
+            run.board.add_image("samples", np.asarray(sheet), run.step, dataformats="HWC")
 
     def draw_samples(self, batch: TargetBatch, encoded: EncodedImages) -> list[Image.Image]:
         """Images of a batch's conditions."""
@@ -424,49 +437,38 @@ class PixelTask(RunTask):
 
     def close(self) -> None:
         """Stop the data workers, if started."""
-        if self.step_batches is not None:
+        if self.parts:
             self.step_batches.close()
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+    def finish(self, run: RunView) -> Mapping[str, object]:
         # 1. The module. DeepSpeed's has half-precision weights; its fp32 weights are sharded, and
         #    all processes gather them.
         module = self.module
         if self.run.deepspeed is not None:
             trained = gather_full_weights(module)
-            if group.first:
+            if run.group.first:
                 module = self.new_module()
                 module.load_state_dict(trained, strict=False)
 
         # 2. The result. All its parts are replaced together.
         folder = self.run.output_dir / self.result
-        if group.first:
+        if run.group.first:
             with atomic_folder(folder, folder, TrainingError) as new_folder:
                 self.learner.save(module, new_folder)
         return {
-            "processes": group.world,
-            "samples_per_step": self._samples_per_step(group.world),
+            "processes": run.group.world,
+            "samples_per_step": self._samples_per_step(run.group.world),
             self.result: str(folder),
             **{key: round(value, 6) for key, value in self.meter.smooth.items()},
         }
 
-    # ---- checkpoints
-
-    def frozen_models(self) -> dict[str, str]:
-        """Conditioning model and VAE."""
-        return {
-            self.frozen_name: self.encoders.conditions.fingerprint,
-            "autoencoder": self.encoders.moments.fingerprint,
-            **self.learner.frozen_models,
-        }
-
-    def identity(self, world: int) -> JsonObject:
+    def identity(self, world: int) -> Identity:
         """See `RunTask`; the sample order depends on the samples per step."""
+        identity = super().identity(world)
         model = asdict(self.model)
-        return {
-            **super().identity(world),
-            "model": {name: model[name] for name in self.learner.fixed_settings},
-            "samples_per_step": self._samples_per_step(world),
-        }
+        identity.fixed["model"] = {name: model[name] for name in self.learner.fixed_settings}
+        identity.fixed["samples_per_step"] = self._samples_per_step(world)
+        return identity
 
     def _samples_per_step(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world

@@ -35,7 +35,7 @@ def same(left: LlmBatch, right: LlmBatch) -> bool:
 
 def saved(batches: LlmBatches) -> dict:
     """The state as a checkpoint stores it."""
-    return json.loads(json.dumps(batches.state()))
+    return json.loads(json.dumps(batches.state_dict()))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_restore_continues_exactly(read_settings, tokenizer, packing, world, sto
     state = saved(first)
     sources = [{**source, "counts": None} for source in state["sources"]]
     assert len(json.dumps({**state, "sources": sources})) < 3000
-    second.restore([state, *other_ranks])
+    second.load_state_dict([state, *other_ranks])
     assert saved(second) == state
     rest = list(second)
     assert len(rest) == len(expected[stop:])
@@ -141,7 +141,7 @@ def test_restore_in_any_number_of_processes(
         ranks = [LlmBatches(options, tokenizer, rank=rank, world=world) for rank in range(world)]
         for batches in ranks:
             if states:
-                batches.restore(states[::-1])
+                batches.load_state_dict(states[::-1])
             # Ranks may differ by some steps.
             for batch in itertools.islice(batches, steps + batches.stream.rank):
                 reads.update(record_numbers(batch))
@@ -173,7 +173,7 @@ def test_restore_with_workers(read_settings, tokenizer, packing, workers, stop, 
         assert torch.equal(torch.random.get_rng_state(), generator)
         state = saved(first)
     with LlmBatches(options, tokenizer, workers=workers) as second:
-        second.restore([state])
+        second.load_state_dict([state])
         assert all(map(same, expected[stop:], second))
 
 
@@ -185,7 +185,7 @@ def test_restore_with_other_data(mixed, tokenizer, tmp_path):
     ]
     states = [saved(batches) for batches in ranks]
     with pytest.raises(ConfigError):
-        ranks[0].restore(states[:1])
+        ranks[0].load_state_dict(states[:1])
     for change, named in (
         ({"seed": 7}, "seed"),
         ({"length": 256}, "length"),
@@ -193,20 +193,20 @@ def test_restore_with_other_data(mixed, tokenizer, tmp_path):
     ):
         batches = LlmBatches(read_data_settings(config | change), tokenizer)
         with pytest.raises(ConfigError, match=named):
-            batches.restore(states)
+            batches.load_state_dict(states)
     # Weights may change during a run.
     config["sources"][0]["weight"] = 9
-    LlmBatches(read_data_settings(config), tokenizer).restore(states)
+    LlmBatches(read_data_settings(config), tokenizer).load_state_dict(states)
 
     # The same records elsewhere, and others in their place.
     texts = config["sources"][2]
     folder = shutil.copytree(texts["files"], tmp_path / "texts")
     texts["files"] = str(folder)
-    LlmBatches(read_data_settings(config), tokenizer).restore(states)
+    LlmBatches(read_data_settings(config), tokenizer).load_state_dict(states)
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes().replace(b"number", b"letter"))
     with pytest.raises(ConfigError, match="checksums.texts"):
-        LlmBatches(read_data_settings(config), tokenizer).restore(states)
+        LlmBatches(read_data_settings(config), tokenizer).load_state_dict(states)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -74,7 +74,7 @@ def test_dead_codes_are_those_that_many_features_missed(task, data):
         counts = task.model.train()(data[8 * step : 8 * step + 8]).codes_T.bincount(minlength=32)
         before = uses[-1] + counts.sum().item()
         task.after_step(step)
-        uses.append(task.since_restart.sum().item())
+        uses.append(task.codebook.since_restart.sum().item())
         assert uses[-1] == (before if before < 10 * toy.CODES else 0)
     assert 0 in uses[1:]
     # Codes that moved onto features are used.

@@ -8,8 +8,8 @@ from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.models.seed_x.train_detokenizer import (
     pooled_features,
 )
+from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.vision.qwen import QwenVit
-from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.encoders import (
     ImageEncoders,
     latent_moments,

@@ -26,7 +26,6 @@ def tuned(config_of, output) -> tuple[TuningTask, Path]:
     task.prepare()
     task.load(output / f"checkpoint-{STEPS}")
     task.module.eval()
-    task.batches = list(itertools.islice(task.data, 4))  # one of each source
     return task, output / f"checkpoint-{STEPS}"
 
 
@@ -52,7 +51,7 @@ def merge(parts_dir, folder, checkpoint: Path, *flags: str, **model) -> Path:
 def check_system(task: TuningTask, parts_dir, merged: Path):
     """The system has the losses of the tuned module, and answers."""
     system = load(merged, vision=parts_dir / "vision", dtype="fp32", load_decoder=False)
-    for batch in task.batches:
+    for batch in itertools.islice(task.data, 4):  # one of each source
         inputs = task.inputs(batch)
         with torch.no_grad():
             expected = task.module(**inputs)

@@ -7,7 +7,7 @@ import pytest
 from repository import APPLICATION
 
 from seed_multimodal.models.seed_x.train_agent import AgentModel, TuningTask
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.hydra_task import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_type_hints
@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from seed_multimodal.config import read_table
-from seed_multimodal.disk import JsonObject, replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_text, strict_json, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_keys, check_value, read_settings
@@ -26,9 +26,10 @@ from seed_multimodal.training.distributed import (
     process_group_cleanup,
     translate_errors,
 )
-from seed_multimodal.training.schedules import optim_learning_rate
-from seed_multimodal.training.task import Task
-from seed_multimodal.training.trainer import Trainer, train
+from seed_multimodal.training.schedules import optim_learning_rate, peak_rate
+from seed_multimodal.training.task import Identity, Task
+from seed_multimodal.training.trainer import train
+from seed_multimodal.training.zero_engine import resolve_deepspeed_config
 
 
 @dataclass(kw_only=True)
@@ -95,7 +96,8 @@ class RunTask(Task):
     checkpoint_folder = ""
     quiet_keys: Sequence[str] = read_table(__file__)
     settings: RunTrainerSettings
-    trainer: Trainer
+    rows: int  # sequences of a micro-step in each process
+    width: int  # of the model
     run_type: ClassVar[type[RunSettings]]
 
     @classmethod
@@ -119,7 +121,9 @@ class RunTask(Task):
                 agree(group, config, run.output_dir)
                 task = cls(run, group, device)
             with contextlib.closing(task):
-                return train(task, run.output_dir, group=group, device=device)
+                record = train(task, run.output_dir, group=group, device=device)
+            group.log(cls.name, *task.summary(record))
+            return record
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         self.run = run
@@ -130,17 +134,33 @@ class RunTask(Task):
         self.group = group
         self.device = device
         self.config = run.config
-        self.learning_rate = partial(  # type: ignore[method-assign]
+        self.learning_rate = partial(
             optim_learning_rate,
             settings=run.optim,
-            max_steps=run.trainer.max_steps,
-            micro_batches=run.trainer.gradient_accumulation_steps,
+            max_steps=self.settings.max_steps,
+            micro_batches=self.settings.gradient_accumulation_steps,
         )
-        self.deepspeed = run.deepspeed
+        self.peak_rate = peak_rate(run.optim)
+        self.saves_frozen = self.settings.save_frozen
         self.zero_stage = 0
         if run.deepspeed is not None:
             zero = run.deepspeed.get("zero_optimization") or {}
             self.zero_stage = int(zero.get("stage", 0))
+
+    @cached_property
+    def deepspeed(self) -> ConfigNode | None:  # type: ignore[override]
+        """The run's, resolved when the model is built."""
+        if self.run.deepspeed is None:
+            return None
+        config, remarks = resolve_deepspeed_config(
+            self.run.deepspeed,
+            self.settings,
+            world=self.group.world,
+            rows=self.rows,
+            hidden_size=self.width,
+        )
+        self._log(*remarks)
+        return config
 
     def prepare(self) -> None:
         """Write the configuration into the output folder."""
@@ -154,35 +174,34 @@ class RunTask(Task):
     def close(self) -> None:
         """Close the data; called at the end of the run, also after an error."""
 
+    def summary(self, record: JsonObject) -> list[str]:
+        """The last lines of a run."""
+        return [f"done: {strict_json(record)}"]
+
     def log_sizes(self, title: str) -> None:
         """Log the number of trained parameters, device and output folder, after a title."""
-        trained = 0
-        total = 0
-        for parameter in self.module.parameters():
-            # ZeRO-3 leaves an empty tensor and the number of elements in `ds_numel`.
-            size = getattr(parameter, "ds_numel", parameter.numel())
-            total += size
-            if parameter.requires_grad:
-                trained += size
+        parameters = list(self.module.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in parameters)
         self._log(
             f"{title}{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
             f"processes: {self.group.world} on {self.device.type}; output in {self.run.output_dir}."
         )
 
-    def identity(self, world: int) -> JsonObject:
-        """Engine and optimizer; subclasses add their model and the step size."""
-        identity: JsonObject = {
-            "engine": "plain" if self.run.deepspeed is None else "deepspeed",
-            "zero_stage": self.zero_stage,
-            "optimizer": self.run.optim.name,
-        }
-        if self.run.deepspeed is not None:  # each process has its shard of a checkpoint
-            identity["processes"] = world
-        return identity
+    def identity(self, world: int) -> Identity:
+        """Engine and optimizer; subclasses add their model and the step size.
 
-    def reported(self, world: int) -> JsonObject:
-        """Counts that the schedule and the sample order follow."""
-        return {**super().reported(world), "max_steps": self.settings.max_steps}
+        Reported are counts that the schedule and the sample order follow.
+        """
+        identity = super().identity(world)
+        identity.reported["max_steps"] = self.settings.max_steps
+        identity.fixed["engine"] = "plain"
+        identity.fixed["zero_stage"] = self.zero_stage
+        identity.fixed["optimizer"] = self.run.optim.name
+        if self.run.deepspeed is not None:  # each process has its shard of a checkpoint
+            identity.fixed["engine"] = "deepspeed"
+            identity.fixed["processes"] = world
+        return identity
 
     def _log(self, *texts: str) -> None:
         """As `ProcessGroup.log`."""

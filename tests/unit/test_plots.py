@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.training.plots import read_log, save_curves
+from seed_multimodal.plots import read_log, save_curves
 
 
 def write_log(folder, lines=None) -> Path:
