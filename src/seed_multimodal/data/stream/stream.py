@@ -165,7 +165,7 @@ class Stream(Generic[Sample]):
                 break
             if result.samples:
                 n_usable += 1
-                progress.skipped.usable()
+                progress.skipped.in_a_row = 0
             # The run that drew the record first has counted it.
             if span.pieces is None:
                 progress.counts["draws"] += 1
