@@ -1,23 +1,16 @@
-"""Runs that are killed, stopped, or out of disk space: their files, and that resuming is bitwise
-equal."""
+"""Runs that are killed or stopped: their files, and that resuming is bitwise equal."""
 
 import os
 import random
-import re
-import shutil
 import signal
 import subprocess
 import sys
 
 import loop_toy as toy
 import pytest
-from full_disk import file_size_limit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_processes import STARTED, kill_when, nothing_stays_behind, processes_with, wait_until  # noqa: F401
-from tiny import read_json, write_json
-
-from seed_multimodal.errors import CheckpointError, SeedError
 
 LONG = {
     "max_steps": 40,
@@ -95,16 +88,6 @@ def test_resume_after_sigterm_is_bitwise_equal(
     assert toy.steps(folder / "stopped") == kept
 
 
-def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
-    # Next to `save_steps`; else an hour's run would fill the disk.
-    options = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": 2}
-    with pytest.raises(SystemExit):
-        toy.train(tmp_path, **options, stop_at=4)
-    assert toy.steps(tmp_path) == [5, 3]
-    toy.train(tmp_path, **options, max_steps=8)
-    assert toy.steps(tmp_path) == [8, 6]
-
-
 @pytest.mark.parametrize(
     "signals, ends",
     [
@@ -179,82 +162,3 @@ def test_exit_code_after_sigterm_without_a_checkpoint(tmp_path):
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 128 + signal.SIGKILL, output
     assert not toy.steps(tmp_path)
-
-
-def limited(folder, size, **options) -> str:
-    """The error of a run whose files may have at most `size` bytes."""
-    with file_size_limit(size), pytest.raises(SeedError) as caught:
-        toy.train(folder, **options)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("async_save", [False, True])
-def test_file_size_limit_while_writing_a_checkpoint(tmp_path, async_save):
-    # In the training's thread or another; the error names the step, earlier files are intact.
-    options = {"save_steps": 1, "async_save": async_save}
-    error = limited(tmp_path / "none", 1500, **options)
-    assert "step 1 " in error
-    assert not list((tmp_path / "none" / "toy.checkpoints").glob("*checkpoint-*"))
-    with pytest.raises(SystemExit):
-        toy.train(tmp_path, stop_at=6)
-    content = toy.content(tmp_path)
-    error = limited(tmp_path, len(content["optimizer.pt"]) - 1000, **options)
-    assert re.search(r"step 8\b.*checkpoint-7\)", error)
-    assert toy.content(tmp_path) == content
-
-
-def test_file_size_limit_while_writing_the_log(tmp_path):
-    # A quota that is full ends the run with the name of the file.
-    error = limited(tmp_path, 6000, logging_steps=1, max_steps=100)
-    assert "toy.log.jsonl" in error
-    assert not (tmp_path / "toy.done.json").exists()
-
-
-KEPT = {
-    "other steps": ([(4, 1, None), (6, 3, None)], [6, 4, 3, 2, 1]),
-    "ends": ([(4, 3, None), (7, 5, None), (8, 0, None)], [8, 7, 5, 4, 3]),
-    "a limit": ([(4, 1, None), (6, 3, 2)], [6, 4]),
-}
-
-
-@pytest.mark.parametrize("is_old", [False, True])
-@pytest.mark.parametrize("runs, kept", KEPT.values(), ids=KEPT)
-def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, runs, kept, is_old):
-    # With another `save_steps` those of the first run were removed, without a word.
-    for max_steps, save_steps, limit in runs:
-        before = toy.steps(tmp_path)
-        options = {"save_steps": save_steps, "save_total_limit": limit, "further": True}
-        toy.train(tmp_path, max_steps=max_steps, **options)
-        for file in tmp_path.rglob("trainer_state.json"):  # of an earlier version
-            state = read_json(file)
-            assert state.pop("kept", True)
-            if is_old:
-                write_json(file, state)
-    assert toy.steps(tmp_path) == kept
-    removed = set(before) - set(kept)
-    assert capsys.readouterr().out.count("is removed: save_total_limit is 2") == len(removed)
-
-
-DAMAGE = {
-    "trainer_state.json": b"{",
-    "data_state.json": None,
-    "model.safetensors": b"\0" * 9,
-    "trained.safetensors": b"",
-    "optimizer.pt": b"PK",
-}
-
-
-@pytest.mark.parametrize("name, content", DAMAGE.items(), ids=DAMAGE)
-def test_damaged_checkpoint_names_the_intact_one_before_it(tmp_path, name, content):
-    # Its steps are lost, those before it are not: the sentence says how to take them.
-    with pytest.raises(SystemExit):
-        toy.train(tmp_path, stop_at=7, save_steps=2, save_total_limit=None)
-    folder = tmp_path / "toy.checkpoints"
-    (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
-    damaged = folder / "checkpoint-8"
-    (damaged / name).unlink() if content is None else (damaged / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"checkpoint-4 is intact: remove {damaged} "):
-        toy.train(tmp_path)
-    shutil.rmtree(damaged)
-    shutil.rmtree(folder / "checkpoint-6")
-    assert toy.train(tmp_path)["steps"] == 12

@@ -1,0 +1,167 @@
+"""Checkpoints: which are resumed from (`resume=FOLDER`: a branch of a run), which stay, damaged
+ones, and a full disk."""
+
+import re
+import shutil
+
+import loop_toy as toy
+import pytest
+from full_disk import file_size_limit
+from tiny import read_json, write_json
+
+from seed_multimodal.errors import CheckpointError, SeedError
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """`run(until, folder, **settings)` trains in a folder, by default the same one, until a step;
+    returns the checkpoint that it resumed from."""
+
+    def go(until: int, folder=tmp_path, **settings) -> str:
+        capsys.readouterr()
+        options = {"save_steps": 2, "save_total_limit": None, **settings}
+        with pytest.raises(SystemExit):
+            toy.train(folder, stop_at=until - 1, **options)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "resumes from" in line]
+        return lines[0].partition(" from ")[2].partition(" ")[0] if len(lines) > 1 else ""
+
+    return go
+
+
+def test_resume_from_another_run_continues_after_a_stop(run, tmp_path):
+    # The other run's folder is only read; the same command again continues this one.
+    other = tmp_path / "other"
+    run(4, other)
+    named = str(other / "toy.checkpoints" / "checkpoint-2")
+    assert run(5, resume=named) == named
+    checkpoints = tmp_path / "toy.checkpoints"
+    assert run(6, resume=named) == str(checkpoints / "checkpoint-5")
+    assert run(7) == str(checkpoints / "checkpoint-6")
+    newest = str(checkpoints / "checkpoint-7")
+    assert run(8, resume=newest) == newest
+    assert toy.steps(other) == [4, 2]
+
+
+def test_resume_from_a_checkpoint_that_others_follow_fails(run, tmp_path):
+    # Two runs in one folder would mix.
+    run(4)
+    for start in ("checkpoint-2", "../other/toy.checkpoints/checkpoint-2"):
+        with pytest.raises(CheckpointError, match="output folder"):
+            run(6, resume=str(tmp_path / "toy.checkpoints" / start))
+    assert toy.steps(tmp_path) == [4, 2]
+
+
+def test_resume_never_or_from_nothing_fails(run, tmp_path):
+    # A new run must not mix with old checkpoints, nor begin anew by a wrong path.
+    run(4)
+    for resume, named in (("never", "checkpoint-4"), (str(tmp_path / "none"), "none")):
+        with pytest.raises(CheckpointError, match=named):
+            toy.train(tmp_path, resume=resume)
+
+
+@pytest.mark.parametrize(
+    "remains",
+    [
+        ".checkpoint-6.tmp",  # killed while it was written
+        ".checkpoint-4.old",  # while it was removed
+        "checkpoint-best",  # a user's
+    ],
+)
+def test_remains_of_a_killed_run(run, tmp_path, remains):
+    # None is resumed from half written, none is lost, none fills the disk.
+    folder = tmp_path / "toy.checkpoints"
+    run(4)
+    shutil.copytree(folder / "checkpoint-2", folder / remains)
+    assert run(5).endswith("checkpoint-4")
+    assert toy.steps(tmp_path) == [5, 4, 2]
+    assert (folder / remains).exists() == (not remains.startswith("."))
+
+
+def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
+    # Next to `save_steps`; else an hour's run would fill the disk.
+    options = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": 2}
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, **options, stop_at=4)
+    assert toy.steps(tmp_path) == [5, 3]
+    toy.train(tmp_path, **options, max_steps=8)
+    assert toy.steps(tmp_path) == [8, 6]
+
+
+KEPT = {
+    "other steps": ([(4, 1, None), (6, 3, None)], [6, 4, 3, 2, 1]),
+    "ends": ([(4, 3, None), (7, 5, None), (8, 0, None)], [8, 7, 5, 4, 3]),
+    "a limit": ([(4, 1, None), (6, 3, 2)], [6, 4]),
+}
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("runs, kept", KEPT.values(), ids=KEPT)
+def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, runs, kept, is_old):
+    # With another `save_steps` those of the first run were removed, without a word.
+    for max_steps, save_steps, limit in runs:
+        before = toy.steps(tmp_path)
+        options = {"save_steps": save_steps, "save_total_limit": limit, "further": True}
+        toy.train(tmp_path, max_steps=max_steps, **options)
+        for file in tmp_path.rglob("trainer_state.json"):  # of an earlier version
+            state = read_json(file)
+            assert state.pop("kept", True)
+            if is_old:
+                write_json(file, state)
+    assert toy.steps(tmp_path) == kept
+    removed = set(before) - set(kept)
+    assert capsys.readouterr().out.count("is removed: save_total_limit is 2") == len(removed)
+
+
+DAMAGE = {
+    "trainer_state.json": b"{",
+    "data_state.json": None,
+    "model.safetensors": b"\0" * 9,
+    "trained.safetensors": b"",
+    "optimizer.pt": b"PK",
+}
+
+
+@pytest.mark.parametrize("name, content", DAMAGE.items(), ids=DAMAGE)
+def test_damaged_checkpoint_names_the_intact_one_before_it(tmp_path, name, content):
+    # Its steps are lost, those before it are not: the sentence says how to take them.
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, stop_at=7, save_steps=2, save_total_limit=None)
+    folder = tmp_path / "toy.checkpoints"
+    (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    damaged = folder / "checkpoint-8"
+    (damaged / name).unlink() if content is None else (damaged / name).write_bytes(content)
+    sentence = f"{name}: .*checkpoint-4 is intact: remove {damaged} "
+    with pytest.raises(CheckpointError, match=sentence):
+        toy.train(tmp_path)
+    shutil.rmtree(damaged)
+    shutil.rmtree(folder / "checkpoint-6")
+    assert toy.train(tmp_path)["steps"] == 12
+
+
+def limited(folder, size, **options) -> str:
+    """The error of a run whose files may have at most `size` bytes."""
+    with file_size_limit(size), pytest.raises(SeedError) as caught:
+        toy.train(folder, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_file_size_limit_while_writing_a_checkpoint(tmp_path, async_save):
+    # In the training's thread or another; the error names the step, earlier files are intact.
+    options = {"save_steps": 1, "async_save": async_save}
+    error = limited(tmp_path / "none", 1500, **options)
+    assert "step 1 " in error
+    assert not list((tmp_path / "none" / "toy.checkpoints").glob("*checkpoint-*"))
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, stop_at=6)
+    content = toy.content(tmp_path)
+    error = limited(tmp_path, len(content["optimizer.pt"]) - 1000, **options)
+    assert re.search(r"step 8\b.*checkpoint-7\)", error)
+    assert toy.content(tmp_path) == content
+
+
+def test_file_size_limit_while_writing_the_log(tmp_path):
+    # A quota that is full ends the run with the name of the file.
+    error = limited(tmp_path, 6000, logging_steps=1, max_steps=100)
+    assert "toy.log.jsonl" in error
+    assert not (tmp_path / "toy.done.json").exists()
