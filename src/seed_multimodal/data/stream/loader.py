@@ -20,8 +20,7 @@ from seed_multimodal.errors import DataError, SeedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-SHARED_BYTES = 1 << 14  # of arrays that pass through shared memory
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes
 WORKER_KILLED = (
     "A data worker process was killed (often because memory ran out, in a container that of "
     "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
@@ -107,7 +106,7 @@ def _init_worker(worker: int) -> None:
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Pickles tensors as numpy arrays, whose content `buffer_callback` gets."""
+    """Pickles tensors as numpy arrays, whose contents `buffer_callback` gets."""
 
     def reducer_override(self, value: object) -> Any:
         if not isinstance(value, Tensor) or value.dtype == torch.bfloat16:
@@ -115,45 +114,24 @@ class _ArrayPickler(pickle.Pickler):
         return torch.from_numpy, (value.numpy(),)
 
 
-def _pack(result: object) -> tuple[bytes, list[int], Tensor | None]:
-    """A pickled result; the sizes and, in one shared tensor, the contents of its large arrays.
+def _pack(result: object) -> tuple[bytes, list[int], Tensor]:
+    """A pickled result; where its arrays begin and end in one shared tensor.
 
     A tensor for each would keep as many files open.
     """
-    arrays: list[np.ndarray] = []
+    parts = [np.zeros(ALIGNMENT, np.uint8)]
 
-    def is_small(buffer: pickle.PickleBuffer) -> bool:
-        """Whether an array stays in the pickle."""
+    def keep(buffer: pickle.PickleBuffer) -> None:
+        """Add an array, and what is missing to the next position where any type may begin."""
         array = np.frombuffer(buffer, np.uint8)
-        if len(array) >= SHARED_BYTES:
-            arrays.append(array)
-        return len(array) < SHARED_BYTES
+        parts.extend((array, np.zeros(-len(array) % ALIGNMENT, np.uint8)))
 
     pickled = BytesIO()
-    _ArrayPickler(pickled, pickle.HIGHEST_PROTOCOL, buffer_callback=is_small).dump(result)
-    sizes = list(map(len, arrays))
-    if not arrays:
-        return pickled.getvalue(), sizes, None
-    shared = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8).share_memory_()
-    content = shared.numpy()
-    start = 0
-    for array in arrays:
-        content[start : start + len(array)] = array
-        start += _aligned(len(array))
-    return pickled.getvalue(), sizes, shared
+    _ArrayPickler(pickled, pickle.HIGHEST_PROTOCOL, buffer_callback=keep).dump(result)
+    shared = torch.from_numpy(np.concatenate(parts)).share_memory_()
+    return pickled.getvalue(), np.cumsum([len(part) for part in parts]).tolist(), shared
 
 
-def _unpack(pickled: bytes, sizes: list[int], shared: Tensor | None) -> Any:
-    """The result, whose large arrays are parts of the shared tensor."""
-    arrays = []
-    start = 0
-    for size in sizes:
-        assert shared is not None
-        arrays.append(shared[start : start + size].numpy())
-        start += _aligned(size)
-    return ForkingPickler.loads(pickled, buffers=arrays)
-
-
-def _aligned(size: int) -> int:
-    """The next multiple of `ALIGNMENT`, where an array of any type may begin."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _unpack(pickled: bytes, borders: list[int], shared: Tensor) -> Any:
+    """The result, whose arrays are parts of the shared tensor."""
+    return ForkingPickler.loads(pickled, buffers=np.split(shared.numpy(), borders)[1::2])
