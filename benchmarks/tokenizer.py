@@ -21,11 +21,11 @@ from shared import Timed, benchmark_parser, compare, input_images, start
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.data.pretokenize.encode import fast_encode
 from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pretokenize.encode import fast_encode
 
 COMPARED = 64  # images whose codes are compared with float32's
 

@@ -125,7 +125,8 @@ def test_the_extra_demo_brings_what_the_server_imports():
 # or above.
 PACKAGES = (
     "weights", "images", "nn", "language", "inference", "diffusion", "models.registry", "pipelines",
-    "models", "transformers", "data", "training", "evaluation", "rl", "serving", "cli", "compat",
+    "models", "transformers", "data", "pretokenize", "training", "evaluation", "rl", "serving",
+    "cli", "compat",
 )  # fmt: skip
 ABOVE = ("__main__", "")  # "" is the package itself, which names its public objects
 # Beginnings of a family's modules that belong to a later package.

@@ -89,7 +89,7 @@ def test_init_prints_a_command_whose_checkpoint_is_a_system(mosaic, tmp_path, ca
 def test_codes_of_a_data_set(mosaic_folder, tmp_path):
     # A tile's code is its colour: they can be told by hand.
     from seed_multimodal.data.formats.records import open_records
-    from seed_multimodal.data.pretokenize.run import RunSettings, run
+    from seed_multimodal.pretokenize.run import RunSettings, run
 
     folder = tmp_path / "captioned"
     folder.mkdir()

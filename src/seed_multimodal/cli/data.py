@@ -148,8 +148,8 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
 
 
 def _pretokenize(kind: str, args: Namespace) -> int:
-    from seed_multimodal.data.pretokenize.inputs import find_inputs, parse_fields
-    from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
+    from seed_multimodal.pretokenize.inputs import find_inputs, parse_fields
+    from seed_multimodal.pretokenize.run import RunSettings, read_input, run
 
     args.fields = parse_fields(args.fields)
     settings = RunSettings(kind=kind, **set_flags(args, RunSettings))

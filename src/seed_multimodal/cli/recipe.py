@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
 from seed_multimodal.config import read_yaml
 from seed_multimodal.data.formats.records import open_records
-from seed_multimodal.data.pretokenize.inputs import InputSettings, find_inputs, read_input_settings
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.llm import llm_config
 from seed_multimodal.models import seed
 from seed_multimodal.nn.vision.hub import HubVisionConfig
+from seed_multimodal.pretokenize.inputs import InputSettings, find_inputs, read_input_settings
 from seed_multimodal.weights.catalogue import WEIGHT_PATTERNS
 from seed_multimodal.weights.find import find_folder, locate, locate_or_same
 

@@ -1,8 +1,7 @@
 """Training data, from files to batches.
 
 formats            files → records
-pretokenize        images of records → codes, in webdataset tars
 decoders           record → training sequence
-stream             sample order, mixture of sources, packed rows, loader
+stream             order of samples, sources, packed rows, worker processes, batches
 check              `seed data check`: decodes records as training does
 """

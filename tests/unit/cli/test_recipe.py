@@ -17,9 +17,9 @@ from seed_multimodal.cli.init import init
 from seed_multimodal.cli.main import build_parser
 from seed_multimodal.cli.recipe import SCRIPT, Step, script_lines
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
-from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.images.transforms import CLIP_MEAN
 from seed_multimodal.models.registry import find_training
+from seed_multimodal.pretokenize.inputs import read_input_settings
 
 CAPTIONS = ["a red apple on the table", "a blue bird in the tree"]
 

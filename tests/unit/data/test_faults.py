@@ -17,9 +17,6 @@ from pyarrow import parquet
 
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
-from seed_multimodal.data.pretokenize.dataset import TaskDecoder, decode_shards
-from seed_multimodal.data.pretokenize.inputs import InputSettings, list_shards
-from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
@@ -27,6 +24,9 @@ from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.tokenizer import Pass, read_images
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.pretokenize.dataset import TaskDecoder, decode_shards
+from seed_multimodal.pretokenize.inputs import InputSettings, list_shards
+from seed_multimodal.pretokenize.record_types import RECORD_TYPES
 
 # What a faulty sample has in place of its caption, of its image (...: nothing), or of its JSON.
 CAPTIONS = {

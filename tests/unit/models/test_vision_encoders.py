@@ -10,7 +10,6 @@ from random_images import noise
 from tiny.seed import SIZES, loud, save_as_lavis
 from tiny.vision import KINDS, write_vision
 
-from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.models.seed.checkpoints import load_vision
@@ -19,6 +18,7 @@ from seed_multimodal.models.seed.export import export_tokenizer
 from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions, Stage2Model
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.pipelines.images import open_images
+from seed_multimodal.pretokenize.encode import Encoder, read_transform
 
 IMAGE = noise(1, (44, 30))  # no square, so that squashing and cropping differ
 

@@ -7,9 +7,9 @@ import torch
 from tiny import write_json
 from tiny.seed import loud, seed1_tokenizer
 
-from seed_multimodal.data.pretokenize.encode import fast_encode
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.pretokenize.encode import fast_encode
 
 
 @pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])

@@ -1,10 +1,14 @@
 """From records to batches.
 
 `config`         settings of an LLM's training data, ours or original
-`sampler`        sample order by (seed, position), also of several sets
-`mixture`        sources of an LLM's data and their sequences
+`order`          how sources alternate, and how processes share their positions
+`epochs`         which sample stands at a position
+`loader`         worker processes
+`stream`         usable samples of sources for one process, resumable
+`source`         a source of an LLM's sequences
 `packing`        packed and padded rows, splitting of long documents
-`llm_batches`    batches of an LLM's data, resumable
-`pairs_dataset`  samples of image-text pairs and of pixel decoders
-`loader`         worker processes, batches by step
+`llm_batches`    batches of an LLM's data
+`step_batches`   batches of images by step
+`pairs_dataset`  samples of image-text pairs
+`targets`        samples of pixel decoders
 """

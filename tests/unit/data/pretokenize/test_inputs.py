@@ -9,18 +9,18 @@ from repository import APPLICATION
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDecoder, decode_shards
-from seed_multimodal.data.pretokenize.encode import read_transform
-from seed_multimodal.data.pretokenize.inputs import (
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import ImageTransform, get_transform
+from seed_multimodal.language.prompts import QA_SUFFIX
+from seed_multimodal.pretokenize.dataset import DecodedSample, TaskDecoder, decode_shards
+from seed_multimodal.pretokenize.encode import read_transform
+from seed_multimodal.pretokenize.inputs import (
     InputSettings,
     list_shards,
     parse_fields,
     read_input_settings,
 )
-from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.transforms import ImageTransform, get_transform
-from seed_multimodal.language.prompts import QA_SUFFIX
+from seed_multimodal.pretokenize.record_types import RECORD_TYPES
 
 CONFIGS = APPLICATION / "configs"
 

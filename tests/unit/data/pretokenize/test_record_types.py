@@ -15,9 +15,9 @@ from tiny import read_json, write_json
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.records import open_records
-from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
+from seed_multimodal.pretokenize.run import RunSettings, run
 
 CONFIGS = APPLICATION / "configs"
 Records = list[dict[str, Any]]

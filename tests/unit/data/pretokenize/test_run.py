@@ -18,9 +18,9 @@ from tiny import read_json, write_json
 
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.disk import try_lock
 from seed_multimodal.errors import DataError
+from seed_multimodal.pretokenize.run import RunSettings, run
 
 SHARDS = 8
 SIZE = 12

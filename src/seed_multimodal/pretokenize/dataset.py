@@ -22,18 +22,18 @@ from seed_multimodal.data.formats.bad_records import (
 )
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import JsonObject, Record
-from seed_multimodal.data.pretokenize.frames import augmented_view
-from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
-from seed_multimodal.data.pretokenize.record_types import (
+from seed_multimodal.data.stream.loader import load
+from seed_multimodal.errors import ImageError
+from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.pretokenize.frames import augmented_view
+from seed_multimodal.pretokenize.inputs import InputSettings, Shard
+from seed_multimodal.pretokenize.record_types import (
     Dropped,
     RecordType,
     Sample,
     SourceImage,
     replace_images,
 )
-from seed_multimodal.data.stream.loader import load
-from seed_multimodal.errors import ImageError
-from seed_multimodal.images.transforms import ImageTransform
 
 
 @dataclass(frozen=True)

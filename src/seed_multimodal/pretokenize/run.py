@@ -23,15 +23,6 @@ import torch
 
 from seed_multimodal.data.formats.bad_records import BROKEN, REPAIRED, BadRecords, RecordNote
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
-from seed_multimodal.data.pretokenize.dataset import EncodedViews, Task, TaskDecoder, decode_shards
-from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
-from seed_multimodal.data.pretokenize.inputs import (
-    InputSettings,
-    Shard,
-    list_shards,
-    read_input_settings,
-)
-from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES, RecordType, replace_images
 from seed_multimodal.data.stream.order import Chunks
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import (
@@ -43,6 +34,15 @@ from seed_multimodal.disk import (
 )
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line, rank_and_world_size
 from seed_multimodal.errors import ConfigError, DataError, pluralize
+from seed_multimodal.pretokenize.dataset import EncodedViews, Task, TaskDecoder, decode_shards
+from seed_multimodal.pretokenize.encode import Encoder, read_transform
+from seed_multimodal.pretokenize.inputs import (
+    InputSettings,
+    Shard,
+    list_shards,
+    read_input_settings,
+)
+from seed_multimodal.pretokenize.record_types import RECORD_TYPES, RecordType, replace_images
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_identity, check_settings, setting
 

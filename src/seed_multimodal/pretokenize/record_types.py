@@ -52,11 +52,11 @@ from seed_multimodal.data.formats.record import (
     as_list,
     shorten,
 )
-from seed_multimodal.data.pretokenize.frames import Frame
-from seed_multimodal.data.pretokenize.inputs import InputSettings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
+from seed_multimodal.pretokenize.frames import Frame
+from seed_multimodal.pretokenize.inputs import InputSettings
 from seed_multimodal.settings import check_keys, nearest
 
 
