@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from data_files import serve_folder, write_any
 from random_images import noise
 
@@ -26,6 +27,15 @@ from seed_multimodal.evaluation.tifa import read_dpg, read_geneval2
 from seed_multimodal.images.io import image_to_bytes, open_image
 from seed_nano.report import prompts
 
+READERS = {
+    "questions": read_questions,
+    "captions": read_captions,
+    "geneval": read_object_prompts,
+    "geneval2": read_geneval2,
+    "seedbench": read_choices,
+    "dpg": read_dpg,
+}
+BAD = yaml.safe_load(Path(__file__).with_name("annotations.yaml").read_text())
 COCO_NAME = "val2014/COCO_val2014_000000000007.jpg"
 COCO = {
     "images": [{"id": 7, "file_name": COCO_NAME}, {"id": 0, "file_name": "b.jpg"}],
@@ -150,40 +160,17 @@ def test_read_captions_with_references_in_another_file(tmp_path):
 
 QUESTION = {"question_id": 2, "question": "Who?", "image": "a.jpg"}
 ANSWERED = {**QUESTION, "answer": "x"}
-BAD_ITEMS = {
-    "not an object": (read_questions, 1, "not an object"),
-    "no id": (read_questions, {**ANSWERED, "question_id": None}, "no question_id"),
-    "no caption": (read_captions, {"image": "a.jpg", "caption": " "}, "no references"),
-    "image of a caption": (read_captions, {"image": ["a.png"], "caption": "a"}, "image: .*a.png"),
-    # Where others have references, what has none is no test set.
-    "no answer": (read_questions, {**QUESTION, "answer": None, "answers": []}, "no references"),
-    **{
-        f"{name} {value}": (read_questions, {**ANSWERED, name: value}, f"{names}: ")
-        for names, name, value in (
-            ("types", "types", "color"),
-            ("question_id", "question_id", [1]),
-            ("question_id", "question_id", True),
-            ("image", "image", ["a.png"]),
-            ("question", "question", {"en": "Who?"}),
-            ("question_type", "question_type", ["what"]),
-            ("references", "answer", [["x"]]),
-            ("references", "answer", ["x", None]),
-            ("references", "answers", [{"text": "x"}]),
-            ("references", "answer", float("nan")),
-            ("references", "answer", "['x', 'y']"),  # how pandas writes a list into a .csv
-        )
-    },
-}
 
 
-@pytest.mark.parametrize("read, item, problem", BAD_ITEMS.values(), ids=BAD_ITEMS)
-def test_an_unusable_item_does_not_end_the_file(read, item, problem, tmp_path):
+@pytest.mark.parametrize("case", BAD["items"], ids=str)
+def test_an_unusable_item_does_not_end_the_file(case, tmp_path):
     # One broken line of a million is counted as bad, with its number.
     good = [{**ANSWERED, "question_id": id, "image": f"{id}.jpg", "caption": "a"} for id in (1, 9)]
-    first, bad, last = read(write_any(tmp_path / "q.json", [good[0], item, good[1]]))
+    file = write_any(tmp_path / "q.json", [good[0], case["item"], good[1]])
+    first, bad, last = READERS[case["reader"]](file)
     assert (first.key, last.key) == (1, 9)
     assert not first.problem and not last.problem
-    assert re.search(f"q.json: item 1.*{problem}", bad.problem), bad.problem
+    assert re.search(f"q.json: item 1.*{case['problem']}", bad.problem), bad.problem
 
 
 def test_an_unusable_answer_of_another_file_is_of_its_question(tmp_path):
@@ -271,15 +258,6 @@ def test_questions_of_any_format(name, scheme, tmp_path, monkeypatch):
             assert image.tobytes() == noise(0).tobytes()
 
 
-GENEVAL = {"tag": "single_object", "include": [{"class": "cup", "count": 1}], "prompt": "a cup"}
-GENEVAL2 = {"prompt": "two foxes", "vqa_list": [["How many foxes?", "two"]], "skills": ["count"]}
-CHOICE = {
-    "question_id": "7",
-    "data_id": "0.png",
-    "question": "Which style?",
-    **{f"choice_{letter}": letter for letter in "abcd"},
-    "answer": "A",
-}
 DPG = {
     "item_id": "a",
     "text": "text",
@@ -290,13 +268,6 @@ DPG = {
 }
 
 
-ABOVE_ITSELF = {"class": "cup", "count": 1, "position": ["above", 0]}
-
-
-def choices(**changes) -> dict:
-    return {"questions": [{**CHOICE, **changes}]}
-
-
 def write_dpg(path, rows: list[dict[str, str]]) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(DPG))
@@ -305,27 +276,16 @@ def write_dpg(path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-BAD_FILES = {
-    # Reader, content, what the error names besides the file.
-    "no questions": (read_questions, {"questions": []}, "list of records"),
-    "damaged line": (read_object_prompts, [GENEVAL, 1], "item 1: is a JSON int"),
-    "equal ids": (read_questions, [QUESTION, QUESTION], "question_id"),
-    "geneval: no prompt": (read_object_prompts, [{**GENEVAL, "prompt": 1}], "item 0.*prompt"),
-    "geneval: itself": (read_object_prompts, [{**GENEVAL, "include": [ABOVE_ITSELF]}], "cup"),
-    "geneval2: skills": (read_geneval2, [{**GENEVAL2, "skills": []}], "item 0.*skills"),
-    "seedbench: blank choice": (read_choices, choices(choice_d=" "), "item 0.*choice_d"),
-    "seedbench: answer": (read_choices, choices(answer="E"), "item 0.*answer"),
-    "dpg: missing parent": (read_dpg, [{**DPG, "dependency": "3"}], "question 1 of a"),
-}
-
-
-@pytest.mark.parametrize("read, content, name", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_file_of_another_layout_is_named_with_the_fault(read, content, name, tmp_path):
+@pytest.mark.parametrize("name", BAD["files"])
+def test_a_file_of_another_layout_is_named_with_the_fault(name, tmp_path):
     # Half of a benchmark would be scored, or all of it as wrong.
-    write_file = write_dpg if read is read_dpg else write_any
-    file = write_file(tmp_path / ("data.csv" if read is read_dpg else "data.json"), content)
-    with pytest.raises(DataError, match=f"(?s){file.name}.*{name}"):
-        read(file)
+    case = BAD["files"][name]
+    if case["reader"] == "dpg":
+        file = write_dpg(tmp_path / "data.csv", case["content"])
+    else:
+        file = write_any(tmp_path / "data.json", case["content"])
+    with pytest.raises(DataError, match=f"(?s){file.name}.*{case['problem']}"):
+        READERS[case["reader"]](file)
 
 
 def test_samples_without_a_reference_are_of_another_set(tmp_path):

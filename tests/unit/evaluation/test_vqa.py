@@ -1,9 +1,19 @@
 """VQA accuracy by the official rules and by LaVIT's."""
 
+from pathlib import Path
+
 import pytest
 
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.vqa import accuracies, vqa_accuracy, vqa_answer
+from seed_multimodal.evaluation.vqa import (
+    ANSWERABLE,
+    PLAIN_QUESTION,
+    UNANSWERABLE,
+    Questions,
+    accuracies,
+    vqa_accuracy,
+    vqa_answer,
+)
 from seed_multimodal.models.lavit.evaluate import lavit_answer
 
 
@@ -83,3 +93,55 @@ def test_accuracies_count_an_unanswered_question_as_wrong():
         "per_answer_type": {"a": 50.0, "b": 0.0},
         "per_question_type": {},
     }
+
+
+class Asked:
+    """A system with fixed answers, which keeps the questions."""
+
+    def __init__(self, *rounds: list[str]) -> None:
+        self.rounds = iter(rounds)
+        self.questions: list[list[str]] = []
+
+    def ask(self, images, questions, **options) -> list[str]:
+        self.questions.append(questions)
+        return next(self.rounds)
+
+
+def questions(dataset: str, *rounds: list[str], **settings) -> Questions:
+    benchmark = Questions(out=Path("out"), file="q.json", dataset=dataset, **settings)
+    benchmark.use(Asked(*rounds))
+    return benchmark
+
+
+def test_answer_asks_vizwiz_first_whether_there_is_an_answer():
+    # Published figures of VizWiz need both questions; "nobody" is no "no".
+    samples = [Sample(n, "", question=f"q{n}") for n in range(3)]
+    benchmark = questions("vizwiz", ["No.", "yes", "nobody"], ["a fox.", "x."])
+    lines = benchmark.answer(samples, [None] * 3)
+    assert [line["answer"] for line in lines] == [UNANSWERABLE, "a fox", "x"]
+    first, second = benchmark.system.questions
+    assert first[1] == ANSWERABLE.format("q1") and second == ["q1", "q2"]
+    # Other sets are asked once; the pretrained model has its own form, and goes on asking.
+    plain = questions("okvqa", ["a fox\nQuestion: what"], prompts="plain")
+    assert plain.answer(samples[:1], [None]) == [{"answer": "a fox"}]
+    assert plain.system.questions == [[PLAIN_QUESTION.format("q0")]]
+
+
+@pytest.mark.parametrize(
+    "dataset, result, accuracy",
+    [
+        ("vqav2", {"question_id": 1, "answer": "red"}, 50.0),
+        # GQA has one right answer, and a program of its own.
+        ("gqa", {"question_id": 1, "answer": "red", "questionId": 1, "prediction": "red"}, 100.0),
+    ],
+)
+def test_score_writes_the_results_of_each_server(dataset, result, accuracy):
+    samples = [Sample(1, "", "a.jpg", references=["red", "blue"])]
+    scores = questions(dataset).score(samples, [{"answer": "red"}])
+    assert scores.results == [result]
+    assert scores.values["accuracy"] == accuracy
+    # VizWiz's server names questions by their images; a test set has no accuracy.
+    [named] = questions(dataset).score([Sample("v.jpg", "", "v.jpg")], [{}]).results
+    assert (named["question_id"], named["answer"]) == ("v.jpg", "")
+    assert ("image" in named) == (dataset != "gqa")
+    assert questions(dataset).score([Sample(1, "")], [{}]).values == {}

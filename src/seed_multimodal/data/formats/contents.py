@@ -18,6 +18,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from seed_multimodal.config import read_table
 from seed_multimodal.data.formats.storage import (
     is_remote,
     list_files,
@@ -30,26 +31,17 @@ from seed_multimodal.errors import ConfigError, DataError, foreign_content, plur
 from seed_multimodal.plugins import registered
 from seed_multimodal.settings import nearest
 
+_TABLES = read_table(__file__)
 # Image members of shards, and image files.
-IMAGE_KEYS = (
-    *("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"),
-    *("heic", "heif"),  # read where pillow-heif is installed
-)
+IMAGE_KEYS: list[str] = _TABLES["images"]
 IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)
 FOLDER = "folder"  # format of a folder of images
 FORMATS = ("tar", "jsonl", "json", "parquet", "arrow", "csv")
 # Suffix of a file → what it is: a format, an image, or what `CURES` is for.
-SUFFIXES = {
+SUFFIXES: dict[str, str] = {
     **{f".{format}": format for format in FORMATS},
-    ".ndjson": "jsonl",
     **dict.fromkeys(IMAGE_SUFFIXES, FOLDER),
-    ".gz": "gzip",
-    ".tgz": "gzip",
-    ".zst": "zstd",
-    ".xz": "xz",
-    ".bz2": "bzip2",
-    ".zip": "zip",
-    ".tsv": "tsv",
+    **_TABLES["suffixes"],
 }
 # Configured format → formats of the files that are read, by their suffixes.
 _ACCEPTED = {"auto": FORMATS, **{name: (name,) for name in FORMATS}, "json": ("json", "jsonl")}
@@ -67,28 +59,8 @@ _CONTENTS = {
     b"\xff\xff\xff\xff": "arrow",
 }
 BOM = b"\xef\xbb\xbf"
-# What is never read, by content or suffix → what to do.
-CURES = {
-    "gzip": "is compressed; unpack it once: gzip -d",
-    "zstd": "is compressed; unpack it once: zstd -d",
-    "xz": "is compressed; unpack it once: xz -d",
-    "bzip2": "is compressed; unpack it once: bzip2 -d",
-    "zip": "is compressed; unpack it once: unzip",
-    "utf-16": "is text in UTF-16; convert it once: iconv -f UTF-16 -t UTF-8",
-    "tsv": "is a table with tabs; write it as .jsonl, or as .csv with a header; if it lists URLs "
-    "(CC3M, CC12M), download its images first, for example by img2dataset",
-}
-# Files that other tools write beside records.
-SIDE_FILES = (
-    "dataset_info.json",  # of Hugging Face's datasets
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "*_stats.json",  # of img2dataset
-    "counts.json",  # of pre-tokenising
-    "*.counts.json",
-    "settings.json",
-)
+CURES: dict[str, str] = _TABLES["cures"]  # what is never read → what to do
+SIDE_FILES: list[str] = _TABLES["side_files"]  # of other tools
 QUESTIONS, ANNOTATIONS = "_questions.json", "_annotations.json"  # of VQA, which are joined
 _WILDCARD = re.compile(r"[*?\[]")
 # The beginning of a list of images: a field of an image, or the name of a file.

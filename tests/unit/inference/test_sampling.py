@@ -1,14 +1,24 @@
-"""Image constraints: whatever the scores, generated images are well-formed in every family."""
+"""Which token comes next: whatever the scores, images are well-formed in every family; guidance,
+penalties and random numbers are those of transformers."""
 
 import copy
 import itertools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from seed_multimodal.inference.sampling import ImageConstraints
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.inference.prompt import GenerationSettings
+from seed_multimodal.inference.sampling import (
+    ImageConstraints,
+    Sampler,
+    build_warpers,
+    read_answer,
+    refuse_damaged,
+)
 from seed_multimodal.language.answer import AnswerReader, BrokenImagePart, ImagePart
 from seed_multimodal.language.vocabulary import ImageGrammar, ImageVocabulary
 
@@ -143,3 +153,106 @@ def test_original_constraints_of_seed_x(seedx_tokenizer):
     image_codes = range(start, start + vocabulary.tokens_per_image)
     assert finite() == set(range(vocabulary.size)) - {*image_codes, vocabulary.eoi_id}
     assert finite(vocabulary.boi_id) == {start}
+
+
+# ---- scores
+
+SCORES = [1.0, 2.0, 4.0, -1.0]
+OTHERS = [0.0, 3.0, 0.5, 0.0]
+END = 2  # also the likeliest one
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def running(*rows, ids=(), forced=(), seed=None, **settings) -> SimpleNamespace:
+    """What a sampler reads of a running answer, with the scores of its rows."""
+    return SimpleNamespace(
+        rows=[SimpleNamespace(scores=torch.tensor(row)) for row in rows or [SCORES]],
+        ids=list(ids),
+        end_ids=[END],
+        settings=GenerationSettings(constrain=False, **{**OFF, **settings}),
+        request=SimpleNamespace(forced_ids=forced),
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
+    )
+
+
+def log_softmax(*scores: float) -> torch.Tensor:
+    return torch.tensor(scores).log_softmax(-1)
+
+
+DISTRIBUTIONS = [
+    ({}, SCORES),
+    ({"temperature": 2.0}, SCORES),  # greedy answers are not warped
+    ({"min_new_tokens": 2, "ids": [0]}, [1.0, 2.0, -torch.inf, -1.0]),
+    ({"min_new_tokens": 2, "ids": [0, 0]}, SCORES),
+    ({"repetition_penalty": 2.0, "ids": [1, 3]}, [1.0, 1.0, 4.0, -2.0]),
+    ({"seed": 0, "temperature": 2.0}, [0.5, 1.0, 2.0, -0.5]),
+    ({"seed": 0, "top_k": 2}, [-torch.inf, 2.0, 4.0, -torch.inf]),
+    ({"seed": 0, "top_p": 0.5}, [-torch.inf, -torch.inf, 4.0, -torch.inf]),
+]
+
+
+@pytest.mark.parametrize("options, expected", DISTRIBUTIONS)
+def test_distributions_of_settings(options, expected):
+    # The other answer of a batch, which is long enough, keeps its scores.
+    sequences = [running(**options), running(**{**options, "ids": [0, 0]})]
+    scores = torch.tensor([SCORES, SCORES])
+    rows = Sampler().distributions(sequences, scores)
+    assert rows[0].tolist() == expected
+    if "min_new_tokens" in options:
+        assert rows[1].tolist() == SCORES
+    assert scores.tolist() == [SCORES, SCORES]  # those of the model stay
+
+
+def test_choose_the_likeliest_or_forced_token():
+    answers = [running(), running(OTHERS)]
+    first, second = Sampler().choose(answers)
+    assert (first.id, second.id) == (END, 1)
+    assert first.log_prob == pytest.approx(float(log_softmax(*SCORES)[END]))
+    assert first.is_likeliest and first.is_sound
+    [forced] = Sampler().choose([running(ids=[2], forced=[2, 3])])
+    assert forced[:3] == (3, pytest.approx(float(log_softmax(*SCORES)[3])), False)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_choose_with_guidance(guidance):
+    # Drawings of LaVIT are guided away from those without a caption.
+    with_text, without = log_softmax(*SCORES), log_softmax(*OTHERS)
+    expected = without + guidance * (with_text - without)
+    [chosen] = Sampler().choose([running(SCORES, OTHERS, guidance=guidance)])
+    assert chosen.id == int(expected.argmax())
+    assert chosen.log_prob == pytest.approx(float(expected.log_softmax(-1)[chosen.id]))
+
+
+def test_choose_samples_as_torch_does():
+    # Seeds of earlier versions and of transformers draw the same tokens.
+    sampler = Sampler()
+    for seed in range(20):
+        [chosen] = sampler.choose([running(seed=seed, temperature=3.0)])
+        probabilities = (torch.tensor(SCORES) / 3).softmax(-1)
+        generator = torch.Generator().manual_seed(seed)
+        assert chosen.id == int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def test_damaged_scores_are_noticed():
+    # NaN compares as nothing does: some token would be chosen.
+    broken = [torch.nan, *SCORES[1:]]
+    sound, damaged = Sampler().choose([running(), running(broken)])
+    assert (sound.is_sound, damaged.is_sound) == (True, False)
+    ids = torch.zeros(2, 0)
+    scores = torch.tensor([SCORES, SCORES])
+    assert refuse_damaged(ids, scores) is scores
+    for row in (broken, [-torch.inf] * 4):
+        with pytest.raises(GenerationError, match="not numbers"):
+            refuse_damaged(ids, torch.tensor([SCORES, row]))
+
+
+def test_settings_that_are_off_warp_nothing():
+    assert build_warpers(*OFF.values()) == []
+    assert len(build_warpers(0.5, 1, 0.9)) == 3
+
+
+def test_read_answer_ends_at_a_stop(tokenizer):
+    ids = tokenizer.encode("a fox: a dog")
+    for options, text in (({}, "a fox"), ({"stop_after": "dog"}, "a fox: a dog")):
+        answer = read_answer(tokenizer, ids, GenerationSettings(stop=(":",), **options))
+        assert "".join(map(str, answer.parts)).strip() == text
