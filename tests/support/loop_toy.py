@@ -188,6 +188,24 @@ def run_stage(
     )
 
 
+def run_square(
+    folder,
+    model,
+    scale: Callable[[int], float] = lambda step: 1.0,
+    optimizer=None,
+    **settings,
+):
+    """Train the mean square of a model's outputs, times `scale(step)`."""
+    x = torch.ones(2, next(model.parameters()).shape[1])
+
+    def loss(step) -> tuple[torch.Tensor, dict[str, float]]:
+        return model(x).float().square().mean() * scale(step), {}
+
+    choices = {"batch_size": 2, "warmup_steps": 1, "logging_steps": 1, **settings}
+    stage = StageSettings(**choices)
+    run_stage("toy", model, loss, stage, folder, optimizer=optimizer)
+
+
 def newest(folder, name="toy") -> Path:
     """The newest checkpoint of a stage."""
     return checkpoints(folder / f"{name}.checkpoints")[0][1]

@@ -382,7 +382,8 @@ def read_prompts(path: str) -> Records:
     """The records of a file of prompts. Raises DataError: no file, or a line without `prompt`."""
     records: list[JsonObject] = []
     for location, record in read_items(project_path(path)):
-        if not isinstance(record, dict) or not str(record.get("prompt") or "").strip():
+        prompt = record.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f"{location}: has no prompt.")
         records.append(record)
     if not records:

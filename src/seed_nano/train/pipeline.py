@@ -8,7 +8,6 @@ stages have not changed. Finished trainings are never repeated; a warning lists 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -23,7 +22,13 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text
+from seed_multimodal.disk import (
+    JsonObject,
+    folder_lock,
+    read_json_object,
+    replace_json,
+    replace_text,
+)
 from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.models.seed.configuration import Seed2Config
@@ -259,8 +264,8 @@ class Pipeline:
             record = space.record(name)
             if not stage.trained and record.parent == space.work:
                 facts = {"stage": name, "seconds": round(time.monotonic() - started, 1), **results}
-                replace_text(record, json.dumps(facts, indent=1))
-            replace_text(space.work / f"{name}.settings.json", json.dumps(stage.settings(space)))
+                replace_json(record, facts)
+            replace_json(space.work / f"{name}.settings.json", stage.settings(space))
 
     def _process(self, arguments: Sequence[str]) -> None:
         threads = max(1, torch.get_num_threads() // self.jobs)

@@ -1,7 +1,6 @@
 """GRPO: its values in tables, and steps of a tiny system."""
 
 import functools
-import json
 import math
 import os
 import signal
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import rl_runs
 import torch
-from data_files import write
+from data_files import lines
 from llm_runs import log_lines
 from rl_runs import low_codes
 
@@ -60,12 +59,10 @@ def test_policy_losses():
     torch.testing.assert_close(gradient, torch.tensor([[0, -0.25], [0.25, 0]]))
 
 
-@pytest.mark.parametrize(
-    "records", [[{"text": "a cat"}], [{"prompt": "a cat"}, {"prompt": " "}], [3]]
-)
-def test_prompts_that_are_none(tmp_path, records):
-    with pytest.raises(DataError, match="no prompt"):
-        read_prompts(write(tmp_path / "prompts.json", json.dumps(records)))
+@pytest.mark.parametrize("record", [{"text": "a cat"}, {"prompt": " "}, {"prompt": 3}])
+def test_prompts_that_are_none(tmp_path, record):
+    with pytest.raises(DataError, match="line 2: has no prompt"):
+        read_prompts(lines(tmp_path / "prompts.jsonl", [{"prompt": "a cat"}, record]))
 
 
 @pytest.fixture

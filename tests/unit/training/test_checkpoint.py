@@ -6,10 +6,20 @@ import shutil
 
 import loop_toy as toy
 import pytest
+import torch
+from data_files import write
 from full_disk import file_size_limit
 from tiny import read_json, write_json
+from torch import nn
 
 from seed_multimodal.errors import CheckpointError, SeedError
+from seed_multimodal.training.checkpoint import CheckpointStore, settings_remark
+from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.distributed import ProcessGroup, TrainingError
+from seed_multimodal.training.engine import Engine
+from seed_multimodal.training.optimizers import parameter_groups
+from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.zero_engine import ZeroEngine
 
 
 @pytest.fixture
@@ -101,6 +111,7 @@ def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, run
     for max_steps, save_steps, limit in runs:
         before = toy.steps(tmp_path)
         options = {"save_steps": save_steps, "save_total_limit": limit, "further": True}
+        options["save_seconds"] = 1e-9  # also at the end
         toy.train(tmp_path, max_steps=max_steps, **options)
         for file in tmp_path.rglob("trainer_state.json"):  # of an earlier version
             state = read_json(file)
@@ -114,10 +125,10 @@ def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, run
 
 DAMAGE = {
     "trainer_state.json": b"{",
-    "data_state.json": None,
+    "data_state.json": b"",
     "model.safetensors": b"\0" * 9,
     "trained.safetensors": b"",
-    "optimizer.pt": b"PK",
+    "optimizer.pt": None,
 }
 
 
@@ -165,3 +176,133 @@ def test_file_size_limit_while_writing_the_log(tmp_path):
     error = limited(tmp_path, 6000, logging_steps=1, max_steps=100)
     assert "toy.log.jsonl" in error
     assert not (tmp_path / "toy.done.json").exists()
+
+
+def wide(model: nn.Sequential) -> dict:
+    return {"model": nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1))}
+
+
+def frozen(model: nn.Sequential) -> dict:
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), 0.0))
+    model[0].bias.requires_grad_(False)
+    return {"model": model, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize(
+    "change, settings, named",
+    [
+        (None, {"batch_size": 16}, "16"),
+        (None, {"gradient_accumulation_steps": 3}, "24"),
+        (wide, {}, "0.weight"),
+        (frozen, {}, "trained"),
+    ],
+    ids=["batch", "accumulation", "sizes", "frozen"],
+)
+def test_resume_from_the_checkpoint_of_another_run_fails(tmp_path, change, settings, named):
+    # By the name of what differs, and the files stay as they are.
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, stop_at=6)
+    content = toy.content(tmp_path)
+    with pytest.raises(CheckpointError, match=named):
+        if change is None:
+            toy.train(tmp_path, **settings)
+        else:
+            options = {"max_steps": 8, "batch_size": 8, "ema": 0.9}
+            toy.run_square(tmp_path, **change(toy.toy_model()[0]), **options)
+    assert toy.content(tmp_path) == content
+
+
+def test_checkpoints_without_frozen_weights(tmp_path):
+    # Frozen weights of hundreds of millions of parameters are in their own files.
+    def run(name, seed, steps, **settings):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        model[0].requires_grad_(False)
+        folder = tmp_path / name
+        toy.run_square(folder, model, max_steps=steps, precision="fp32", **settings)
+        return set(toy.saved(folder)["model"])
+
+    saved = run("first", 0, 3, save_frozen=False)
+    assert {name.partition(".")[0] for name in saved} == {"1", "2"}
+    for name in ("same", "other"):
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+        (tmp_path / name / "toy.done.json").unlink()
+    assert "0.weight" in run("same", 0, 5, save_frozen=True)
+    with pytest.raises(CheckpointError, match="frozen"):
+        run("other", 7, 6, save_frozen=False)
+
+
+def test_warm_start_loads_averaged_weights(tmp_path):
+    # Those that the first stage was judged by.
+    settings = {"max_steps": 3, "precision": "fp32", "ema": 0.5}
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    toy.run_square(tmp_path / "first", first, **settings)
+    settings["start"] = str(tmp_path / "first" / "toy.checkpoints")
+    toy.run_square(tmp_path / "second", second, learning_rate=0.0, **settings)
+    torch.testing.assert_close(second.weight, first.weight)
+    for model, start in ((nn.Linear(3, 4), settings["start"]), (second, str(tmp_path))):
+        with pytest.raises(CheckpointError):
+            toy.run_square(tmp_path / "third", model, **{**settings, "start": start})
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_save_in_the_background_or_not(tmp_path, async_save):
+    settings = StageSettings(max_steps=1, async_save=async_save)
+    task = StageTask("toy", nn.Linear(2, 2), settings)
+    group = ProcessGroup()
+    engine = Engine(task, group, torch.device("cpu"))
+    store = CheckpointStore(tmp_path / "new", group, settings, print)
+    store.save(1, task, engine, None, {}, {})
+    assert store.last_step == (None if async_save else 1)
+    store.finish()
+    assert store.last_step == 1 and store.writing is None
+    # A folder that cannot be made is an error with its reason, and nothing more to finish.
+    store.folder = tmp_path / "new" / "checkpoint-1" / "optimizer.pt"
+    with pytest.raises(
+        TrainingError, match=r"step 2 cannot be written: .*checkpoint-1\) is intact"
+    ):
+        store.save(2, task, engine, None, {}, {})
+        store.finish()
+    store.finish()
+    assert store.last_step == 1
+
+
+class Sharded(ZeroEngine):
+    """Writes some shards."""
+
+    def __init__(self, n_shards: int) -> None:
+        self.n_shards = n_shards
+
+    def save_shards(self, folder, step) -> None:
+        for rank in range(self.n_shards):
+            write(folder / f"global_step{step}" / f"{rank}_optim_states.pt", "")
+
+    def weights(self) -> dict:
+        return {"weight": torch.ones(2)}
+
+
+def test_save_shards_of_all_processes(tmp_path):
+    # A node with a disk of its own has written elsewhere.
+    settings = StageSettings(max_steps=1)
+    store = CheckpointStore(tmp_path, ProcessGroup(), settings, print)
+    task = StageTask("toy", nn.Linear(2, 2), settings)
+    store.save(1, task, Sharded(1), None, {}, {})
+    assert store.last_step == 1 and (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    with pytest.raises(TrainingError, match="shards of 0 of 1 processes"):
+        store.save(2, task, Sharded(0), None, {}, {})
+
+
+@pytest.mark.parametrize(
+    "saved, current, remark",
+    [
+        (None, {"rate": 1}, ""),
+        ({"rate": 1}, None, ""),
+        ({"rate": 1, "quiet": {"a": 1}}, {"rate": 1, "quiet": {"a": 2}}, ""),
+        ({"rate": 1}, {"rate": 2}, "settings changed since the checkpoint: rate: 1 -> 2."),
+        (dict.fromkeys("abcdefgh", 1), dict.fromkeys("abcdefgh", 2), "h: 1 -> 2."),
+        (dict.fromkeys("abcdefghi", 1), dict.fromkeys("abcdefghi", 2), "h: 1 -> 2; 1 more."),
+    ],
+)
+def test_settings_remark(saved, current, remark):
+    text = settings_remark(saved, current, ["quiet"])
+    assert text.endswith(remark) and bool(text) == bool(remark)

@@ -1,9 +1,7 @@
 """The training loop on the toy of support/loop_toy.py: equal to a plain loop, weights of batches,
 precision, errors, intervals, log, warnings, other checkpoints."""
 
-import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import loop_toy as toy
@@ -11,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import TrainingError
 from seed_multimodal.training.optimizers import Ema, parameter_groups
@@ -162,24 +159,6 @@ def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, settings, nam
     assert named in output
 
 
-def run_square(
-    folder,
-    model,
-    scale: Callable[[int], float] = lambda step: 1.0,
-    optimizer=None,
-    **settings,
-):
-    """Train the mean square of a model's outputs, times `scale(step)`."""
-    x = torch.ones(2, next(model.parameters()).shape[1])
-
-    def loss(step) -> tuple[torch.Tensor, dict[str, float]]:
-        return model(x).float().square().mean() * scale(step), {}
-
-    choices = {"batch_size": 2, "warmup_steps": 1, "logging_steps": 1, **settings}
-    stage = StageSettings(**choices)
-    toy.run_stage("toy", model, loss, stage, folder, optimizer=optimizer)
-
-
 def test_fp16_skips_steps_that_overflow(tmp_path):
     # Weights do not change at such a step; the halved loss scale is saved and restored.
     model = nn.Linear(4, 1)
@@ -189,18 +168,18 @@ def test_fp16_skips_steps_that_overflow(tmp_path):
         weights.append(model.weight.detach().clone())
         return 1e30 if step == 0 else 1.0
 
-    run_square(tmp_path, model, scale, max_steps=3, precision="fp16")
+    toy.run_square(tmp_path, model, scale, max_steps=3, precision="fp16")
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
     # One infinite norm, which JSON cannot hold, is no reason to log only such.
     norms = [line["grad"] for line in toy.log_lines(tmp_path)]
     assert [norm is None for norm in norms] == [True, False, False]
     (tmp_path / "toy.done.json").unlink()
-    run_square(tmp_path, model, scale, max_steps=5, precision="fp16")
+    toy.run_square(tmp_path, model, scale, max_steps=5, precision="fp16")
     assert len(weights) == 5
     assert toy.saved(tmp_path)["scaler"]["scale"] == 2.0**15
     with pytest.raises(TrainingError):  # no scale is small enough
-        run_square(tmp_path / "hot", model, lambda step: 1e36, max_steps=100, precision="fp16")
+        toy.run_square(tmp_path / "hot", model, lambda step: 1e36, max_steps=100, precision="fp16")
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
@@ -225,78 +204,11 @@ def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, bad):
     assert not (tmp_path / "toy.done.json").exists()
 
 
-def wide(model: nn.Sequential) -> dict:
-    return {"model": nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1))}
-
-
-def frozen(model: nn.Sequential) -> dict:
-    optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), 0.0))
-    model[0].bias.requires_grad_(False)
-    return {"model": model, "optimizer": optimizer}
-
-
-@pytest.mark.parametrize(
-    "change, settings, named",
-    [
-        (None, {"batch_size": 16}, "16"),
-        (None, {"gradient_accumulation_steps": 3}, "24"),
-        (wide, {}, "0.weight"),
-        (frozen, {}, "trained"),
-    ],
-    ids=["batch", "accumulation", "sizes", "frozen"],
-)
-def test_resume_from_the_checkpoint_of_another_run_fails(tmp_path, change, settings, named):
-    # By the name of what differs, and the files stay as they are.
-    with pytest.raises(SystemExit):
-        toy.train(tmp_path, stop_at=6)
-    content = toy.content(tmp_path)
-    with pytest.raises(CheckpointError, match=named):
-        if change is None:
-            toy.train(tmp_path, **settings)
-        else:
-            options = {"max_steps": 8, "batch_size": 8, "ema": 0.9}
-            run_square(tmp_path, **change(toy.toy_model()[0]), **options)
-    assert toy.content(tmp_path) == content
-
-
 def test_resume_with_other_micro_batches(tmp_path):
     # The same number of samples per step is the same run.
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
     toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)
-
-
-def test_checkpoints_without_frozen_weights(tmp_path):
-    # Frozen weights of hundreds of millions of parameters are in their own files.
-    def run(name, seed, steps, **settings):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-        model[0].requires_grad_(False)
-        folder = tmp_path / name
-        run_square(folder, model, max_steps=steps, precision="fp32", **settings)
-        return set(toy.saved(folder)["model"])
-
-    saved = run("first", 0, 3, save_frozen=False)
-    assert {name.partition(".")[0] for name in saved} == {"1", "2"}
-    for name in ("same", "other"):
-        shutil.copytree(tmp_path / "first", tmp_path / name)
-        (tmp_path / name / "toy.done.json").unlink()
-    assert "0.weight" in run("same", 0, 5, save_frozen=True)
-    with pytest.raises(CheckpointError, match="frozen"):
-        run("other", 7, 6, save_frozen=False)
-
-
-def test_warm_start_loads_averaged_weights(tmp_path):
-    # Those that the first stage was judged by.
-    settings = {"max_steps": 3, "precision": "fp32", "ema": 0.5}
-    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
-    run_square(tmp_path / "first", first, **settings)
-    settings["start"] = str(tmp_path / "first" / "toy.checkpoints")
-    run_square(tmp_path / "second", second, learning_rate=0.0, **settings)
-    torch.testing.assert_close(second.weight, first.weight)
-    for model, start in ((nn.Linear(3, 4), settings["start"]), (second, str(tmp_path))):
-        with pytest.raises(CheckpointError):
-            run_square(tmp_path / "third", model, **{**settings, "start": start})
 
 
 def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):
