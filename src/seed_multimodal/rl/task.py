@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.config import project_path
-from seed_multimodal.data.stream.epochs import EpochOrder, sample_seed
+from seed_multimodal.data.stream.epochs import sample_seed
+from seed_multimodal.data.stream.order import Chunks
+from seed_multimodal.data.stream.step_batches import ListedSamples, StepBatches
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import read_items
@@ -94,9 +96,17 @@ class RlTask(LanguageModelTask):
         if run.data.eval_prompts is not None:
             self.eval_records = read_prompts(run.data.eval_prompts)
             self.eval_steps = self.settings.eval_steps
-        self.order = EpochOrder(len(self.records), run.data.seed)
         prompts_per_step = run.data.batch_size * self.settings.gradient_accumulation_steps
         self.prompts_per_step = prompts_per_step
+        self.prompts: StepBatches[list[JsonObject]] = StepBatches(
+            [ListedSamples(self.records)],
+            prompts_per_step,
+            seed=run.data.seed,
+            rank=group.rank,
+            world=group.world,
+            collate=list,
+        )
+        self.parts = [self.prompts]
         self.meter = Meter(prompts_per_step * run.data.group_size)
         self.answers: list[ScoredAnswer] = []  # of this process's step
         self.means: dict[str, float] = {}  # of each reward in it, and of groups without a spread
@@ -172,11 +182,9 @@ class RlTask(LanguageModelTask):
         """Draw and score groups of answers to the step's prompts."""
         # 1. This process's prompts, each once for every answer of its group.
         group_size = self.run.data.group_size
-        count = self.prompts_per_step
-        first = (step * self.group.world + self.group.rank) * count
         records: list[JsonObject] = []
-        for _, index in self.order.samples(first, count):
-            records += [self.records[index]] * group_size
+        for record in self.prompts.at(step):
+            records += [record] * group_size
         seeds = [
             sample_seed(self.settings.seed, step, self.group.rank * len(records) + row)
             for row in range(len(records))
@@ -303,7 +311,8 @@ class RlTask(LanguageModelTask):
             if run.stop_requested():
                 return {}
             # The same seeds for any number of processes.
-            rows = range(n_prompts)[start : start + n_drawn][self.group.rank :: self.group.world]
+            end = min(n_prompts, start + n_drawn)
+            rows = list(Chunks(start, end, 1, self.group.rank, self.group.world))
             records = [self.eval_records[row] for row in rows]
             seeds = [sample_seed(0, 0, row) for row in rows]
             rewards.append(self.draw_and_score(records, seeds)[1])
