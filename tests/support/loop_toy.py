@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tiny import read_json
 from torch import nn
 
-from seed_multimodal.data.stream.epochs import EpochOrder
+from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.config import StageSettings

@@ -31,8 +31,7 @@ from pydantic import BaseModel, ValidationError
 from seed_multimodal.config import read_table
 from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, broken_note
 from seed_multimodal.data.formats.contents import IMAGE_KEYS, check_text
-from seed_multimodal.data.formats.image_paths import find_image
-from seed_multimodal.data.formats.images import RecordImage, record_image, text_member
+from seed_multimodal.data.formats.images import RecordImage, find_image, record_image, text_member
 from seed_multimodal.data.formats.record import (
     BadRecord,
     Record,

@@ -32,7 +32,6 @@ from PIL import Image
 
 from seed_multimodal.data.formats.bad_records import BROKEN, BadRecords, RecordNote
 from seed_multimodal.data.formats.storage import is_remote, read_all
-from seed_multimodal.data.stream.order import Chunks
 from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
 from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import (
@@ -312,6 +311,8 @@ def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Ke
     folder = benchmark.out
     rank, world_size = rank_and_world_size()
     file = folder / f"samples-{rank}.jsonl"
+    from seed_multimodal.data.stream.order import Chunks  # imports torch
+
     share = [samples[index] for index in Chunks(0, len(samples), 1, rank, world_size)]
     lock_name = f".{file.name}.lock"
     with folder_lock(folder, DataError, "answering with this rank", name=lock_name):

@@ -33,10 +33,10 @@ from seed_multimodal.data.formats.conversations import (
     not_a_conversation,
     with_messages,
 )
-from seed_multimodal.data.formats.image_paths import find_image
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     captions,
+    find_image,
     image_value,
     in_tar,
     missing_key_text,

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.config import project_path
-from seed_multimodal.data.stream.epochs import sample_seed
-from seed_multimodal.data.stream.order import Chunks
+from seed_multimodal.data.stream.order import Chunks, sample_seed
 from seed_multimodal.data.stream.step_batches import ListedSamples, StepBatches
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.epochs import EpochOrder
+from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.data.stream.step_batches import SampleDataset, StepBatches
 from seed_multimodal.training.meters import Metrics
 from seed_multimodal.training.task import ONE_PROCESS, RunView, StageTask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 from seed_multimodal.data.formats.contents import IMAGE_KEYS as IMAGE_KEYS
 from seed_multimodal.data.formats.contents import IMAGE_SUFFIXES, sniff
-from seed_multimodal.data.formats.image_paths import find_image
 from seed_multimodal.data.formats.record import (
     BadRecord,
     FieldValue,
@@ -18,6 +19,7 @@ from seed_multimodal.data.formats.record import (
     shorten,
 )
 from seed_multimodal.data.formats.storage import DataFile, is_remote, list_files, read_all
+from seed_multimodal.disk import is_file, read_patiently
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import ImageFunction, read_string
 from seed_multimodal.settings import nearest
@@ -124,6 +126,62 @@ def record_image(value: FieldValue, record: Record, root: str | Path | None) -> 
         )
     printable = value[:200].encode("utf-8", "replace").decode()
     raise ImageError(f"{record.location}: image {printable} {reason}.")
+
+
+def find_image(
+    path: str, root: str | Path | None = None, list_file: str | Path | None = None
+) -> Path | None:
+    """The file of an image, or None.
+
+    root: folder of the images; by default the folder of `list_file`, then the current one.
+
+    As in SEED-X's lists, a leading slash may mean that folder.
+    """
+    if root is not None:
+        folders = [Path(root).expanduser()]
+    else:
+        folders = [Path(list_file).parent if list_file else Path(), Path()]
+    path = os.path.expanduser(path)
+    # Lists of Windows have backslashes.
+    for name in dict.fromkeys((path, path.replace("\\", "/"))):
+        candidates = [folder / name.lstrip("/") for folder in folders]
+        if Path(name).is_absolute():
+            candidates.insert(0, Path(name))
+        for candidate in candidates:
+            if is_file(candidate):
+                return candidate
+    # Windows and macOS ignore case. An image as base64 text has no full stop.
+    if "." not in path:
+        return None
+    matches = filter(None, map(_ignoring_case, candidates))
+    return next(filter(is_file, matches), None)
+
+
+def _ignoring_case(path: Path) -> Path | None:
+    """The path whose names differ at most in case."""
+    found = Path(path.anchor)
+    for name in path.relative_to(path.anchor).parts:
+        if not os.path.exists(found / name):
+            name = _names(found).get(_comparable(name), "")
+            if not name:
+                return None
+        found /= name
+    return found
+
+
+@lru_cache(64)
+def _names(folder: Path) -> dict[str, str]:
+    """The names in a folder by their `_comparable` form."""
+    try:
+        names = read_patiently(folder, lambda: os.listdir(folder))
+        return {_comparable(name): name for name in names}
+    except OSError:
+        return {}
+
+
+def _comparable(name: str) -> str:
+    """A name in lower case; macOS writes accents as characters of their own."""
+    return unicodedata.normalize("NFC", name.lower())
 
 
 def captions(record: Record, key: str | None) -> list[str]:

@@ -1,8 +1,7 @@
 """From records to batches.
 
 `config`         settings of an LLM's training data, ours or original
-`order`          how sources alternate, and how processes share their positions
-`epochs`         which sample stands at a position
+`order`          order of samples, how sources alternate and processes share positions
 `loader`         worker processes
 `stream`         usable samples of sources for one process, resumable
 `source`         a source of an LLM's sequences

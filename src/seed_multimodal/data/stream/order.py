@@ -9,17 +9,34 @@ A source is drawn for each unit that is delivered (a packed sequence, a padded m
 sample of an image's training), whatever records were left out in between. A process has every
 `world`-th run of a source's positions, so that processes read different parts of the shards, and
 none is read twice.
+
+    epochs = EpochOrder(len(samples), seed=0)
+    epochs.samples(start=1000, count=64)                     # [(epoch, index), ...]
+
+An epoch is a seeded permutation. Data in shards is shuffled in blocks to keep reads local: pieces
+of all shards are permuted, then the samples inside each block.
+
+piece    a tenth of a block, of neighbouring samples of one shard
+block    `SHUFFLE_BLOCK` samples
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import torch
+
 ENDLESS = 2**40  # epochs
 RUNS_PER_EPOCH = 4  # of each process, at least
+SHUFFLE_BLOCK = 10_000
+LARGE_EPOCH = 100_000  # samples; of larger epochs only two permutations are cached, else 16
+CACHED_BLOCKS = 8
+EpochSample = tuple[int, int]  # epoch and index of a sample
 _64_BITS = (1 << 64) - 1
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fraction, in 64 bits
 
@@ -205,3 +222,180 @@ def uniform(seed: int, index: int) -> float:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _64_BITS
         state ^= state >> 31
     return (state >> 11) / (1 << 53)
+
+
+# ---- samples at positions
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit hash of the arguments."""
+    (state,) = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)
+    return int(state >> np.uint64(1))
+
+
+class EpochOrder:
+    """An endless order of `range(total)`, epoch by epoch.
+
+    shard_sizes: samples of each shard, int64 [shards]; given, samples are shuffled in blocks.
+    block: largest number of samples of a block; 0: samples of all shards among each other.
+    window: number of positions (of a step of all processes, at most `total`) that never hold a
+        sample twice: a second one, behind an epoch's end, is replaced by the next of the order.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        shard_sizes: np.ndarray | None = None,
+        block: int = SHUFFLE_BLOCK,
+        window: int = 0,
+    ) -> None:
+        self.total = total
+        self.seed = seed
+        self.shuffle = shuffle
+        self.shard_sizes = shard_sizes
+        self.block = block if shuffle and shard_sizes is not None else 0
+        self.window = window
+        self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
+        self._last_window: tuple[int, list[EpochSample]] = (-1, [])  # by its first position
+
+    def samples(self, start: int, count: int) -> list[EpochSample]:
+        """Positions `start` .. `start + count` of the order."""
+        if not self.window:
+            return self._permuted(start, count)
+        samples: list[EpochSample] = []
+        first = start - start % self.window
+        for window_start in range(first, start + count, self.window):
+            samples += self._distinct(window_start)
+        return samples[start - first : start - first + count]
+
+    def _distinct(self, start: int) -> list[EpochSample]:
+        """The different samples of a window."""
+        if self._last_window[0] != start:
+            epochs: dict[int, int] = {}  # by sample
+            position = start
+            while len(epochs) < self.window:
+                missing = self.window - len(epochs)
+                for epoch, index in self._permuted(position, missing):
+                    epochs.setdefault(index, epoch)
+                position += missing
+            samples = [(epoch, index) for index, epoch in epochs.items()]
+            self._last_window = (start, samples)
+        return self._last_window[1]
+
+    def _permuted(self, start: int, count: int) -> list[EpochSample]:
+        """Positions of the epochs' permutations."""
+        samples: list[EpochSample] = []
+        end = start + count
+        while start < end:
+            epoch, offset = divmod(start, self.total)
+            stop = min(offset + end - start, self.total)
+            indices: Iterable[int] = range(offset, stop)
+            if self.shuffle:
+                indices = self._permutation(epoch)[offset:stop].tolist()
+            samples += [(epoch, index) for index in indices]
+            start += stop - offset
+        return samples
+
+    def _permutation(self, epoch: int) -> np.ndarray | _BlockPermutation:
+        """The order of an epoch; near its end, several epochs are in use."""
+        if epoch in self._cache:
+            return self._cache[epoch]
+
+        # Drop the oldest epochs.
+        n_cached = 2 if self.total > LARGE_EPOCH else 16
+        while len(self._cache) >= n_cached:
+            del self._cache[next(iter(self._cache))]
+
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+        order: np.ndarray | _BlockPermutation
+        if self.block and self.shard_sizes is not None:
+            order = _BlockPermutation(self.shard_sizes, self.block, generator)
+        else:
+            dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes are enough
+            order = torch.randperm(self.total, generator=generator, dtype=dtype).numpy()
+        self._cache[epoch] = order
+        return order
+
+
+class _BlockPermutation:
+    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data
+    worker.
+
+    P pieces are permuted over all shards; the permuted pieces, one after another, are divided into
+    blocks.
+
+    ends: end of each permuted piece, int64 [P].
+    shifts: what to add to a position in the permuted pieces to get its sample, by piece, int64 [P].
+    """
+
+    def __init__(self, shard_sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
+        self.block = block
+        self.total = int(shard_sizes.sum())
+
+        # 1. Permute the pieces.
+        firsts, lengths = _pieces(shard_sizes, max(1, block // 10))
+        piece_order = torch.randperm(len(lengths), generator=generator).numpy()
+        lengths = lengths[piece_order]
+        self.ends = np.cumsum(lengths)
+        self.shifts = firsts[piece_order] - (self.ends - lengths)
+
+        # 2. Blocks are permuted when they are read. One generator permutes them in sequence, so its
+        #    state after the pieces and the next block are stored.
+        self._cache: dict[int, np.ndarray] = {}  # last used blocks
+        self._generator = generator
+        self._start = generator.get_state()
+        self._next = 0
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """Samples at these positions, int64."""
+        first = positions.start // self.block
+        last = (positions.stop - 1) // self.block
+        samples = []
+        for block in range(first, last + 1):
+            start = block * self.block
+            offset = max(0, positions.start - start)
+            samples.append(self._block(block)[offset : positions.stop - start])
+        return np.concatenate(samples)
+
+    def _block(self, block: int) -> np.ndarray:
+        """The samples of a block, in order."""
+        if block in self._cache:
+            return self._cache[block]
+
+        # 1. Permute the blocks up to this one; an earlier one starts again.
+        if block < self._next:
+            self._generator.set_state(self._start)
+            self._next = 0
+        for skipped in range(self._next, block + 1):
+            size = min(self.block, self.total - skipped * self.block)
+            permutation = torch.randperm(size, generator=self._generator)
+        self._next = block + 1
+
+        # 2. Positions in the permuted pieces → samples.
+        positions = block * self.block + np.arange(len(permutation))  # [size]
+        piece = np.searchsorted(self.ends, positions, side="right")  # [size]
+        samples = positions + self.shifts[piece]
+
+        # 3. Drop the oldest blocks.
+        while len(self._cache) >= CACHED_BLOCKS:
+            del self._cache[next(iter(self._cache))]
+        self._cache[block] = samples[permutation.numpy()]
+        return self._cache[block]
+
+
+def _pieces(shard_sizes: np.ndarray, piece_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First sample and length of each piece, int64 [P]: the shards, cut."""
+    counts = -(-shard_sizes // piece_size)  # pieces of each shard
+    shard = np.repeat(np.arange(len(counts)), counts)  # of each piece, [P]
+    first_piece = np.repeat(np.cumsum(counts) - counts, counts)  # of the piece's shard, [P]
+    offset = (np.arange(len(shard)) - first_piece) * piece_size  # in the shard, [P]
+    shard_starts = np.cumsum(shard_sizes) - shard_sizes
+    return shard_starts[shard] + offset, np.minimum(piece_size, shard_sizes[shard] - offset)
+
+
+def even_block(total: int) -> int:
+    """Size of blocks that divide an epoch evenly, at most `SHUFFLE_BLOCK`."""
+    return math.ceil(total / math.ceil(total / SHUFFLE_BLOCK))

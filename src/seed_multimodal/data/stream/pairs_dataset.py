@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seed_multimodal.data.formats.bad_records import RecordNote
 from seed_multimodal.data.formats.pairs import Pair, Pairs
-from seed_multimodal.data.stream.epochs import sample_seed
+from seed_multimodal.data.stream.order import sample_seed
 from seed_multimodal.data.stream.step_batches import Sample, SampleDataset
 from seed_multimodal.images.io import open_image
 

@@ -25,7 +25,7 @@ from seed_multimodal.data.formats.bad_records import (
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
-from seed_multimodal.data.stream.epochs import EpochOrder, even_block
+from seed_multimodal.data.stream.order import EpochOrder, even_block
 from seed_multimodal.data.stream.packing import Piece, split_long
 from seed_multimodal.data.stream.stream import ReadResult
 from seed_multimodal.errors import DataError, pluralize

@@ -22,8 +22,7 @@ from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, RecordNote
 from seed_multimodal.data.formats.record import JsonObject, RecordFields, find_part
-from seed_multimodal.data.stream.epochs import EpochOrder
-from seed_multimodal.data.stream.order import Order
+from seed_multimodal.data.stream.order import EpochOrder, Order
 from seed_multimodal.data.stream.stream import ReadResult, SourceProgress, Stream
 from seed_multimodal.errors import DataError
 

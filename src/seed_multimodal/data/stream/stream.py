@@ -45,14 +45,9 @@ class Source(Protocol[Sample]):
     rows: usable records of a unit.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def rows(self) -> int: ...
+    name: str
+    size: int
+    rows: int
 
     def read(self, position: int) -> ReadResult[Sample]:
         """What stands at a position."""
@@ -154,7 +149,8 @@ class Stream(Generic[Sample]):
         """
         if self._reader is None:
             chunks = [progress.chunks for progress in self.progress]
-            self._reader = _ReadAhead(self.sources, chunks, self.order, self.workers, self.job_size)
+            weights = self.order.weights
+            self._reader = _ReadAhead(self.sources, chunks, weights, self.workers, self.job_size)
         progress = self.progress[source]
         samples: list[Sample] = []
         n_usable = 0
@@ -278,7 +274,7 @@ class _ReadAhead(Generic[Sample]):
         self,
         sources: Sequence[Source[Sample]],
         chunks: Sequence[Chunks],
-        order: Order,
+        weights: Sequence[float],
         workers: int,
         job_size: int,
     ) -> None:
@@ -286,11 +282,8 @@ class _ReadAhead(Generic[Sample]):
         self.queues: list[deque[ReadResult[Sample]]] = [deque() for _ in chunks]
         self.n_ahead = [0] * len(chunks)  # records of each source that are read or being read
         # How many records of each source are used, relatively.
-        self.needs: list[float] = [source.rows for source in sources]
-        if order.turns in ("sample", "even"):
-            self.needs = [
-                need * weight for need, weight in zip(self.needs, order.weights, strict=True)
-            ]
+        pairs = zip(sources, weights, strict=True)
+        self.needs = [source.rows * weight for source, weight in pairs]
         self.job_size = job_size
         self.results = load(partial(_read_job, sources), self._jobs(), workers)
 
@@ -320,9 +313,9 @@ class _ReadAhead(Generic[Sample]):
             self.n_ahead[source] += sum(span.size for span in spans)
             yield source, spans
 
-    def _supply(self, source: int) -> tuple[float, float]:
-        """How long the records of a source last that were read ahead; of equals, the most used."""
-        return self.n_ahead[source] / self.needs[source], -self.needs[source]
+    def _supply(self, source: int) -> float:
+        """How long the records of a source last that are read ahead, with the next job."""
+        return (self.n_ahead[source] + self.job_size) / self.needs[source]
 
 
 def _read_job(sources: Sequence[Source[Sample]], job: Job) -> tuple[int, list[ReadResult[Sample]]]:

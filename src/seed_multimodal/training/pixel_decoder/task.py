@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.epochs import sample_seed
+from seed_multimodal.data.stream.order import sample_seed
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.data.stream.targets import (
     RecordedCodes,

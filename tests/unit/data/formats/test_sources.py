@@ -15,7 +15,7 @@ from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.data.formats.contents import expand_pattern
-from seed_multimodal.data.formats.image_paths import find_image
+from seed_multimodal.data.formats.images import find_image
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard

@@ -27,7 +27,7 @@ from tiny import write_json
 from waiting import wait_until
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.data.formats.image_paths import find_image
+from seed_multimodal.data.formats.images import find_image
 from seed_multimodal.data.formats.index import INDEX_FOLDER
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.records import open_records
