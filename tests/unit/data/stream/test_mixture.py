@@ -71,33 +71,19 @@ def test_weights_hold_whatever_is_dropped(tmp_path, tokenizer, packing, workers)
 
 
 @pytest.mark.parametrize(
-    "concat_type, order",
-    [
-        ("concat", [0] * CAPTIONS + [1] * 2 * DOCUMENTS + [2] * TEXTS),
-        (  # in turn; exhausted sources are left out
-            "mux_longest",
-            [0, 1, 2] * TEXTS + [0, 1] * (2 * DOCUMENTS - TEXTS) + [0] * (CAPTIONS - 2 * DOCUMENTS),
-        ),
-    ],
-)
-def test_order_of_sources(mixed, tokenizer, record_numbers, concat_type, order):
-    config = unpacked(mixed(concat_type=concat_type), cycles=(1, 2, 1))
-    assert chosen_sources(tokenizer, record_numbers, config, 1000) == order
-
-
-@pytest.mark.parametrize(
     "cycles, endless, never_drawn",
     [((), "captions", "documents"), ((2,), "documents", "texts"), ((2, 1), None, None)],
 )
-def test_source_after_an_endless_one(
-    mixed, tokenizer, tmp_path, capsys, cycles, endless, never_drawn
+def test_sources_one_after_another(
+    mixed, tokenizer, record_numbers, tmp_path, capsys, cycles, endless, never_drawn
 ):
-    # Else a run learns from the first source alone, without a word.
+    # Behind an endless source a run would learn from that alone, without a word.
     config = unpacked(mixed(concat_type="concat"), cycles)
     run = tmp_path / "run.yaml"
     write_json(run, {"tokenizer": str(NANO / "seed_tokenizer"), "data": config})
     if endless is None:
-        LlmBatches(read_data_settings(config), tokenizer)
+        order = [0] * 2 * CAPTIONS + [1] * DOCUMENTS + [2] * TEXTS
+        assert chosen_sources(tokenizer, record_numbers, config, len(order)) == order
         assert main(f"data check {run} --records 1".split()) == 0
         return
     message = f"never draws from source {never_drawn}, since source {endless}"

@@ -38,15 +38,6 @@ def test_chunks_of_neighbours():
     assert order().chunks(1, 0, 1).limit > 10**12
 
 
-def test_take():
-    chunks = Chunks(0, 12, 4, rank=0, world=2, left=[Span(50, 53), Span(60, 61, [1])])
-    spans = chunks.take_all(6)
-    assert spans == [Span(50, 53), Span(60, 61, [1]), Span(0, 2)]
-    assert (chunks.take(9), chunks.take(9), chunks.ended) == (Span(2, 4), Span(8, 9), False)
-    assert [span.start for span in chunks.take_all(9)] == [10]
-    assert (chunks.take(), chunks.ended) == (None, True)
-
-
 @given(
     st.integers(0, 90),
     st.integers(1, 7),
