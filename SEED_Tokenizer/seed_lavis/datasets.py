@@ -132,6 +132,12 @@ def joined_splits(
     ratios: how often each data set is sampled; its weight is divided among its splits by their
         sizes.
     """
+    for owner, ratio in ratios.items():
+        if not ratio > 0:
+            raise ConfigError(
+                f"run.train_dataset_ratios: {owner} is {ratio} and would never be drawn; leave the "
+                "data set out."
+            )
     parts = []
     weights = []
     for owner, splits in datasets.items():

@@ -1,5 +1,6 @@
 """Data sets of a YAML's section `datasets`: builders, processors, joined sets."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,16 @@ def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
     wrong = {"storage": str(tmp_path / "*.tar"), "caption_key": "caption"}
     with pytest.raises(DataError, match=r"00000\.tar.*'caption'"):
         build("laion_coco", wrong)["train"].get(0)
+
+
+def test_joined_splits_of_a_set_that_is_never_drawn():
+    from seed_lavis.datasets import joined_splits
+
+    sets = {name: {"train": [0] * size} for name, size in (("a", 3), ("b", 5))}
+    assert joined_splits(sets, ["train"], {"a": 4.0}) == ([[0] * 3, [0] * 5], [4.0, 1.0])
+    for ratio in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="train_dataset_ratios: b is"):
+            joined_splits(sets, ["train"], {"a": 1.0, "b": ratio})
 
 
 def test_build_datasets_of_nano():

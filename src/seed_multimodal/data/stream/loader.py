@@ -20,6 +20,7 @@ from seed_multimodal.errors import DataError, SeedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+SHARED_BYTES = 1 << 14  # of an array that passes through shared memory
 ALIGNMENT = 64  # bytes
 WORKER_KILLED = (
     "A data worker process was killed (often because memory ran out, in a container that of "
@@ -115,23 +116,26 @@ class _ArrayPickler(pickle.Pickler):
 
 
 def _pack(result: object) -> tuple[bytes, list[int], Tensor]:
-    """A pickled result; where its arrays begin and end in one shared tensor.
+    """A pickled result; where its large arrays begin and end in one shared tensor.
 
     A tensor for each would keep as many files open.
     """
     parts = [np.zeros(ALIGNMENT, np.uint8)]
 
-    def keep(buffer: pickle.PickleBuffer) -> None:
-        """Add an array, and what is missing to the next position where any type may begin."""
+    def stays(buffer: pickle.PickleBuffer) -> bool:
+        """Whether an array stays in the pickle; else the next begins where any type may."""
         array = np.frombuffer(buffer, np.uint8)
-        parts.extend((array, np.zeros(-len(array) % ALIGNMENT, np.uint8)))
+        is_small = len(array) < SHARED_BYTES
+        if not is_small:
+            parts.extend((array, np.zeros(-len(array) % ALIGNMENT, np.uint8)))
+        return is_small
 
     pickled = BytesIO()
-    _ArrayPickler(pickled, pickle.HIGHEST_PROTOCOL, buffer_callback=keep).dump(result)
+    _ArrayPickler(pickled, pickle.HIGHEST_PROTOCOL, buffer_callback=stays).dump(result)
     shared = torch.from_numpy(np.concatenate(parts)).share_memory_()
     return pickled.getvalue(), np.cumsum([len(part) for part in parts]).tolist(), shared
 
 
 def _unpack(pickled: bytes, borders: list[int], shared: Tensor) -> Any:
-    """The result, whose arrays are parts of the shared tensor."""
+    """The result, whose large arrays are parts of the shared tensor."""
     return ForkingPickler.loads(pickled, buffers=np.split(shared.numpy(), borders)[1::2])
