@@ -142,14 +142,12 @@ def _fill(sample: Sample, record: Record, needed: Sequence[str]) -> None:
 
     # 2. The key: of a question (VizWiz names it by its image), or of the image.
     is_vizwiz = str(image).startswith("VizWiz_")
-    if "question_id" in needed:
-        key = _key(_value(fields, "question_id"), "question_id")
-        if key is None and is_vizwiz:
-            key = sample.image
-    else:
-        key = _key(_value(fields, "image_id"), "image_id")
-        if key is None:
-            key = _coco_id(sample.image)
+    id_name = "question_id" if "question_id" in needed else "image_id"
+    key = _key(_value(fields, id_name), id_name)
+    if key is None and id_name == "image_id":
+        key = _coco_id(sample.image)
+    elif key is None and is_vizwiz:
+        key = sample.image
     if key is not None:
         sample.key = key
 
@@ -157,10 +155,8 @@ def _fill(sample: Sample, record: Record, needed: Sequence[str]) -> None:
     types = fields.get("types") or {}
     if not isinstance(types, Mapping):
         raise BadRecord("wrong type", f"types: {shorten(types)} is no object.")
-    types = {**types, **fields}
-    sample.question = _text(_value(fields, "question"), "question").strip()
-    sample.answer_type = _text(_value(types, "answer_type"), "answer_type").strip()
-    sample.question_type = _text(_value(types, "question_type"), "question_type").strip()
+    for name in ("question", "answer_type", "question_type"):
+        setattr(sample, name, _text(_value({**types, **fields}, name), name).strip())
     if "sentences" in fields:
         sample.split = str(fields.get("split"))
 
@@ -196,8 +192,7 @@ def _value(fields: RecordFields, name: str) -> Json:
 
 def _key(value: Json, name: str) -> Key | None:
     """An id or path. Raises BadRecord: another type."""
-    if isinstance(value, float) and value.is_integer():  # of a table with empty cells
-        value = int(value)
+    value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int | str | None):
         raise BadRecord("wrong type", f"{name}: {shorten(value)} is neither a text nor a number.")
     return value
@@ -210,14 +205,17 @@ def _text(value: Json, name: str) -> str:
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
-        return str(value)
-    is_list = isinstance(value, str) and re.match(r"\s*\[\s*['\"]", value) is not None
-    if is_list or not isinstance(value, str | None):
+    is_number = isinstance(value, int | float) and isfinite(value)
+    text = str(_whole(value)) if is_number else value or ""
+    # A list as a text is how pandas writes it into a .csv.
+    if not isinstance(text, str) or re.match(r"\s*\[\s*['\"]", text):
         raise BadRecord("wrong type", f"{name}: {shorten(value)} is not a text.")
-    return value or ""
+    return text
+
+
+def _whole(value: Json) -> Json:
+    """A whole number as such: tables with empty cells have floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _coco_id(image: Key | None) -> Key | None:
@@ -301,10 +299,10 @@ def read_captions(
 
 def _samples(path: str | Path, needed: Sequence[str]) -> list[Sample]:
     """The samples of a file; unusable ones have the keys of their records."""
-    samples = [read_sample(record, needed) for record in read_records(path)]
-    for sample in samples:
-        if sample.problem and sample.record is not None:
-            sample.key = sample.record.key
+    samples: list[Sample] = []
+    for record in read_records(path):
+        sample = read_sample(record, needed)
+        samples.append(replace(sample, key=record.key) if sample.problem else sample)
     return samples
 
 
@@ -377,7 +375,7 @@ def sample_image(sample: Sample, root: str | Path | None, file: str | Path) -> R
         content: Json = record.member(*IMAGE_KEYS)
         return record_image(content or _value(record.fields, "image"), record, root)
     names = [str(sample.image)]
-    if isinstance(sample.image, int):
-        names = [name.format(sample.image) for name in NAMES["coco_names"]]
+    if names[0].isdigit():
+        names = [name.format(int(names[0])) for name in NAMES["coco_names"]]
     name = next((name for name in names if find_image(name, root, record.file)), names[0])
     return record_image(name, record, root)

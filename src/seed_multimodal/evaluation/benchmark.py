@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
+from seed_multimodal.config import read_table
 from seed_multimodal.data.formats.bad_records import BROKEN, BadRecords, RecordNote
 from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
@@ -53,31 +54,11 @@ from seed_multimodal.weights.catalogue import weight_files
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
-# The command of `seed eval` → its class.
-BENCHMARKS = {
-    "vqa": "seed_multimodal.evaluation.vqa:Questions",
-    "caption": "seed_multimodal.evaluation.captions:Captions",
-    "seedbench": "seed_multimodal.evaluation.choices:Choices",
-    "text2image": "seed_multimodal.evaluation.text2image:Drawings",
-    "geneval": "seed_multimodal.evaluation.geneval:GenEval",
-    "geneval2": "seed_multimodal.evaluation.tifa:GenEval2",
-    "dpg": "seed_multimodal.evaluation.tifa:DpgBench",
-}
+_TABLES = read_table(__file__)
+BENCHMARKS: dict[str, str] = _TABLES["benchmarks"]  # the command of `seed eval` → its class
 # Settings that may change when a run resumes: places, amounts, and what only scores depend on. Of
 # the file of samples the contents count.
-MAY_CHANGE = (
-    "out",
-    "file",
-    "truth",
-    "images",
-    "split",
-    "limit",
-    "batch_size",
-    "max_bad",
-    "device",
-    "resolution",
-    "inception",
-)
+MAY_CHANGE: list[str] = _TABLES["may_change"]
 Line = JsonObject  # of a file of answers: a sample's id, and its answer or why there is none (bad)
 Images = Sequence[Image.Image | None]  # None: a caption without image
 

@@ -226,7 +226,7 @@ def _dpg_prompt(path: str | Path, location: str, rows: Sequence[DpgRow]) -> Ques
     text = rows[0].text
     file = Path(path).parent / "prompts" / f"{item}.txt"
     if file.is_file():
-        text = file.read_text(encoding="utf-8").strip()
+        text = file.read_text(encoding="utf-8-sig").strip()
     prompt = QuestionPrompt(item, location, references=[text], metadata={"prompt": text})
 
     # Questions may depend on later ones.

@@ -328,6 +328,6 @@ def test_sample_image_by_coco_names(tmp_path):
     noise(0).save(tmp_path / COCO_NAME)
     file = tmp_path / "q.json"
     assert sample_image(Sample(7, "", 7), tmp_path, file) == tmp_path / COCO_NAME
-    assert sample_image(Sample(7, "", 7), None, file) == tmp_path / COCO_NAME
+    assert sample_image(Sample(7, "", "7"), None, file) == tmp_path / COCO_NAME  # of a .csv
     with pytest.raises(ImageError, match=r"q\.json: item 3: .*COCO_val2014_000000000009\.jpg"):
         sample_image(Sample(9, "q.json: item 3", 9), tmp_path, file)

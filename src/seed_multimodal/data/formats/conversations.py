@@ -172,18 +172,13 @@ def _find_turns(fields: RecordFields, location: str) -> list[Turn] | None:
             return _pair_turns(fields, question, answer, location)
 
     # Question and answer in turn; other data sets have fields of these names, too.
-    pairs = fields.get("texts")
+    pairs = as_list(fields.get("texts"))
     texts = fields.get("data")
-    if isinstance(pairs, list) and pairs and all(map(_is_pair, pairs)):
-        texts = [text for pair in pairs for text in (pair["user"], pair["assistant"])]
+    if all(isinstance(pair, Mapping) and pair.keys() >= {*ROLE_ORDER} for pair in pairs):
+        texts = [pair[role] for pair in pairs for role in ROLE_ORDER]
     if "image_ids" in fields or not isinstance(texts, list) or len(texts) < 2:
         return None
     return _alternating(texts) if all(isinstance(text, str) for text in texts) else None
-
-
-def _is_pair(value: object) -> bool:
-    """Whether it is a question with its answer (the_cauldron)."""
-    return isinstance(value, Mapping) and {"user", "assistant"} <= value.keys()
 
 
 def _alternating(texts: Iterable[str]) -> list[Turn]:
@@ -244,17 +239,13 @@ def _read_turn(turn: RecordFields, location: str) -> Turn:
     parts: list[RawPart] = []
     for part in as_list(contents[0]) if contents else []:
         parts += _read_part(part, location)
-    result = Turn(role, parts, _is_learned(turn, role, location))
+    learned = _is_learned(turn, role, location)
     n_placeholders = sum(isinstance(part, Placeholder) for part in parts)
-    if images and n_placeholders:
-        if n_placeholders != len(images):
-            raise _mismatch(parts, images, location)
-        result.images = images
-    elif role == "assistant":
-        parts += images
-    else:
-        parts[:0] = images
-    return result
+    if images and n_placeholders not in (0, len(images)):
+        raise _mismatch(parts, images, location)
+    if n_placeholders:
+        return Turn(role, parts, learned, images)
+    return Turn(role, [*parts, *images] if role == "assistant" else [*images, *parts], learned)
 
 
 def _refuse_unread(item: RecordFields, known: Collection[str], location: str) -> None:
@@ -399,11 +390,11 @@ def _place_images(turns: Sequence[Turn], fields: RecordFields, location: str) ->
 def _mismatch(parts: Sequence[RawPart], images: Sequence[JsonObject], location: str) -> BadRecord:
     """The error of contents with another number of placeholders than of images."""
     placeholders = [part.text for part in parts if isinstance(part, Placeholder)]
-    counts = []
-    for kind, values in (("image placeholder", placeholders), ("image", images)):
-        names = ", ".join(dict.fromkeys(map(shorten, values)))
-        counts.append(f"{pluralize(len(values), kind)}{names and f' ({names})'}")
-    return BadRecord("images and placeholders", f"{location}: {' for '.join(counts)}.")
+    return BadRecord(
+        "images and placeholders",
+        f"{location}: {pluralize(len(placeholders), 'image placeholder')} for "
+        f"{pluralize(len(images), 'image')}: {shorten(placeholders)}, {shorten(images)}.",
+    )
 
 
 def _field_images(fields: RecordFields, n_images: int, location: str) -> list[JsonObject]:

@@ -121,8 +121,8 @@ def record_image(value: FieldValue, record: Record, root: str | Path | None) -> 
         reason = f"not found below {root}"
     else:
         reason = (
-            "not found next to its list or in the current folder; set image_root (in training of "
-            "language models image_dir) to its folder"
+            "not found next to its list or in the current folder; set image_root (--images of "
+            "evaluations, image_dir in training of language models) to its folder"
         )
     printable = value[:200].encode("utf-8", "replace").decode()
     raise ImageError(f"{record.location}: image {printable} {reason}.")
