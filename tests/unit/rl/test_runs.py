@@ -7,35 +7,19 @@ import sys
 
 import pytest
 import rl_runs
-from data_files import lines
 from llm_runs import environment
 from real_processes import STARTED, free_port, nothing_stays_behind  # noqa: F401
-from repository import ROOT
 
 from seed_multimodal.errors import SeedError
 
-NANO = {"name": "nano", "model": "nano"}
-GENEVAL = {"name": "geneval", "model": "nano"}
-DOG = {"prompt": "a dog"}
-
 
 @pytest.mark.parametrize(
-    "prompt, reward, message",
-    [
-        (DOG, NANO, "line 1: has no labels"),
-        (
-            {"prompt": "a lion", "tag": "one", "include": [{"class": "sphinx", "count": 1}]},
-            GENEVAL,
-            "no class for sphinx",
-        ),
-        (DOG, {"name": "genevall"}, "'genevall' is unknown .did you mean .geneval."),
-        (DOG, {"name": "clip", "model": str(ROOT / "docs")}, "docs"),
-    ],
+    "name, message",
+    [("nano", "line 1: has no labels"), ("genevall", ".genevall. is unknown .did you mean")],
 )
-def test_refused(tmp_path, prompt, reward, message):
+def test_reward_that_cannot_be_opened(tmp_path, name, message):
     with pytest.raises(SeedError, match=message):
-        data = {"rewards": [reward], "prompts": str(lines(tmp_path / "nano.jsonl", [prompt]))}
-        rl_runs.run(tmp_path, "nano", {}, data=data)
+        rl_runs.run(tmp_path, "nano", {}, data={"rewards": [{"name": name, "model": "nano"}]})
 
 
 @pytest.mark.process
