@@ -17,6 +17,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from seed_multimodal.device import copy_to
 from seed_multimodal.disk import replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.evaluation.tokenizer import save_neighbours
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
 from seed_multimodal.training.checkpoint import checkpoints
@@ -167,7 +169,7 @@ class TokenizerTask(CodebookTask):
             means = mean_losses(runner, split)
             if runner.group.first:
                 sheet = runner.output_dir / "samples" / f"{split}-{epoch}.png"
-                save_neighbours(sheet, *runner.samples, self.model.visual_encoder.preprocessing)
+                save_neighbours(sheet, *runner.samples, runner.preprocessing)
                 with writing(runner.output_dir):
                     runner.log_stats({"epoch": epoch, "split": split, **means}, "valid")
             for name, value in means.items():
@@ -284,11 +286,16 @@ class RunnerSeed(RunnerBase):
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
+    @cached_property
+    def preprocessing(self) -> ImageTransform:
+        """The vision encoder's."""
+        return self.model.visual_encoder.preprocessing
+
     def with_images(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch with its images on the device; uint8 from the workers is normalised there."""
         images = copy_to(self.device, batch["image"])
         if images.dtype == torch.uint8:
-            images = self.model.visual_encoder.preprocessing.normalise(images)
+            images = self.preprocessing.normalise(images)
         return {**batch, "image": images}
 
     def train(self) -> dict[str, Any]:

@@ -441,7 +441,7 @@ def load_task(folder: Path, saved: JsonObject, task: Task, frozen: Mapping[str, 
     task.load(folder)
 
 
-def load_trained(folder: Path, module: nn.Module) -> None:
+def load_unaveraged(folder: Path, module: nn.Module) -> None:
     """Load the trained weights of a run with `trainer.ema`, whose other files hold averaged ones.
 
     Raises CheckpointError: of other parameters.

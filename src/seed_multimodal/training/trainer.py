@@ -31,7 +31,7 @@ from seed_multimodal.training.checkpoint import (
     checkpoints,
     frozen_state,
     load_task,
-    load_trained,
+    load_unaveraged,
     read_states,
     resume_remarks,
     settings_remark,
@@ -143,7 +143,7 @@ class Trainer:
             # A checkpoint's weights are the averaged ones.
             self.ema = Ema(task.module, settings.ema) if settings.ema else None
             if checkpoint is not None:
-                load_trained(checkpoint, task.module)
+                load_unaveraged(checkpoint, task.module)
             self.device = device or next(task.module.parameters()).device
             engine_class = Engine if task.deepspeed is None else ZeroEngine
             self.engine = engine_class(task, group, self.device)

@@ -23,7 +23,7 @@ from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
-from seed_multimodal.training.llm.model import build_llm, save_trained
+from seed_multimodal.training.llm.model import build_llm, save_llm_weights
 from seed_nano.train.task import map_scenes
 from seed_nano.train.workspace import Settings, Workspace
 from seed_nano.world.records import Record, record_at, scenes_of, with_images
@@ -132,7 +132,7 @@ def write_initial_llm(space: Workspace) -> None:
     codebook = load_state_dict(folder / "model.safetensors")["quantize.embedding.weight"]
     sections = Seed2Tokenizer.read_config(folder / "config.json").codebook_sections
     init_from_codebook(llama, codebook, sections, tokenizer.vocabulary)
-    save_trained(llama, space.work / "llm_start")
+    save_llm_weights(llama, space.work / "llm_start")
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 precision, errors, intervals, log, warnings, other checkpoints."""
 
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import loop_toy as toy
 import pytest
@@ -54,84 +54,63 @@ def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
 
 
 class WeightedTask(StageTask):
-    """Two micro-batches a step, of five in all: rows of data, weighted by their number."""
+    """Rows of the toy's data in micro-batches of some sizes, weighted by them."""
 
-    sizes = (3, 1, 4, 2, 5)
-    samples: list[int] = []
+    def __init__(self, *steps: Sequence[int], **settings):
+        self.steps = steps
+        self.calls = []
+        settings = {"logging_steps": 1, "precision": "fp32", "curves": False, **settings}
+        count = max(map(len, steps))
+        stage = StageSettings(gradient_accumulation_steps=count, warmup_steps=2, **settings)
+        super().__init__("toy", toy.toy_model()[0], stage)
 
     def batches(self, step):
-        return [torch.arange(size) for size in self.sizes[2 * step : 2 * step + 2]]
+        sizes = self.steps[step] if step < len(self.steps) else ()
+        return torch.arange(sum(sizes)).split(list(sizes)) if sizes else []
 
     def weight(self, batch):
         return len(batch)
 
     def loss(self, model, batch):
         x = toy.toy_model()[1][[] if batch is None else batch]
-        loss = (model(x) - x.sum(1, keepdim=True)).square().sum()
-        return loss, {"rows": float(len(x))}
+        return (model(x) - x.sum(1, keepdim=True)).square().sum(), {"rows": float(len(x))}
 
     def write_samples(self, run):
-        self.samples.append(run.step)
+        self.calls.append(("sample", run.step))
+
+    def evaluate(self, run):
+        self.calls.append(("evaluate", run.step))
+        assert run.model is self.module and run.evaluation.get("step", 0) < run.step
+        return {"eval_loss": float(run.step)}
 
 
 def test_losses_are_sums_over_the_weights_of_a_step(tmp_path, capsys):
     # A row counts the same in a small and in a large micro-batch, and where the data end.
-    settings = StageSettings(
-        max_steps=9, gradient_accumulation_steps=2, logging_steps=1, warmup_steps=2, curves=False,
-        precision="fp32",
-    )  # fmt: skip
-    model, data = toy.toy_model()
-    record = train_stage(WeightedTask("toy", model, settings), tmp_path)
-    assert record["steps"] == 3 and "exhausted after step 3" in capsys.readouterr().out
-
-    plain, _ = toy.toy_model()
-    groups = parameter_groups(plain.parameters(), settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
-    means = []
-    for step in range(3):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        rows = [row for size in WeightedTask.sizes[2 * step : 2 * step + 2] for row in range(size)]
-        x = data[rows]
-        loss = (plain(x) - x.sum(1, keepdim=True)).square().mean()
-        loss.backward()
-        means.append(loss.item())
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    lines = toy.log_lines(tmp_path)
-    smoothed = means[0]
-    for line, mean in zip(lines, means, strict=True):
-        smoothed = 0.95 * smoothed + 0.05 * mean
-        assert line["loss"] == pytest.approx(smoothed, rel=1e-5)
-        assert line["rows"] == pytest.approx(1)
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    weights = []
+    for name, steps in (("split", [(3, 1), (4, 2), (5,)]), ("whole", [(4,), (6,), (5,)])):
+        task = WeightedTask(*steps, max_steps=9)
+        assert train_stage(task, tmp_path / name)["steps"] == 3
+        assert "exhausted after step 3" in capsys.readouterr().out
+        weights.append(task.module.state_dict())
+    torch.testing.assert_close(*weights)
+    split, whole = (toy.log_lines(tmp_path / name) for name in ("split", "whole"))
+    for line, expected in zip(split, whole, strict=True):
+        assert [line[key] for key in ("loss", "grad")] == pytest.approx(
+            [expected[key] for key in ("loss", "grad")], rel=1e-5
+        )
+        assert line["rows"] == 1
 
 
 def test_intervals_of_evaluations_samples_checkpoints_and_log_lines(tmp_path):
-    # Each once, and evaluation, log and checkpoint also at the end.
-    settings = StageSettings(
-        max_steps=2, gradient_accumulation_steps=2, logging_steps=2, save_steps=1, curves=False,
-        save_total_limit=None,
-    )  # fmt: skip
-    task = WeightedTask("toy", toy.toy_model()[0], settings)
-    task.sizes = (2,) * 14
-    task.samples = []
-    evaluated = []
-
-    def evaluate(run):
-        evaluated.append(run.step)
-        assert run.model is task.module and run.evaluation.get("step", 0) < run.step
-        return {"eval_loss": float(run.step)}
-
-    task.evaluate = evaluate
+    # Each once; evaluation, log and checkpoint also at the end.
+    settings = {"max_steps": 7, "logging_steps": 5, "save_steps": 4, "save_total_limit": None}
+    task = WeightedTask(*[(2,)] * 7, **settings)
     task.sample_steps = 3
     task.eval_steps = 2
-    task.settings = replace(settings, max_steps=7, logging_steps=5, save_steps=4)
     train_stage(task, tmp_path)
+    evaluated = [step for call, step in task.calls if call == "evaluate"]
     assert evaluated == [2, 4, 6, 7]
-    assert task.samples == [3, 6]
+    assert [step for call, step in task.calls if call == "sample"] == [3, 6]
     assert toy.steps(tmp_path) == [7, 4]
     lines = toy.log_lines(tmp_path)
     assert [line["step"] for line in lines if "eval_loss" in line] == evaluated

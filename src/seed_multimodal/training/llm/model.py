@@ -306,15 +306,15 @@ def add_embedding_rows(
 # -------------------------------------------------------------------------------------- checkpoints
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
+def published_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a checkpoint: the adapter (PEFT 0.4's names), or all, tied ones once."""
     if is_lora(model):
         return adapter_state(model)
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Inverse of `save_trained`. Raises CheckpointError: no weights, or of another model."""
+def load_llm_weights(model: nn.Module, folder: Path) -> None:
+    """Inverse of `save_llm_weights`. Raises CheckpointError: no weights, or of another model."""
     if is_lora(model):
         load_adapter(model, folder)
         return
@@ -327,10 +327,10 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     state: dict[str, Tensor] = {}
     for file in files:
         state.update(load_state_dict(file))
-    copy_weights(trained_state(model), state, str(folder))
+    copy_weights(published_weights(model), state, str(folder))
 
 
-def save_trained(
+def save_llm_weights(
     model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None
 ) -> Path:
     """Write the trained weights as an adapter or a plain LLaMA folder.

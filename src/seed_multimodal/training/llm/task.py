@@ -53,7 +53,12 @@ from seed_multimodal.training.llm.loss import (
     round_residual,
 )
 from seed_multimodal.training.llm.metrics import join_reports, summary_lines, token_flops
-from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
+from seed_multimodal.training.llm.model import (
+    build_llm,
+    load_llm_weights,
+    published_weights,
+    save_llm_weights,
+)
 from seed_multimodal.training.llm.samples import record_embeds, write_samples
 from seed_multimodal.training.meters import MIN_WEIGHT, Metrics, TokenMeter
 from seed_multimodal.training.optimizers import build_optimizer
@@ -105,13 +110,13 @@ class LanguageModelTask(RunTask):
             names = {adapter_name(published): name for published, name in names.items()}
         return {
             published: weights[names[published]].detach()
-            for published in trained_state(self.llm)
+            for published in published_weights(self.llm)
             if published in names
         }
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""
-        save_trained(self.llm, folder, weights)
+        save_llm_weights(self.llm, folder, weights)
         self.tokenizer.save_pretrained(folder)
         self.record_base(folder)
 
@@ -122,7 +127,7 @@ class LanguageModelTask(RunTask):
         )
 
     def load(self, folder: Path) -> None:
-        load_trained(self.llm, folder)
+        load_llm_weights(self.llm, folder)
 
 
 class LlmTask(LanguageModelTask):

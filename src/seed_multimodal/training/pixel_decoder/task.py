@@ -39,7 +39,7 @@ from seed_multimodal.diffusion.networks import (
     predict,
 )
 from seed_multimodal.diffusion.objectives import NoisyLatents, Objective, build_objective
-from seed_multimodal.diffusion.training import train_denoiser
+from seed_multimodal.diffusion.training import ConditionDropout, train_denoiser
 from seed_multimodal.disk import atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
@@ -146,6 +146,11 @@ class Reconstruction:
         return self.task.load_scheduler()
 
     @cached_property
+    def dropout(self) -> ConditionDropout:
+        """Shares of images without conditions."""
+        return self.task.model.condition_dropout
+
+    @cached_property
     def objective(self) -> Objective:
         """What the denoiser predicts."""
         return build_objective(self.scheduler(), self.task.model.flow_times)
@@ -166,8 +171,7 @@ class Reconstruction:
     ) -> Mapping[str, Tensor]:
         """`total_loss` and `mse` of images of one size, for some without conditions."""
         task = self.task
-        dropout = task.model.condition_dropout
-        without, without_image = dropout.draw(len(latents), generator)
+        without, without_image = self.dropout.draw(len(latents), generator)
         noisy = NoisyLatents.sample(self.objective, latents, generator)
         condition_latents = encoded.condition_latents
         if condition_latents is not None:

@@ -27,9 +27,9 @@ from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.model import (
     attention_kind,
     build_llm,
-    load_trained,
-    save_trained,
-    trained_state,
+    load_llm_weights,
+    published_weights,
+    save_llm_weights,
 )
 
 TEXT = 60
@@ -180,13 +180,13 @@ def test_trained_saved_and_loaded(kind, bases, tmp_path):
     assert is_one_matrix == (base == "tied")
 
     # 2. What is saved builds the same model again; an adapter has the settings of LoRA.
-    folder = save_trained(model, tmp_path)
+    folder = save_llm_weights(model, tmp_path)
     more = {} if "lora" in settings else settings
     quantization = {"quantization": settings.get("quantization")}
     again = build(bases[base], adapter=folder, **{**more, **quantization})
-    expected = trained_state(model)
-    assert trained_state(again).keys() == expected.keys()
-    assert equal(expected, trained_state(again))
+    expected = published_weights(model)
+    assert published_weights(again).keys() == expected.keys()
+    assert equal(expected, published_weights(again))
     with torch.no_grad():
         loss = packed_loss(model, batch()).sum
         assert_close(packed_loss(again, batch()).sum, loss)
@@ -251,9 +251,9 @@ def test_lora_fields_are_merged_as_trained_or_refused(architecture, row, tmp_pat
     model = build(base, **options)
     for _ in range(2):
         step(model)
-    folder = save_trained(model, tmp_path / "saved")
+    folder = save_llm_weights(model, tmp_path / "saved")
     again = build(base, **options)
-    load_trained(again, folder)
+    load_llm_weights(again, folder)
     for loaded in (again.eval(), load_llm_or_adapter(folder)):
         ids = batch().input_ids
         with torch.no_grad():
@@ -273,8 +273,8 @@ def test_lora_on_a_base_in_half_precision(bases):
 def test_load_adapter_of_another_model_names_the_tensor(damage, bases, tmp_path):
     # A tensor that is silently left out makes a model that answers, but badly.
     model = build(bases["all"], lora=LORA)
-    folder = save_trained(model, tmp_path)
-    state = dict(trained_state(model))
+    folder = save_llm_weights(model, tmp_path)
+    state = dict(published_weights(model))
     name = "x" if damage == "unknown" else next(iter(state))
     if damage == "missing":
         del state[name]
@@ -289,10 +289,10 @@ def test_load_adapter_of_peft_0_4(bases, tmp_path):
     # The published checkpoints of SEED-LLaMA.
     model = build(bases["all"], lora=LORA)
     step(model)
-    torch.save(dict(trained_state(model)), tmp_path / "adapter_model.bin")
+    torch.save(dict(published_weights(model)), tmp_path / "adapter_model.bin")
     again = build(bases["all"], lora=LORA)
     load_adapter(again, tmp_path)
-    assert equal(trained_state(model), trained_state(again))
+    assert equal(published_weights(model), published_weights(again))
 
 
 # Base, settings, what the error names.
