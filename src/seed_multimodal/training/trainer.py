@@ -285,10 +285,7 @@ class Trainer:
     def _seed(self, index: int) -> None:
         """Seed torch's generators for a micro-step of this step."""
         micro_step = self.step * self.settings.gradient_accumulation_steps + index
-        # The rank is multiplied by more than any number of micro-steps, so seeds are distinct.
-        torch.manual_seed(
-            self.settings.seed * 1_000_003 + micro_step + self.group.rank * 1_000_003**2
-        )
+        torch.manual_seed(micro_step_seed(self.settings.seed, micro_step, self.group.rank))
 
     def _accumulate(self, batches: Sequence[Any], scale: float) -> Metrics:
         """Add the gradients of a step's micro-batches, of their losses times `scale`; returns the
@@ -479,6 +476,12 @@ class Trainer:
 
                 save_curves(self.output_dir, log=self.log_line)
         return self.group.gather(record)[0]
+
+
+def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
+    """Of torch's generators in a process; the rank is multiplied by more than any number of
+    micro-steps, so seeds are distinct."""
+    return seed * 1_000_003 + micro_step + rank * 1_000_003**2
 
 
 def train_stage(
