@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -279,3 +280,14 @@ def _resolve_dtype(
     if dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}: use auto, {', '.join(sorted(DTYPES))}.")
     return DTYPES[dtype], ""
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on the GPU, or resident in this process on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    # `ru_maxrss` has bytes on macOS, KiB on Linux.
+    units_per_mib = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib

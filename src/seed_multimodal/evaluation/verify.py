@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.device import peak_memory_mib
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import (
     CheckpointError,
@@ -30,7 +31,6 @@ from seed_multimodal.errors import (
 from seed_multimodal.evaluation.machine import circumstances
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.training.run_log import peak_memory_mib
 from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, weight_files
 from seed_multimodal.weights.fetch import file_sha256
 from seed_multimodal.weights.find import portable_path

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import resource
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from seed_multimodal.device import peak_memory_mib
 from seed_multimodal.disk import replace_text, strict_json, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import TrainerSettings
@@ -209,12 +208,3 @@ def merge(lines: list[dict[str, float]]) -> dict[str, float]:
         else:
             merged[key] = sum(values) / len(values)
     return merged
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: allocated on the GPU, or resident in this process on other devices."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # `ru_maxrss` has bytes on macOS, KiB on Linux.
-    units_per_mib = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib

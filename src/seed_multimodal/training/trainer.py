@@ -309,49 +309,36 @@ class Trainer:
         return sums
 
     def _after_step(self, save: bool) -> None:
-        """Evaluate, log and save when due.
-
-        The time of evaluations and checkpoints is no training time.
-        """
+        """Log, evaluate and save when due."""
         self.step += 1
         is_last = self.step >= self.settings.max_steps
-
-        # 1. Evaluate.
-        start = time.monotonic()
         if self.task.after_step is not None:
             self.task.after_step(self.step)
-        evaluation = self._evaluate(is_last)
-        if evaluation:
-            self.log.pause(time.monotonic() - start)
         if is_last or self.step % self.settings.logging_steps == 0:
             self.log.finish(self.step)
-        if evaluation:
-            self.log.write(self.evaluation)
 
-        # 2. Save.
+        # The time of evaluations and checkpoints is no training time.
+        start = time.monotonic()
+        self._evaluate(is_last)
         save_steps = self.settings.save_steps
         is_scheduled = save_steps > 0 and self.step % save_steps == 0
         if save or is_scheduled:
-            start = time.monotonic()
             self._save(kept=is_scheduled or not save_steps)
-            self.log.pause(time.monotonic() - start)
+        self.log.pause(time.monotonic() - start)
 
-    def _evaluate(self, is_last: bool) -> Mapping[str, float]:
-        """The task's samples and evaluation when due, of the averaged weights if the run averages.
+    def _evaluate(self, is_last: bool) -> None:
+        """The task's samples and evaluation when due, once a step, of the averaged weights if the
+        run averages; logs the evaluation.
 
-        is_last: after the run's last step; once more if the data have ended.
+        is_last: no step follows.
         """
         task = self.task
         is_sampled = task.sample_steps > 0 and self.step % task.sample_steps == 0
         is_evaluated = task.eval_steps > 0 and (is_last or self.step % task.eval_steps == 0)
-        if self.sampled_step == self.step:
-            is_sampled = False
-        if self.evaluation.get("step") == self.step:
-            is_evaluated = False
+        is_sampled = is_sampled and self.sampled_step != self.step
+        is_evaluated = is_evaluated and self.evaluation.get("step") != self.step
         if not (is_sampled or is_evaluated):
-            return {}
-
-        evaluation: Mapping[str, float] = {}
+            return
         activity = f"the evaluation after step {self.step}"
         with (
             translate_errors(activity, self.store.description),
@@ -363,9 +350,9 @@ class Trainer:
                     task.write_samples(self.view())
             if is_evaluated:
                 evaluation = task.evaluate(self.view())
-        if evaluation:
-            self.evaluation = {"step": self.step, **evaluation}
-        return evaluation
+                if evaluation:
+                    self.evaluation = {"step": self.step, **evaluation}
+                    self.log.write(self.evaluation)
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -440,10 +427,9 @@ class Trainer:
             self.log.finish(self.step)
             self.log_line(f"all sources are exhausted after step {self.step}; the run ends.")
 
-        # 2. The evaluation, unless the last step had one (it may have been stopped).
-        if not stopped and self.evaluation.get("step") != self.step:
-            if self._evaluate(is_last=True):
-                self.log.write(self.evaluation)
+        # 2. The evaluation, if the last step had none (it may have been stopped).
+        if not stopped:
+            self._evaluate(is_last=True)
 
         # 3. The checkpoint. Wait first: one of this step may still be in writing.
         self.store.finish()
