@@ -205,12 +205,11 @@ def test_numbers_and_truth_values_are_texts(answer, references, tmp_path):
     assert (sample.references, sample.problem, sample.official) == (references, "", False)
 
 
-def rows(count: int = 2) -> list[dict]:
-    return [{**QUESTION, "question_id": n, "image": f"{n}.png", "answer": n} for n in range(count)]
+ROWS = [{**QUESTION, "question_id": n, "image": f"{n}.png", "answer": n} for n in range(2)]
 
 
 def write_table(path, **columns):
-    values = [{**row, **columns} for row in rows()]
+    values = [{**row, **columns} for row in ROWS]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path)
 
 
@@ -219,8 +218,7 @@ LISTS = {
     "q.csv": lambda path: path.write_text(
         "question_id,question,image,answer\n0,Who?,0.png,0\n1,Who?,1.png,1\n"
     ),
-    "q.jsonl": lambda path: path.write_text(" \n\n".join(map(json.dumps, rows())) + "\n   \n"),
-    "q.json": lambda path: path.write_text("\n".join(map(json.dumps, rows()))),
+    "q.jsonl": lambda path: path.write_text(" \n\n".join(map(json.dumps, ROWS)) + "\n   \n"),
     "q.parquet": write_table,
     "content.parquet": lambda path: write_table(
         path, image={"bytes": image_to_bytes(noise(0), "PNG"), "path": None}
@@ -229,7 +227,7 @@ LISTS = {
         path,
         [
             (f"{n}", {"png": image_to_bytes(noise(0), "PNG"), "json": json.dumps(row).encode()})
-            for n, row in enumerate(rows())
+            for n, row in enumerate(ROWS)
         ],
     ),
 }

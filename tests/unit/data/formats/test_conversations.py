@@ -69,6 +69,7 @@ def test_with_messages_keeps_the_masks_of_other_programs(key, value, learned):
         {"image_ids": [1, 2], "data": "2020-01-01"},
         {"image_ids": [1], "texts": [{"user": "q"}, {"user": "q", "assistant": "a"}]},
         {"instruction": "q", "response": "a", "prompt": "p", "image_path": "a.jpg"},
+        {"source_image": "a.jpg", "target_image": "b.jpg", "source_image_ids": [1]},
     ],
 )
 def test_with_messages_of_other_records(item):
