@@ -1,6 +1,9 @@
 """The list of known words contains nano's sentences."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from repository import ROOT
 from systems import load
 
@@ -12,7 +15,7 @@ from seed_multimodal.pipelines.read_back import note_of, picture_to_change
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import write_known_words
 
-CAT_LEFT = "relation cat left of dog, not dog left of cat"
+TABLES = yaml.safe_load(Path(__file__).with_name("known.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -42,122 +45,42 @@ def test_read_known_words_of_the_shipped_systems(name, known):
     assert read_known_words(shipped) == known
 
 
-@pytest.mark.parametrize(
-    "request_text, unknown, unknown_drawn",
-    [
-        ("Draw a red car and a zebra.", ["zebra", "red"], ["zebra", "red"]),  # nouns first
-        ("A happy dog and a robot.", [], ["robot", "happy"]),  # said, but not drawn
-        ("Two cats on the grass", [], []),
-        ("A dog and two blue cats", [], ["blue"]),  # backgrounds have colours, things have not
-        ("A cat on a blue background", [], []),
-        ("Make the background blue.", [], []),
-    ],
-)
-def test_unknown_of_requests(request_text, unknown, unknown_drawn, known):
-    assert known.unknown(request_text) == unknown
-    assert known.unknown(request_text, drawing=True) == unknown_drawn
+@pytest.mark.parametrize("row", TABLES["unknown"], ids=str)
+def test_unknown_of_requests(row, known):
+    assert known.unknown(row["request"]) == row["unknown"]
+    assert known.unknown(row["request"], drawing=True) == row["undrawable"]
     assert "'pengiun' (did you mean 'penguin'?)" in known.note("A pengiun.")
     assert "know 'green' of things:" in known.note("make it green", drawing=True)
 
 
-@pytest.mark.parametrize(
-    "request_, description, differences",
-    [
-        ("a dog and a cat", "A dog and two cats at night.", ["cat 2, not 1"]),
-        ("draw a hot dog, please", "A large noto dog.", ["no hot dog", "also dog"]),
-        ("Two cats on the sea.", "A cat at night.", ["cat 1, not 2", "background night, not sea"]),
-        ("a dog left of a cat", "a cat left of a dog", [CAT_LEFT]),
-        ("a dog left of a cat", "a noto cat to the right of a dog", []),  # seen from the other
-        (
-            "a noto dog without a cat",
-            "a fluent dog and a cat",
-            ["also cat", "style fluent, not noto"],
-        ),
-        ("a dog on the left", "a small dog on the right", ["place right, not left"]),
-        ("cats", "a cat", []),  # how many, or which style, was not said
-        ("a happy robot", "a crocodile", []),  # nothing that is known: words are noted elsewhere
-    ],
-)
-def test_contradictions_of_a_description(known, request_, description, differences):
-    assert known.compared.contradictions(["Here it is.", request_], description) == differences
+@pytest.mark.parametrize("row", TABLES["contradictions"], ids=str)
+def test_contradictions_of_a_description(known, row):
+    requests = ["Here it is.", row["request"]]
+    assert known.compared.contradictions(requests, row["description"]) == row["differences"]
 
 
-# Requests of a second turn, and what each note names; of descriptions before and after.
-FOX, PIGS = "A noto fox in a meadow.", "Two pigs on the sea."
-FOX_DOG = "A noto fox left of a dog in a meadow."
-CHANGES = [
-    (FOX, "add a dog", "Two dogs in a meadow.", "no fox"),
-    (FOX, "Add a dog.", "Two foxes in a meadow.", "no dog"),
-    (FOX, "add a penguin", "A fox left of a hedgehog in a meadow.", "no penguin; also hedgehog"),
-    (FOX, "And a dog, please.", "A dog left of a fox in a meadow.", ""),
-    (FOX, "Turn it into a whale.", "A noto whale in a meadow.", ""),
-    (FOX, "Remove it and draw a whale", "A whale in a meadow.", ""),
-    (FOX, "remove the fox", "A noto fox left of a dog in a meadow.", "still fox; also dog"),
-    (PIGS, "remove one pig", "A pig on the sea.", ""),
-    (PIGS, "one more pig please", "Three pigs on a dark background.", "background dark, not sea"),
-    (PIGS, "Put them in the dark.", "Two pigs on a dark background.", ""),
-    (PIGS, "Change the background.", "Two pigs on a dark background.", ""),
-    (PIGS, "Make it night.", "Two pigs at night.", ""),
-    (PIGS, "make them bigger", PIGS, "Nothing has changed."),
-    (FOX, "Put the fox on the right.", "A noto fox in a meadow", "Nothing has changed."),
-    (FOX, "What is this?", FOX, ""),
-    (FOX, "Is it small?", FOX, ""),
-    (FOX_DOG, "make it bigger", "A noto fox in a meadow.", "no dog"),
-    (FOX_DOG, "Swap the fox and the dog.", "A large noto fox in a meadow.", "no dog"),
-    (FOX_DOG, "Make the fox bigger.", "A large noto dog in a meadow.", "no fox"),
-    (FOX_DOG, "Put the dog above the fox.", FOX_DOG, "relation fox left of dog, not dog above fox"),
-    (FOX, "Make it two foxes", "Three noto foxes in a meadow.", "fox 3, not 2"),
-    (FOX, "Make the fox a whale.", "A noto whale in a meadow.", ""),
-    (FOX, "Change the background to the sea.", "A fox on green.", "background green, not sea"),
-]
+@pytest.mark.parametrize("row", TABLES["changes"], ids=str)
+def test_notes_of_changes(known, row):
+    texts = (row["request"], "Here it is.", row["before"], row["after"])
+    note = note_of(known.compared, "The image", *texts)
+    assert row["named"] in note if row["named"] else not note
 
 
-@pytest.mark.parametrize("before, request_, after, named", CHANGES)
-def test_notes_of_changes(known, before, request_, after, named):
-    note = note_of(known.compared, "The image", request_, "Here it is.", before, after)
-    assert named in note if named else not note
-
-
-@pytest.mark.parametrize(
-    "turns, is_changed",
-    [
-        (["draw a fox", "add a dog"], True),
-        (["draw a fox", "What is it?", "and a dog"], True),
-        (["draw a fox", "draw a dog"], False),
-        (["draw a fox", "draw a dog next to it"], True),
-        (["draw a fox", "two cats"], False),  # perhaps a new picture
-        (["draw a fox", "and now a penguin"], False),
-        (["draw a fox", "Make me a penguin"], False),
-        (["draw a fox", "Is it small?"], False),
-        (["draw a fox", "Can you make it bigger?"], True),
-        (["add a dog"], False),
-    ],
-)
-def test_picture_that_a_turn_changes(turns, is_changed):
+@pytest.mark.parametrize("row", TABLES["turns"], ids=str)
+def test_picture_that_a_turn_changes(row):
     # Each user's turn but the last is answered with a picture.
     conversation = []
-    for index, text in enumerate(turns):
+    for index, text in enumerate(row["turns"]):
         conversation += user_message([text])
         conversation.append(Message("assistant", (ImagePart([index]),)))
     picture = picture_to_change(conversation[:-1], reads_codes=True)
-    assert (picture is not None) == is_changed
-    if is_changed:
-        assert picture == ImagePart([len(turns) - 2])
+    assert picture == (ImagePart([len(row["turns"]) - 2]) if row["is_changed"] else None)
 
 
-@pytest.mark.parametrize(
-    "request_, after, differences",
-    [
-        ("Add a star.", "A fox left of a star.", []),
-        ("Add a star.", "A chick left of a fox.", ["no star", "also chick"]),
-        ("Remove the banana.", "A small fox.", ["no banana"]),
-        ("Remove the fox.", "A dog.", ["also dog"]),
-        ("Replace it with a dog.", "A dog.", []),
-        ("Make it night.", "A fox at night.", []),
-    ],
-)
-def test_unasked_changes_of_an_edit(known, request_, after, differences):
-    assert known.compared.unasked_changes("A large fox.", request_, after) == differences
+@pytest.mark.parametrize("row", TABLES["edits"], ids=str)
+def test_unasked_changes_of_an_edit(known, row):
+    changes = known.compared.unasked_changes("A large fox.", row["request"], row["after"])
+    assert changes == row["differences"]
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
