@@ -1,5 +1,6 @@
 """A tiny LLaMA and tiny shards, for tests of the training application."""
 
+import copy
 import json
 import os
 import random
@@ -12,41 +13,17 @@ import pytest
 import yaml
 from data_files import lines
 from repository import APPLICATION, NANO, ROOT
+from yaml_tables import read_tables
 
 TOKENIZER = NANO / "seed_tokenizer"
 CODES = 1024
 PER_IMAGE = 32
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+GROUPS = read_tables(__file__)
+SIZES = GROUPS["sizes"]
+LORA = GROUPS["lora"]
+TRAINER = GROUPS["trainer"]
+OPTIM = GROUPS["optim"]
 WORDS = "a red fox sits on the green hill under one small yellow moon while two birds sing".split()
-# Dropout, so that resumed runs must restore its random state.
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
-# One file per group, as in a user's configuration.
-TRAINER = {
-    "max_steps": 8,
-    "precision": "fp32",
-    "gradient_accumulation_steps": 1,
-    "max_grad_norm": 1.0,
-    "seed": 1,
-    "dataloader_num_workers": 0,
-    "logging_steps": 1,
-    "report_to": [],
-    "curves": False,
-    "save_steps": 100,
-    "resume": "auto",
-    "device": "cpu",
-    "timeout_minutes": 2,
-}
-OPTIM = {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
-
-
 # Plain images of these, in the data of SEED-X and LaVIT.
 COLOURS = {
     "red": (200, 30, 30),
@@ -102,31 +79,10 @@ def write_data(folder, n_codes, per_image: int, records: int = 60) -> dict:
         )
     lines(folder / "captions.jsonl", captions)
     lines(folder / "chats.jsonl", chats)
-    return {
-        "sources": [
-            {
-                "name": "captions",
-                "files": str(folder / "captions.jsonl"),
-                "decoder": "pretrain.caption",
-                "weight": 2.0,
-                "options": {"reverse_ratio": 0.5},
-                "batch_size": 4,
-                "max_length": 64,
-            },
-            {
-                "name": "chats",
-                "files": str(folder / "chats.jsonl"),
-                "decoder": "chat",
-                "weight": 1.0,
-                "batch_size": 3,
-                "max_length": 96,
-            },
-        ],
-        "packing": True,
-        "length": 160,
-        "rows": 2,
-        "seed": 5,
-    }
+    data = copy.deepcopy(GROUPS["data"])
+    for source in data["sources"]:
+        source["files"] = str(folder / source["files"])
+    return data
 
 
 def compose(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from yaml_tables import read_tables
 
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from tiny import spread, write_json
@@ -34,42 +35,12 @@ RESAMPLER = ResamplerXLConfig(
     output2_dim=POOLED,
     ff_mult=2,
 )
-# Sizes of denoisers other than `unet`'s, and the scheduler of a flow.
-DENOISER_SIZES = {
-    "UNet2DConditionModel": {
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
-    },
-    "SanaTransformer2DModel": {
-        "num_layers": 1,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 8,
-        "cross_attention_dim": 16,
-    },
-    "SD3Transformer2DModel": {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "caption_projection_dim": 16,
-        "pooled_projection_dim": 4,
-        "pos_embed_max_size": 16,
-    },
-}
-FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-# As the originals publish them.
-SDXL_VAE = {"scaling_factor": 0.13025, "force_upcast": True}
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-}
+TABLES = read_tables(__file__)
+DENOISER_SIZES = TABLES["denoisers"]
+FLOW = TABLES["flow"]
+SDXL_VAE = TABLES["sdxl_vae"]
+SCHEDULE = TABLES["schedule"]
+TINY_AUTOENCODER = TABLES["tiny_autoencoder"]
 
 
 def unet(channels: int = 4, *, sdxl: bool = True, **changes):
@@ -94,14 +65,6 @@ def unet(channels: int = 4, *, sdxl: bool = True, **changes):
             "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
         }
     return UNet2DConditionModel(**{**sizes, **changes}).eval()
-
-
-TINY_AUTOENCODER = {
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "num_encoder_blocks": (1, 1),
-    "num_decoder_blocks": (1, 1),
-}
 
 
 def kl(**more):
@@ -130,16 +93,7 @@ def autoencoder(name):
     torch.manual_seed(3)
     if name == "tiny":
         return AutoencoderTiny(**TINY_AUTOENCODER)
-    return AutoencoderDC(
-        latent_channels=32,
-        encoder_block_out_channels=(8, 32),
-        decoder_block_out_channels=(8, 32),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        scaling_factor=0.4,
-    )
+    return AutoencoderDC(**TABLES["dc"])
 
 
 def random_adapter(stage: int = 1) -> SDXLAdapter:

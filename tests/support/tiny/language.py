@@ -5,37 +5,14 @@ from pathlib import Path
 
 import torch
 from chat_templates import TemplateCase
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.tiny_parts import CHATML, CHATML_TOKENS, write_bpe_tokenizer
 
 LLM_WIDTH = 32
 CHATML_CASE = TemplateCase(CHATML, CHATML_TOKENS, eos="<|im_end|>", pad="<|endoftext|>")
-# model_type → fields of its configuration, in addition to `LLM_SIZES`.
-ARCHITECTURES = {
-    "llama": {},
-    "qwen3": {"head_dim": 16},
-    "smollm3": {"no_rope_layers": [1, 0]},
-    "mistral": {"sliding_window": None},
-    "phi3": {},
-    # With layers that see the last few tokens only.
-    "mistral sliding": {"sliding_window": 8},
-    "qwen3 sliding": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "gemma2": {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 1.0},
-    "gemma2 eager": {"head_dim": 16, "sliding_window": 8, "attn_implementation": "eager"},
-}
-LLM_SIZES = {
-    "hidden_size": LLM_WIDTH,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.5,  # so large that answers differ from prompt to prompt
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TABLES = read_tables(__file__)
+ARCHITECTURES = TABLES["architectures"]
 
 
 def random_llm(architecture: str, vocab_size, seed=0, **fields):
@@ -55,7 +32,7 @@ def _llm(architecture: str, vocab_size, fields):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        architecture.split()[0], vocab_size=vocab_size, **{**LLM_SIZES, **fields}
+        architecture.split()[0], vocab_size=vocab_size, **{**TABLES["sizes"], **fields}
     )
     return AutoModelForCausalLM.from_config(config).eval()
 

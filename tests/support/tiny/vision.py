@@ -3,57 +3,12 @@
 from pathlib import Path
 
 import torch
+from yaml_tables import read_tables
 
 from tiny import spread, write_json
 
-HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-PIXELS = {"image_size": 16, "patch_size": 8}
-# Kind -> model and configuration class, its sizes, its preprocessor_config.json, and its tokens in
-# front of the patches.
-KINDS = {
-    "siglip": (
-        "SiglipVisionModel",
-        "SiglipVisionConfig",
-        {**SIZES, **PIXELS, "intermediate_size": 24},
-        {**HALF, "size": {"height": 16, "width": 16}, "resample": 2},
-        0,
-    ),
-    "siglip2": (
-        "Siglip2VisionModel",
-        "Siglip2VisionConfig",
-        {**SIZES, "patch_size": 8, "num_patches": 4, "intermediate_size": 24},
-        {**HALF, "patch_size": 8, "max_num_patches": 4, "resample": 2},
-        0,
-    ),
-    "dinov2": (
-        "Dinov2Model",
-        "Dinov2Config",
-        {**SIZES, "image_size": 24, "patch_size": 8},  # trained on larger images
-        {
-            **IMAGENET,
-            "size": {"shortest_edge": 20},
-            "crop_size": {"height": 16, "width": 16},
-            "resample": 3,
-        },
-        1,
-    ),
-    "dinov3": (
-        "DINOv3ViTModel",
-        "DINOv3ViTConfig",
-        {**SIZES, **PIXELS, "intermediate_size": 24, "num_register_tokens": 2},
-        {**IMAGENET, "size": {"height": 16, "width": 16}, "resample": 2},
-        3,
-    ),
-    "clip": (
-        "CLIPVisionModel",
-        "CLIPVisionConfig",
-        {**SIZES, **PIXELS, "intermediate_size": 24},
-        {"size": {"shortest_edge": 16}, "crop_size": 16, "resample": 3},
-        1,
-    ),
-}
+KINDS = read_tables(__file__)
 
 
 def write_vision(kind: str, folder, side=16):
@@ -63,10 +18,11 @@ def write_vision(kind: str, folder, side=16):
     """
     import transformers
 
-    model_name, config_name, sizes, preprocessor, _ = KINDS[kind]
+    entry = KINDS[kind]
+    preprocessor = entry["preprocessor"]
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**sizes)
-    model = getattr(transformers, model_name)(config).eval()
+    config = getattr(transformers, f"{entry['model']}Config")(**entry["sizes"])
+    model = getattr(transformers, f"{entry['model']}Model")(config).eval()
     spread(model).save_pretrained(folder)
     if side != 16:
         preprocessor = {**preprocessor, "crop_size": side, "size": {"shortest_edge": side}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import ALL_TEMPLATES, TEXT_TEMPLATES, TemplateCase
+from chat_templates import IMAGE_TEMPLATES, TEXT_TEMPLATES, TemplateCase
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import write_json
@@ -25,6 +25,7 @@ from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.prompts import get_template
 
 CODES = [3, 1, 15, 0]
+ALL_TEMPLATES = TEXT_TEMPLATES | IMAGE_TEMPLATES
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_stage2_gives_the_target_clip_its_own_pixels(tmp_path):
 
     write_vision("siglip", tmp_path)
     vit = HubVisionConfig(path=str(tmp_path))
-    sizes = {**KINDS["clip"][2], "image_size": 24}
+    sizes = {**KINDS["clip"]["sizes"], "image_size": 24}
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, projection_dim=10)).eval()
     config = Seed2Config(**{**SIZES, "vit": vit}, image_features_dim=10)
     model = Stage2Model(config, clip_model=clip)

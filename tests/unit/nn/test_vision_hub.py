@@ -48,7 +48,7 @@ def test_hub_vision_computes_the_models_features(kind, tmp_path):
     features = encoder(pixels)
     assert_close(features, model(**inputs).last_hidden_state)
     assert features.shape == (1, encoder.n_tokens, encoder.width)
-    assert (encoder.image_size, encoder.n_class_tokens) == (16, KINDS[kind][-1])
+    assert (encoder.image_size, encoder.n_class_tokens) == (16, KINDS[kind]["class_tokens"])
 
 
 PROCESSORS = {
@@ -109,12 +109,12 @@ def test_one_half_of_a_whole_siglip(tmp_path):
     # Its publisher has no folder of the vision model alone.
     from transformers import SiglipConfig, SiglipModel
 
-    sizes = KINDS["siglip"][2]
+    sizes = KINDS["siglip"]["sizes"]
     text = {key: value for key, value in sizes.items() if key not in ("image_size", "patch_size")}
     config = SiglipConfig(text_config={**text, "vocab_size": 30}, vision_config=dict(sizes))
     model = SiglipModel(config).eval()
     model.save_pretrained(tmp_path)
-    write_json(tmp_path / "preprocessor_config.json", KINDS["siglip"][3])
+    write_json(tmp_path / "preprocessor_config.json", KINDS["siglip"]["preprocessor"])
     expected = model.vision_model(pixel_values=PIXELS).last_hidden_state
     assert_close(load_hub_vision(tmp_path)(PIXELS), expected)
 

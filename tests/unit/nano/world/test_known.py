@@ -1,11 +1,9 @@
 """The list of known words contains nano's sentences."""
 
-from pathlib import Path
-
 import pytest
-import yaml
 from repository import ROOT
 from systems import load
+from yaml_tables import read_tables
 
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.known_words import KnownWords, read_known_words
@@ -15,7 +13,7 @@ from seed_multimodal.pipelines.read_back import note_of, picture_to_change
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import write_known_words
 
-TABLES = yaml.safe_load(Path(__file__).with_name("known.yaml").read_text())
+TABLES = read_tables(__file__)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,8 @@ def test_picture_that_a_turn_changes(row):
         conversation += user_message([text])
         conversation.append(Message("assistant", (ImagePart([index]),)))
     picture = picture_to_change(conversation[:-1], reads_codes=True)
-    assert picture == (ImagePart([len(row["turns"]) - 2]) if row["is_changed"] else None)
+    last = ImagePart([len(row["turns"]) - 2])
+    assert picture == (last if row["is_changed"] else None)
 
 
 @pytest.mark.parametrize("row", TABLES["edits"], ids=str)
