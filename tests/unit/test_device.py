@@ -5,13 +5,12 @@ import contextlib
 
 import pytest
 import torch
+from yaml_tables import read_tables
 
 from seed_multimodal import MultimodalSystem, SeedLlamaTokenizer
 from seed_multimodal import device as device_module
 from seed_multimodal.compat.seed_llama import Seed1
 from seed_multimodal.device import (
-    FP16_AS_ORIGINAL,
-    FP16_WITH_8BIT,
     choose_device,
     peak_tflops,
     peak_tflops_by_name,
@@ -27,44 +26,26 @@ def report_devices(monkeypatch, cuda: bool, bf16: bool, mps: bool):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
-NO_GPU = (False, False, False)
-GPU = (True, True, False)
-OLD_GPU = (True, False, False)  # before Ampere, without bfloat16
-APPLE = (False, False, True)
-HALF = torch.float16
+TABLES = read_tables(__file__)
 BRAIN = torch.bfloat16
 FULL = torch.float32
-# Machine, requested device and dtype, reason for float16 → the choice.
-CHOICES = {
-    "no GPU": (NO_GPU, "auto", "auto", "", "cpu", FULL),
-    "no GPU, dtype": (NO_GPU, "auto", HALF, "", "cpu", HALF),
-    "Apple": (APPLE, "auto", "auto", "", "mps:0", FULL),
-    "Apple by name": (APPLE, "mps", "auto", "", "mps:0", FULL),
-    "GPU": (GPU, "auto", "auto", "", "cuda:0", BRAIN),
-    "GPU by name": (GPU, "cuda", "auto", "", "cuda:0", BRAIN),
-    "GPU by index": (GPU, "cuda:0", "fp16", "", "cuda:0", HALF),
-    "old GPU": (OLD_GPU, "auto", "auto", "", "cuda:0", HALF),
-    "8 bit": (GPU, "auto", "auto", FP16_WITH_8BIT, "cuda:0", HALF),
-    "8 bit, dtype": (GPU, "auto", "bf16", FP16_WITH_8BIT, "cuda:0", BRAIN),
-    "CPU of a GPU": (GPU, "cpu", "auto", FP16_AS_ORIGINAL, "cpu", FULL),
-}
 
 
-@pytest.mark.parametrize(
-    "machine, device, dtype, fp16, chosen_device, chosen_dtype",
-    CHOICES.values(),
-    ids=CHOICES,
-)
-def test_choose_device(machine, device, dtype, fp16, chosen_device, chosen_dtype, monkeypatch):
-    report_devices(monkeypatch, *machine)
+@pytest.mark.parametrize("row", TABLES["choices"].values(), ids=TABLES["choices"])
+def test_choose_device(row, monkeypatch):
+    report_devices(monkeypatch, *row["machine"])
+    device, dtype = row["asked"]
     logged = []
-    runtime = choose_device(device, dtype, logged.append, fp16=fp16, notice="A notice.")
+    runtime = choose_device(
+        device, getattr(torch, dtype, dtype), logged.append, fp16=row["reason"], notice="A notice."
+    )
     # Loaded tensors have an index, so that `cuda` would never compare equal.
-    assert (runtime.device, runtime.dtype) == (torch.device(chosen_device), chosen_dtype)
+    assert runtime.device == torch.device(row["device"])
+    assert runtime.dtype == getattr(torch, row["dtype"])
     (line,) = logged
     assert str(runtime) in line and line.endswith(". A notice.")
     # A choice has its reasons in the log, a request none.
-    assert ("(" in line) == ("auto" in (device, dtype))
+    assert ("(" in line) == ("auto" in row["asked"])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +54,7 @@ def test_choose_device(machine, device, dtype, fp16, chosen_device, chosen_dtype
 )
 def test_choose_device_of_an_unknown_name(monkeypatch, device, dtype):
     # Weights on "meta" would be dropped without an error.
-    report_devices(monkeypatch, *GPU)
+    report_devices(monkeypatch, *TABLES["machines"]["GPU"])
     with pytest.raises(ConfigError, match=f"'{device if device != 'cpu' else dtype}'"):
         choose_device(device, dtype)
 
@@ -92,7 +73,7 @@ LOADED = {
 @pytest.mark.parametrize("system_class, folder, options, dtypes", LOADED.values(), ids=LOADED)
 def test_dtypes_on_a_gpu(system_class, folder, options, dtypes, tiny_folder, monkeypatch, capsys):
     # Those of the originals. They are logged before weights are loaded, which fails here.
-    report_devices(monkeypatch, *GPU)
+    report_devices(monkeypatch, *TABLES["machines"]["GPU"])
     with contextlib.suppress(Exception):
         system_class.from_pretrained(tiny_folder / folder, **options)
     lines = capsys.readouterr().out.splitlines()

@@ -9,34 +9,20 @@ from reference_generation import embeddings, generate
 from tensors import normal
 from tiny.language import ARCHITECTURES, random_llm
 from waiting import wait_until
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
+from seed_multimodal.settings import read_settings
 
-GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
-SAMPLED = GenerationSettings(max_new_tokens=30, temperature=3.0, top_p=0.9, top_k=0)
 SETTINGS = {
-    "greedy": GREEDY,
-    "at least nine tokens": replace(GREEDY, min_new_tokens=9),
-    "a stop": replace(GREEDY, stop=("e",), min_new_tokens=30),
-    "no constraints": replace(GREEDY, constrain=False),
-    "sampled": SAMPLED,
-    "top k": replace(SAMPLED, top_k=5, top_p=1.0),
-    "repetition penalty": replace(SAMPLED, repetition_penalty=1.5),
-    "sampled image": replace(SAMPLED, images="forced", max_new_tokens=70),
-    "guidance": replace(GREEDY, guidance=1.7),
-    "guided image": replace(SAMPLED, guidance=3.0, images="forced", max_new_tokens=70),
-    "LaVIT's beams": replace(
-        GREEDY, num_beams=5, min_new_tokens=4, length_penalty=0.0, early_stopping=True
-    ),
-    "2 answers of 3 beams": replace(
-        GREEDY, num_beams=3, num_return_sequences=2, length_penalty=2.0
-    ),
-    "beams of an image": replace(GREEDY, num_beams=3, images="forced", max_new_tokens=70),
-    "sampled beams": replace(SAMPLED, num_beams=3),
+    name: read_settings(GenerationSettings, fields, name)
+    for name, fields in read_tables(__file__).items()
 }
+GREEDY = SETTINGS["greedy"]
+SAMPLED = SETTINGS["sampled"]
 # Where families differ: their image tokens and prompts.
 OF_EACH_FAMILY = ("greedy", "sampled image", "guided image", "beams of an image")
 CASES = [("tiny", name) for name in SETTINGS]

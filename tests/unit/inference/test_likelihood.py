@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
@@ -40,16 +41,8 @@ def test_likelihoods_equal_those_of_one_pass(request, family, max_rows):
             assert likelihood.mean == pytest.approx(sum(expected) / len(ids), abs=1e-3)
 
 
-SAMPLED = GenerationSettings(max_new_tokens=24, temperature=2.0, top_p=0.9, top_k=40)
-SAMPLED_IMAGE = replace(SAMPLED, images="forced", max_new_tokens=70)
 LOG_PROB_SETTINGS = {
-    "sampled": SAMPLED,
-    "sampled image": SAMPLED_IMAGE,
-    "no constraints": replace(SAMPLED, constrain=False, top_k=0, top_p=1.0),
-    "penalty and minimum": replace(SAMPLED, repetition_penalty=1.5, min_new_tokens=9),
-    "guidance": replace(SAMPLED_IMAGE, guidance=2.0),
-    "greedy": replace(SAMPLED, do_sample=False),
-    "several": replace(SAMPLED, num_return_sequences=3),
+    name: GenerationSettings(**fields) for name, fields in read_tables(__file__).items()
 }
 
 
@@ -111,4 +104,4 @@ def test_likelihoods_that_cannot_be_computed(tiny):
     with pytest.raises(GenerationError):
         engine.likelihoods([prompt], [[[5, 6, 7]]])
     with pytest.raises(ConfigError):
-        engine.sample([prompt], replace(SAMPLED, num_beams=2))
+        engine.sample([prompt], replace(LOG_PROB_SETTINGS["sampled"], num_beams=2))

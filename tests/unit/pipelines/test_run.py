@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 from systems import load
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError
 
 FOX = ROOT / "images/fox_and_snowman.png"
-DRAW = "Please draw a noto fox in a meadow."
 
 
 @pytest.fixture(scope="module")
@@ -59,31 +59,20 @@ def test_images_of_a_stream_are_drawn_together(nano, monkeypatch):
     assert kinds == [*previews, *(("image", index, 32) for index in range(3))]
 
 
-@pytest.mark.parametrize(
-    "call, named",
-    [
-        (lambda nano: nano.describe(FOX, guidance=3.0), "guidance"),
-        (lambda nano: nano.ask(FOX, "Where?", length_penalty=3.0), "length_penalty"),
-        (lambda nano: nano.describe(FOX, early_stopping=True), "early_stopping"),
-        (lambda nano: nano.describe(FOX, stop_after="zzz"), "stop_after"),
-        (lambda nano: nano.describe(FOX, num_inference_steps=2), "num_inference_steps"),
-        (lambda nano: nano.draw("a fox", min_new_tokens=40), "min_new_tokens"),
-        (lambda nano: nano.draw("a fox", negative_prompt="a cat"), "negative_prompt"),
-        (lambda nano: nano.draw("a fox", previews=[8]), "previews"),
-        (lambda nano: nano.draw("a fox", num_images=True), "num_images"),
-        (lambda nano: nano.draw("a fox", seed="1"), "seed"),
-        (lambda nano: nano.chat([user(DRAW)], previews=[8]), "previews"),
-        (lambda nano: nano.chat([user(DRAW)], images="never", constrain=False), "constrain"),
-        (lambda nano: nano.chat([user(DRAW)], images="never", preset="fast"), "preset"),
-        (lambda nano: nano.chat([user(DRAW)], images="never", read_back=True), "read_back"),
-        (lambda nano: nano.chat([user(DRAW)], True, images="never", previews=[8]), "previews"),
-        (lambda nano: nano.chat([user(DRAW)], True, num_beams=2, previews=[8]), "previews"),
-        (lambda nano: nano.chat([user(DRAW)], stop=["."] * 2 + [""]), "stop"),
-    ],
-)
-def test_options_that_a_task_does_not_read_are_refused(nano, call, named):
-    with pytest.raises(ConfigError, match=named):
-        call(nano)
+REQUESTS = {
+    "describe": [FOX],
+    "ask": [FOX, "Where?"],
+    "draw": ["a fox"],
+    "chat": [[user("Please draw a noto fox in a meadow.")]],
+}
+
+
+@pytest.mark.parametrize("row", read_tables(__file__), ids=str)
+def test_options_that_a_task_does_not_read_are_refused(nano, row):
+    task = row["task"]
+    options = row["options"]
+    with pytest.raises(ConfigError, match=[*options][-1]):
+        getattr(nano, task)(*REQUESTS[task], **options)
 
 
 def test_what_is_compared_first_is_reasoning(nano):

@@ -10,6 +10,7 @@ from recorded_engine import RecordedEngine
 from repository import FOX
 from served import CHAT, PROMPTS, chat, generate, read, user
 from systems import load
+from yaml_tables import read_tables
 
 DRAW = "/v1/images/generations"
 RESPONSES = "/v1/responses"
@@ -143,26 +144,21 @@ def test_generate_leaves_out_an_image_of_an_answer_that_broke_off(client_of, tin
     assert any("left out" in note for note in answer["error_msg"])
 
 
-REFUSED = {
-    "codes": ("tiny_x", "<image>?", [[3, 2, 1, 0]], False, "no codes"),
-    "a box of two": ("tiny_x", "<box_start><loc-1><loc-2><box_end>?", [], False, "four locations"),
-    "no image to read": ("tiny_lavit", "hello", [], False, "image"),
-    "codes to read": ("tiny_lavit", "<image>What?", [[1, 2]], False, "codes"),
-    "an unknown code": ("tiny_lavit", "<image>snow", [[99999]], True, "code"),
-    "nothing to draw": ("tiny_lavit", "  ", [], True, "Message 0"),
-    "a long prompt": ("tiny_lavit", "a fish " * 4000, [], True, "prompt"),
+REFUSED = read_tables(__file__)
+REFUSED["a long prompt"] = {
+    **REFUSED["nothing to draw"],
+    "text": "a fish " * 4000,
+    "named": "prompt",
 }
 
 
-@pytest.mark.parametrize("name, text, images, force, named", REFUSED.values(), ids=REFUSED)
-def test_generate_names_what_a_family_cannot_read(
-    client_of, request, name, text, images, force, named
-):
-    system = request.getfixturevalue(name)
-    text = PROMPTS[system.config.system].format(text)
-    body = {"text": text, "images": images, "force_boi": force}
+@pytest.mark.parametrize("row", REFUSED.values(), ids=REFUSED)
+def test_generate_names_what_a_family_cannot_read(client_of, request, row):
+    system = request.getfixturevalue(row["system"])
+    text = PROMPTS[system.config.system].format(row["text"])
+    body = {"text": text, "images": row["images"], "force_boi": row.get("force_boi", False)}
     response = client_of(system).post("/generate", json=body)
-    assert response.status_code == 400 and named in response.json["error"]
+    assert response.status_code == 400 and row["named"] in response.json["error"]
 
 
 # ---- SEED-X: images have no codes, answers have boxes
