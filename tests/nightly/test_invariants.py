@@ -17,13 +17,11 @@ import pytest
 from lavis_runs import require_lavis
 from tiny import read_json
 from trainers import LAVIS, TRAINERS, TWO
+from yaml_tables import read_tables
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(900)]
 STEPS = 12
 BY_NAME = {entry.name: entry for entry in TRAINERS}
-WORKERS = "trainer.dataloader_num_workers"
-ACCUMULATE = "trainer.gradient_accumulation_steps"
-ZERO_2 = "deepspeed=configs/deepspeed/stage2_bf16.json"
 
 
 @dataclass(frozen=True)
@@ -33,66 +31,6 @@ class Run:
     options: Sequence[str] = ()
     processes: int = 1
     micro_steps: int = 1  # of one step, where the program counts these (LAVIS)
-
-
-@dataclass(frozen=True)
-class Row:
-    """Two runs of a trainer. close: relative tolerance. defect: why they differ, or "". loss: its
-    name in the log, if it is not the trainer's (LAVIS's is of the last micro-step)."""
-
-    trainer: str
-    name: str
-    first: Run
-    second: Run
-    close: float = 1e-4
-    defect: str = ""
-    loss: str = ""
-
-
-LAVIS_ACCUMULATE = ["run.batch_size_train=1", "run.accum_grad_iters=8"]
-# Schedules of LAVIS count iterations, so only a constant rate is that of the same step.
-STEADY_CODES = [
-    "model.restart_every=0",
-    "model.kmeans_start=False",
-    "run.warmup_steps=0",
-    "run.warmup_lr=-1",
-]
-# The original's gathered features have no gradient in other processes.
-GATHER = "model.gather_gradient=True"
-ROWS = [
-    Row("llm", "8x1=1x8", Run(["data.rows=8"]), Run(["data.rows=1", f"{ACCUMULATE}=8"])),
-    Row("llm", "0=2 workers", Run(), Run([f"{WORKERS}=2"]), close=0.0),
-    Row(
-        "llm",
-        "1=2 processes",
-        Run([f"{ACCUMULATE}=2"]),
-        Run(processes=2),
-        defect="each process packs its own part of the data, so a step has other sequences",
-    ),
-    Row("llm", "plain=ZeRO-2", Run(processes=2), Run([ZERO_2], processes=2)),
-    Row(
-        "stage2",
-        "8x1=1x8",
-        Run(["run.batch_size_train=8", *STEADY_CODES]),
-        Run([*LAVIS_ACCUMULATE, *STEADY_CODES], micro_steps=8),
-        loss="loss",
-    ),
-    Row("stage1", "0=2 workers", Run(["run.num_workers=0"]), Run(["run.num_workers=2"]), close=0.0),
-    Row(
-        "stage1",
-        "1=2 processes",
-        Run(["run.batch_size_train=16", GATHER]),
-        Run([GATHER], processes=2),
-    ),
-    Row(
-        "seed_decoder",
-        "8x1=1x8",
-        Run(["data.batch_size=8"]),
-        Run(["data.batch_size=1", f"{ACCUMULATE}=8"]),
-        defect="PixelTask.loss seeds its noise by the micro-batch, not by the sample",
-    ),
-    Row("seed_decoder", "0=2 workers", Run([f"{WORKERS}=0"]), Run([f"{WORKERS}=2"]), close=0.0),
-]
 
 
 @pytest.fixture(scope="module")
@@ -132,28 +70,28 @@ def assert_equal_trajectories(first: list[float], second: list[float], close: fl
     assert abs(statistics.mean(differences)) <= 4 * error + 1e-6 * statistics.mean(first)
 
 
+def marks(row) -> list[pytest.MarkDecorator]:
+    defect = row.get("defect")
+    return [pytest.mark.xfail(reason=defect, strict=True)] if defect else []
+
+
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(
-            row,
-            id=f"{row.trainer} {row.name}",
-            marks=pytest.mark.xfail(reason=row.defect, strict=True) if row.defect else (),
-        )
-        for row in ROWS
+        pytest.param(row, id=f"{row['trainer']} {row['name']}", marks=marks(row))
+        for row in read_tables(__file__)
     ],
 )
 def test_invariant(row, parts_of, tmp_path):
-    trainer = BY_NAME[row.trainer]
-    trainer = replace(trainer, loss=row.loss or trainer.loss)
+    trainer = BY_NAME[row["trainer"]]
+    trainer = replace(trainer, loss=row.get("loss", trainer.loss))
     if trainer.application == LAVIS:
         require_lavis()
     parts = parts_of(trainer)
     first, second = (
-        losses(trainer, parts, tmp_path / name, run)
-        for name, run in (("first", row.first), ("second", row.second))
+        losses(trainer, parts, tmp_path / name, Run(**row[name])) for name in ("first", "second")
     )
-    assert_equal_trajectories(first, second, row.close)
+    assert_equal_trajectories(first, second, row.get("close", 1e-4))
 
 
 def test_padded_rows_equal_packed_rows(parts_of, tmp_path):

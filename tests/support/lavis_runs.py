@@ -10,47 +10,10 @@ import llm_runs
 import pytest
 from repository import ROOT
 from tiny import write_json
+from yaml_tables import read_tables
 
 APPLICATION = ROOT / "SEED_Tokenizer"
-TINY = [
-    "model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64}",
-    "model.qformer={width: 32, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}",
-    "run.batch_size_train=8",
-    "run.iters_per_epoch=4",
-    "run.max_epoch=2",
-    "run.warmup_steps=2",
-    "run.log_freq=1",
-    "run.batch_size_eval=4",
-    "run.curves=False",
-]
-# A codebook of few, short codes.
-TINY_STAGE2 = [
-    "model.n_embed=64",
-    "model.codebook_embed_dim=8",
-    "model.decode_heads=2",
-    "model.kmeans_images=16",
-]
-TINY_LAVIT = [
-    "model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, llm_width: 8}",
-    "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}",
-    "model.n_embed=32",
-    "model.kmeans_images=16",
-    "model.codebook_warmup=2",
-    "model.restart_every=2",
-    "run.batch_size_train=8",
-    "run.iters_per_epoch=2",
-    "run.max_epoch=3",
-    "run.warmup_steps=2",
-    "run.log_freq=1",
-    "run.batch_size_eval=8",
-    "run.curves=False",
-]
-TINY_SEED1 = [
-    "model.arch=seed1_codebook_text",
-    "model.text_tokens=7",
-    "model.text_features_dim=16",
-    "model.reverse_depth=1",
-]
+SIZES = read_tables(__file__)
 # Stage → its configuration, below lavis/projects.
 PROJECTS = {
     "stage1": "nano/pretrain_qformer.yaml",
@@ -121,13 +84,12 @@ def write_config(stage: str, images: Path, output) -> list[str]:
         config.datasets = {"coco_caption": {**dataset, "build_info": info}}
     config.run.output_dir = str(output)
     # Tiny sizes over the project's own file.
-    sizes = TINY_LAVIT if stage == "lavit" else TINY + (TINY_STAGE2 if stage != "stage1" else [])
+    sizes = [{} if stage == "lavit" else SIZES["all"], SIZES[stage]]
     if stage == "seed1":
-        sizes = sizes + TINY_SEED1
         for key in ("clip_model", "image_features_dim"):
             config.model.pop(key)
     file = output.with_suffix(".yaml")
-    OmegaConf.save(OmegaConf.merge(config, OmegaConf.from_dotlist(sizes)), file)
+    OmegaConf.save(OmegaConf.merge(config, *sizes), file)
     return ["--cfg-path", str(file)]
 
 

@@ -79,9 +79,15 @@ def write_data(folder, n_codes, per_image: int, records: int = 60) -> dict:
         )
     lines(folder / "captions.jsonl", captions)
     lines(folder / "chats.jsonl", chats)
-    data = copy.deepcopy(GROUPS["data"])
+    return data_in(folder, GROUPS["data"])
+
+
+def data_in(folder, data) -> dict:
+    """A data configuration, of which files and images are in a folder."""
+    data = copy.deepcopy(data)
     for source in data["sources"]:
-        source["files"] = str(folder / source["files"])
+        for key in source.keys() & {"files", "image_dir"}:
+            source[key] = str(folder / source[key])
     return data
 
 

@@ -5,10 +5,11 @@ import dataclasses
 
 import torch
 from data_files import lines
-from llm_runs import COLOURS, OPTIM, TRAINER, merged, write_llama
+from llm_runs import COLOURS, OPTIM, TRAINER, data_in, merged, write_llama
 from PIL import Image
 from tiny import spread
-from tiny.lavit import CODES, PATCHES, SIZE, TOKENIZER
+from tiny.lavit import CODES, PATCHES, TOKENIZER
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.images.io import image_to_bytes
@@ -68,29 +69,7 @@ def write_parts(folder):
 
 def data_of(folder, **changes) -> dict:
     """A mixture of two parts text and one part images."""
-    sources = [
-        {
-            "name": "captions",
-            "files": str(folder / "captions.tar"),
-            "decoder": "lavit.caption",
-            "weight": 0.8,
-            "options": {"base_resolution": SIZE, "text_dropout": 0.2},
-        },
-        {
-            "name": "codes",
-            "files": str(folder / "codes.jsonl"),
-            "decoder": "lavit.caption",
-            "weight": 0.2,
-            "options": {"base_resolution": SIZE},
-        },
-        {
-            "name": "words",
-            "files": str(folder / "words.jsonl"),
-            "decoder": "pretrain.text",
-            "weight": 2.0,
-        },
-    ]
-    return {"sources": sources, "packing": True, "length": 96, "rows": 2, "seed": 3, **changes}
+    return {**data_in(folder, read_tables(__file__)), **changes}
 
 
 def config_of(folder, output, **changes) -> dict:

@@ -2,22 +2,18 @@
 
 import torch
 from data_files import lines
-from llm_runs import COLOURS, OPTIM, SIZES, TRAINER, merged, write_llama
+from llm_runs import COLOURS, OPTIM, SIZES, TRAINER, data_in, merged, write_llama
 from PIL import Image
-from tiny.seed_x import READS, TOWER, VIEW, WRITES, write_seed_x_tokenizer
+from tiny.seed_x import READS, TOWER, WRITES, write_seed_x_tokenizer
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.nn.vision.qwen import QwenVit
 
 RESAMPLERS = {"input_resampler": vars(READS), "output_resampler": vars(WRITES)}
-LORA = {
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.1,
-    "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"],
-}
-VIEWS = {"base_resolution": VIEW, "resolution_grids": ["1x1", "2x1"]}
+TABLES = read_tables(__file__)
+LORA = TABLES["lora"]
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
@@ -45,34 +41,8 @@ def write_data(folder):
         (images / f"{name}.jpg").write_bytes(
             jpeg(COLOURS[name], (90, 30) if name == "blue" else (40, 30))
         )
-    # Conversations over one image, and over none.
-    talks = [
-        {"image": f"/{name}.jpg", "data": ["What is it?", f"It is {name}.", "Where?", "Here."]}
-        for name in names
-    ]
-    talks.append({"image": None, "data": ["Say red.", "Red."]})
-    # Edits: from one image to another, and of the same image twice.
-    edits = [
-        {
-            "source_image": "grey.jpg",
-            "target_image": f"{name}.jpg",
-            "instruction": f"Make it {name}.",
-        }
-        for name in names
-    ]
-    turns = [
-        {
-            "messages": [
-                {"role": "user", "content": [{"image": "grey.jpg"}, f"Make it {first}."]},
-                {"role": "assistant", "content": ["Here.", {"image": f"{first}.jpg"}]},
-                {"role": "user", "content": [f"Make it {second}."]},
-                {"role": "assistant", "content": [{"image": f"{second}.jpg"}]},
-            ]
-        }
-        for first, second in zip(names, names[1:] + names[:1], strict=True)
-    ]
-    for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
-        lines(folder / f"{name}.jsonl", records)
+    for name in ("talks", "edits", "turns"):
+        lines(folder / f"{name}.jsonl", TABLES[name])
     # Captions; every second one has a measured similarity.
     similar = {"json": b'{"similarity": 0.9}'}
     write_shard(
@@ -93,32 +63,7 @@ def write_data(folder):
 
 def data_of(folder, **changes) -> dict:
     """A mixture of all four."""
-    images = str(folder / "pictures")
-
-    def source(name, file: str, **options) -> dict:
-        return {
-            "name": name,
-            "files": str(folder / file),
-            "decoder": f"seed_x.{name}",
-            "image_dir": images,
-            "options": {**VIEWS, **options},
-            "batch_size": 2,
-            "max_length": 160,
-        }
-
-    return {
-        "sources": [
-            source("conversation", "talks.jsonl"),
-            source("caption", "captions.tar", img_first_ratio=-1, add_gen_prompt=True),
-            source("edit", "edits.jsonl", resolution_grids=["1x1"]),
-            source("chat", "turns.jsonl"),
-        ],
-        "packing": False,
-        "length": 200,
-        "rows": 2,
-        "seed": 3,
-        **changes,
-    }
+    return {**data_in(folder, TABLES["data"]), **changes}
 
 
 def config_of(

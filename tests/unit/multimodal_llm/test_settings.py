@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from repository import APPLICATION
 from tiny import read_json, write_json
+from yaml_tables import read_tables
 
 from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.config import load_yaml
@@ -31,42 +32,13 @@ def files(tmp_path) -> dict[str, Path]:
     return runs.write_files(tmp_path)
 
 
-# Published recipes, and what both have.
-RECIPES = {
-    "pretrain": {
-        "max_steps": 30000,
-        "save_steps": 1000,
-        "gradient_accumulation_steps": 4,
-        "learning_rate": 1.5e-4,
-        "min_lr_ratio": 0.05,
-        "warmup_ratio": 0.03,
-    },
-    "sft": {
-        "max_steps": 50000,
-        "save_steps": 10000,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-4,
-        "min_lr_ratio": 0.1,
-        "warmup_ratio": 0.07,
-    },
-}
-OF_BOTH = {
-    "precision": "bf16",
-    "gradient_checkpointing": True,
-    "max_grad_norm": 1.0,
-    "report_to": ["tensorboard"],
-    "eval_steps": 0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "adam_epsilon": 1e-5,
-    "weight_decay": 0.05,
-    "lr_scheduler_type": "cosine",
-}
+TABLES = read_tables(__file__)
+RECIPES = TABLES["recipes"]
 
 
 def recipe(run, name) -> dict:
     settings = {**vars(run.optim), **vars(run.trainer)}
-    return {key: settings[key] for key in (*RECIPES[name], *OF_BOTH)}
+    return {key: settings[key] for key in (*RECIPES[name], *TABLES["both"])}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -80,7 +52,7 @@ def test_compose_the_published_recipes(name, way, monkeypatch):
         command = shlex.split(text.replace("\\\n", ""), comments=True)
         arguments = command[command.index("launch") + 2 : -1]  # between the port and "$@"
     run = LlmTask.run_type.read(runs.compose(arguments))
-    assert recipe(run, name) == {**RECIPES[name], **OF_BOTH}
+    assert recipe(run, name) == {**RECIPES[name], **TABLES["both"]}
     assert run.optim.name == ("adamw_hf" if way == "script" else "adamw")
     assert run.data.packing and run.data.rows == 6
     if way == "script":
@@ -98,38 +70,10 @@ def test_compose_later_arguments_win():
     assert config.get("deepspeed") is None
 
 
-@pytest.mark.parametrize(
-    "arguments, overrides",
-    [
-        ("--bf16", ["trainer.precision=bf16"]),
-        ("--bf16 False", []),
-        ("--fp16=True", ["trainer.precision=fp16"]),
-        ("--report_to tensorboard wandb", ["trainer.report_to=[tensorboard,wandb]"]),
-        ("--report_to none", ["trainer.report_to=[]"]),
-        ("--resume_from_checkpoint True", ['trainer.resume="auto"']),
-        ("--evaluation_strategy steps", ["trainer.eval_steps=${trainer.logging_steps}"]),
-        ("--save_strategy no", ["trainer.save_steps=0", "trainer.save_seconds=0"]),
-        (
-            "--num_train_epochs 10 --max_steps 5 --push_to_hub False --do_train",
-            ["trainer.max_steps=5"],
-        ),
-        # A boolean needs no value, so what follows it may be an override; a path with `=` is
-        # another flag's value.
-        (
-            "--bf16 trainer.max_steps=3 --output_dir log/lr=1",
-            ["trainer.precision=bf16", "trainer.max_steps=3", 'output_dir="log/lr=1"'],
-        ),
-        # A group's file replaces only what flags before it set.
-        (
-            "--max_steps 7 optim.name=muon --seed 3 trainer=nano --seed 4",
-            ["optim.name=muon", "trainer=nano", "trainer.seed=4"],
-        ),
-    ],
-)
-def test_translate_flags_of_the_original(arguments, overrides):
-    assert [
-        override.removeprefix("++") for override in translate(arguments.split()).arguments
-    ] == overrides
+@pytest.mark.parametrize("row", TABLES["flags"], ids=str)
+def test_translate_flags_of_the_original(row):
+    translated = translate(row["arguments"].split()).arguments
+    assert [override.removeprefix("++") for override in translated] == row["overrides"]
 
 
 @pytest.mark.parametrize("group", ["model", "data"])
@@ -215,20 +159,6 @@ BASE = {
 LORA = {"_target_": "peft.LoraConfig", "r": 2, "target_modules": ["q_proj"]}
 SEED = "src.model.peft_model.get_"
 SEED_X = "src.models.mllm.peft_models.get_"
-PUBLISHED_LORA = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "modules_to_save": [
-        "embed_tokens",
-        "lm_head",
-        "input_layernorm",
-        "post_attention_layernorm",
-        "norm",
-    ],
-}
-
-
 # Configurations of models, published and of builders that no published file names, and what is
 # read from them.
 MODELS = [
@@ -250,7 +180,7 @@ def test_read_model_settings_of_the_originals(file, config, expected):
     settings = read_model_settings(config)
     assert {key: getattr(settings, key) for key in expected} == expected
     if file.endswith("lora"):
-        assert {key: settings.lora[key] for key in PUBLISHED_LORA} == PUBLISHED_LORA
+        assert {key: settings.lora[key] for key in TABLES["lora"]} == TABLES["lora"]
 
 
 @pytest.mark.parametrize(
@@ -267,25 +197,14 @@ def test_read_model_settings_with_a_mistake(config, named):
         read_model_settings(config)
 
 
-@pytest.mark.parametrize(
-    "width, template, data, options, expected",
-    [
-        (4096, None, {}, {}, "vicuna"),
-        (5120, None, {}, {}, "llama2"),
-        (5120, "vicuna", {}, {}, "vicuna"),
-        (5120, None, {"template": "vicuna"}, {}, "vicuna"),
-        (5120, None, {}, {"template": "vicuna"}, "vicuna"),
-    ],
-)
-def test_read_gives_the_sources_the_template_of_the_model(
-    width, template, data, options, expected, tmp_path, files
-):
+@pytest.mark.parametrize("row", TABLES["templates"], ids=str)
+def test_read_gives_the_sources_the_template_of_the_model(row, tmp_path, files):
     # That of the 7B or 13B by its width, unless the model, the data or the source names one;
     # captions have none.
-    write_json(tmp_path / "config.json", {"hidden_size": width})
+    write_json(tmp_path / "config.json", {"hidden_size": row["width"]})
     config = runs.compose(runs.overrides(files, "x"))
-    config["model"] = {"path": str(tmp_path), "template": template}
-    config["data"] |= data
-    config["data"]["sources"][1]["options"] = options
+    config["model"] = {"path": str(tmp_path), "template": row["model"]}
+    config["data"] |= row["data"]
+    config["data"]["sources"][1]["options"] = row["source"]
     sources = LlmTask.run_type.read(config).data.sources
-    assert [source.options.get("template") for source in sources] == [None, expected]
+    assert [source.options.get("template") for source in sources] == [None, row["expected"]]
