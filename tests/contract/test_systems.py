@@ -15,6 +15,7 @@ import pytest
 import torch
 from random_images import noise, same
 from systems import load
+from yaml_tables import read_tables
 
 import seed_multimodal
 from seed_multimodal.errors import (
@@ -466,23 +467,12 @@ def test_what_a_family_cannot_do_is_refused_by_name(system, family):
         assert ability
 
 
-@pytest.mark.parametrize(
-    ("task", "options", "named"),
-    [
-        ("describe", {"temprature": 1.0}, "temperature"),
-        ("describe", {"num_return_sequences": 2}, "num_return_sequences"),
-        ("draw", {"num_inference_step": 2}, "num_inference_step"),
-        ("draw", {"num_inference_steps": 0}, "num_inference_steps"),
-        ("draw", {"images": "never"}, "images"),
-        ("reconstruct", {"batch_size": 0}, "batch_size"),
-        ("chat", {"num_return_sequences": 2}, "num_return_sequences"),
-    ],
-)
-def test_wrong_options_are_refused_by_name(system, task, options, named):
+@pytest.mark.parametrize("row", read_tables(__file__), ids=str)
+def test_wrong_options_are_refused_by_name(system, row):
     # A misspelt option must not be ignored: the answer would look as if it had been followed.
-    request = {"draw": "a fish", "chat": user(noise(1))}.get(task, noise(1))
-    with pytest.raises(ConfigError, match=named):
-        getattr(system, task)(request, **options)
+    request = {"draw": "a fish", "chat": user(noise(1))}.get(row["task"], noise(1))
+    with pytest.raises(ConfigError, match=row["named"]):
+        getattr(system, row["task"])(request, **row["options"])
 
 
 def test_empty_requests_are_refused_by_number(system, family):

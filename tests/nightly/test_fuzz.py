@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from repository import NANO, ROOT
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
@@ -27,11 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
 ]
 CASES = 400
-SAMPLES = [
-    {"image_ids": [1, 2, 3] * 10, "text": "a red fox"},
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
-    {"image": "a.png", "caption": ["one", "two"], "boxes": [[0.1, 0.2, 0.3, 0.4]]},
-] * 4
+SAMPLES = 4 * read_tables(__file__)
 
 
 def write_json(file):

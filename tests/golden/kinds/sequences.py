@@ -2,7 +2,7 @@
 recorded random choices.
 
 A sample that the original skipped or that raised is skipped or raises here too; further ones only
-for the reasons in `STRICTER`.
+for the reasons in `stricter`.
 
 * `llm_sequences`: SEED-LLaMA's decoders, also other fields and the filter; `tokenization.json`:
   strings → ids, pieces, both decodings; `pipeline.json`: records on disk → batches. Not compared:
@@ -26,6 +26,7 @@ from typing import Any
 from kinds.seed_x_agent import seedx_tokenizer
 from PIL import Image
 from runner import assert_close, assert_same, read_json_lines
+from yaml_tables import read_tables
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import TrainingSequence
@@ -37,51 +38,8 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed_x.data import SeedXDecoder, metadata_of
 
-# Functions `decode_…` of the original → decoders.
-PRETRAIN = {
-    "image_text_pair": "pretrain.caption",
-    "mmc4_data": "pretrain.interleaved",
-    "video_pair": "pretrain.video",
-    "text_pretrain_data": "pretrain.text",
-    "edit_pair": "pretrain.edit",
-    "visual_question_data": "pretrain.visual_question",
-    "text_conversation_data": "pretrain.text_conversation",
-}
-SFT = {
-    "question_answer_pair": "sft.qa",
-    "edit_pair": "sft.edit",
-    "story_pair": "sft.story",
-    "difference_pair": "sft.difference",
-    "conversation_pair": "sft.conversation",
-    "video_pair": "sft.video",
-    "video_conversation_pair": "sft.video_conversation",
-    "edit_multi_pair": "sft.multi_edit",
-    "interleaved_pair": "sft.interleaved",
-    "visual_question_data": "sft.visual_question",
-    "text_conversation_data": "sft.text_conversation",
-}
-# In no data file of the original; the second has no labels.
-LEFT_OUT = ("ra_data", "coco_cap_eval_data")
-# Samples that only this library skips: images of another length, clips without enough frames,
-# records whose labels are only </s> or a full stop, an impossible direction, captions that are too
-# long, paths with "null" in them.
-STRICTER = (
-    "codes, not",
-    "num_frames",
-    "nothing to learn",
-    "is empty",
-    "no dialogue",
-    "reverse_ratio must be",
-    "do not fit into",
-    "'nullable.png'",
-    "instruction: missing",
-)
-# These read lines, not members of a tar.
-TEXT_FUNCTIONS = ("text_pretrain_data", "text_conversation_data")
+TABLES = read_tables(__file__)
 BATCH = ("input_ids", "attention_mask", "labels")
-# Arguments of the original's functions that are no options of our decoders.
-NO_OPTIONS = ("max_length", "num_img_gen_tokens", "assure_text", "resolution_grids", "patch_length")
-GRIDS = {1: ["1x1"], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number of views
 
 
 class Replay:
@@ -122,7 +80,7 @@ class Replay:
 
 def decoded(decode: Callable[[], Any], rng: Replay, usable: bool):
     """A decoder's sequence with the recorded choices; None: it raised. It may leave out what the
-    original does not use, the rest for the reasons in `STRICTER` only."""
+    original does not use, the rest for the reasons in `stricter` only."""
     sequence = None
     try:
         sequence = decode()
@@ -131,7 +89,9 @@ def decoded(decode: Callable[[], Any], rng: Replay, usable: bool):
     except (DataError, ConfigError) as error:
         reason = str(error)
     if reason:
-        assert not usable or any(part in reason for part in STRICTER), f"{rng.name}: {reason}"
+        assert not usable or any(part in reason for part in TABLES["stricter"]), (
+            f"{rng.name}: {reason}"
+        )
     else:
         assert usable, f"{rng.name}: the original skips it"
     return sequence
@@ -205,11 +165,11 @@ def pad(sequence: TrainingSequence, max_length, pad_id: int) -> dict[str, list[i
 
 def check_case(case, tokenizer):
     function = case["function"].removeprefix("decode_").removesuffix("_for_llm")
-    is_record = function in TEXT_FUNCTIONS or case["key"].endswith(".pkl")
+    is_record = function in TABLES["of_texts"] or case["key"].endswith(".pkl")
     # Members of a tar that are no records, and metadata, which is not read here.
-    if function in LEFT_OUT or not is_record or "'metadata'" in str(case.get("error")):
+    if function in TABLES["left_out"] or not is_record or "'metadata'" in str(case.get("error")):
         return
-    decoder = (PRETRAIN if case["module"] == "train" else SFT)[function]
+    decoder = TABLES["pretrain" if case["module"] == "train" else "sft"][function]
     name = f"case {case['id']} ({decoder})"
     expected = case.get("output")
     kept = case.get("kept_by_filter")
@@ -338,7 +298,7 @@ def make(name, tokenizer, kwargs: Mapping, grids: list[str]) -> SeedXDecoder:
     """A decoder with the options of an original function. `grids`: if it has none of its own."""
     options = {
         "multi_resolution": False,
-        **{key: value for key, value in kwargs.items() if key not in NO_OPTIONS},
+        **{key: value for key, value in kwargs.items() if key not in TABLES["no_options"]},
         "resolution_grids": kwargs.get("resolution_grids") or grids,
     }
     decoder = get_decoder(name, tokenizer, options)
@@ -426,7 +386,7 @@ def check_caption(case, tokenizer):
     caption = sample.get("text") or case["arguments"]["caption"]
     fields = {"image": opened_image((500, 450)), "text": caption}
     options = {**case["kwargs"], "multi_resolution": views > 1}
-    decoder = make("seed_x.caption", tokenizer, options, GRIDS[views])
+    decoder = make("seed_x.caption", tokenizer, options, TABLES["grids"][views])
     compare(decoder, fields, case)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tensors import normal
 from torch import Tensor
+from yaml_tables import read_tables
 
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
@@ -67,7 +68,7 @@ def build_lavit(folder: str | Path, hub: bool = False) -> Path:
     """Write a system folder and return it; `hub`: with a Qwen 3 and a hub tokenizer."""
     root = Path(folder)
     write = write_hub_language if hub else write_language
-    text_tokenizer = write(root / "llm")
+    write(root / "llm")
     # Understanding has a merger of its own, trained with the language model.
     second = dynamic_tokenizer(merger_seed=101)
     dynamic_tokenizer().save_pretrained(root / "tokenizer")
@@ -75,18 +76,7 @@ def build_lavit(folder: str | Path, hub: bool = False) -> Path:
     torch.manual_seed(0)
     spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
     write_pixels(root / "pixels")
-    drawn = {"max_new_tokens": text_tokenizer.vocabulary.tokens_per_image, "min_new_tokens": 4}
-    write_json(
-        root / "system.json",
-        {
-            "system": "lavit",
-            "generation": {
-                "describe": {"max_new_tokens": 6, "min_new_tokens": 1},
-                "draw": drawn,
-                "compose": drawn,
-            },
-        },
-    )
+    write_json(root / "system.json", read_tables(__file__))
     return root
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from random_images import noise
 from torch import Tensor
+from yaml_tables import read_tables
 
 from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.images.transforms import seed_image_processor
@@ -82,19 +83,7 @@ def build_seed_llama(folder: str | Path, *, hub: bool = False) -> Path:
     if not hub:
         llama(len(tokenizer)).save_pretrained(root / "seed_llama")
     write_unclip(root / "seed_tokenizer" / "diffusion_model")
-    write_json(
-        root / "system.json",
-        {
-            "tokenizer": "seed_tokenizer",
-            "llm": "seed_llama",
-            "detokenizer": "seed_tokenizer/diffusion_model",
-            "template": "vicuna",
-            "image_size": IMAGE_SIZE,
-            "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
-            "generation": {"max_new_tokens": 12, "do_sample": False},
-            "previews": [8, 16],
-        },
-    )
+    write_json(root / "system.json", read_tables(__file__))
     return root
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from repository import ROOT
+from yaml_tables import read_tables
 
 from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
@@ -63,17 +64,7 @@ def build_seed_x(folder: str | Path, *, stage: int = 1, hub: bool = False) -> Pa
     write_tower(root / "vision")
     write_sdxl(root / "sdxl", complete=False)
     random_adapter(stage).save_pretrained(root / "detokenizer")
-    # Short answers, and drawings of a few words.
-    write_json(
-        root / "system.json",
-        {
-            "system": "seed_x",
-            "tuned": True,
-            "grids": ["1x1", "2x1", "1x2", "2x2"],
-            "generation": {"max_new_tokens": 12, "do_sample": False},
-            "tasks": {"draw_words": 6, "edit_words": 6},
-        },
-    )
+    write_json(root / "system.json", read_tables(__file__))
     return root
 
 

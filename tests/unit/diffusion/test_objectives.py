@@ -8,27 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensors import normal
 from torch.testing import assert_close
+from yaml_tables import read_tables
 
 from seed_multimodal.diffusion.base import fast_scheduler
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective, is_flow
 from seed_multimodal.diffusion.training import ConditionDropout
 from seed_multimodal.errors import ConfigError
 
-TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
-V_PREDICTION = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-# Schedulers of published folders: class, settings.
-SCHEDULERS = {
-    "Stable Diffusion": ("DDIMScheduler", TRAILING),
-    "stable-unCLIP": ("DDIMScheduler", {**TRAILING, **V_PREDICTION}),
-    # A sampler that cannot train has the same schedule.
-    "Euler": ("EulerDiscreteScheduler", V_PREDICTION),
-    "Stable Diffusion 3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-    "a flow without shift": ("FlowMatchEulerDiscreteScheduler", {}),
-    "SANA": (
-        "DPMSolverMultistepScheduler",
-        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
-    ),
-}
+SCHEDULERS = read_tables(__file__)
 
 
 def build_scheduler(name, settings):

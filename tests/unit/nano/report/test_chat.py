@@ -2,6 +2,7 @@
 
 import pytest
 from repository import NANO
+from yaml_tables import read_tables
 
 from seed_nano.report import requests
 from seed_nano.report.chat import REQUESTS, main
@@ -48,19 +49,9 @@ def test_typed_requests_are_in_no_training_record():
         assert asked.isdisjoint(text.lower().rstrip(".!?") for text in texts_of(questions))
 
 
-@pytest.mark.parametrize(
-    "wanted, shown, right",
-    [
-        ("a dog and a cat", ("cat", "dog", "noto", "sea", "above"), True),
-        ("a dog above a cat", ("cat", "dog", "noto", "sea", "above"), False),
-        ("a dog at night", ("dog", "nothing", "noto", "night", "left"), True),
-        ("a dog at night", ("dog", "nothing", "noto", "sea", "left"), False),
-        ("two dogs", ("dog", "nothing", "noto", "sea", "many 3"), False),
-        ("two dogs and a cat", ("cat", "dog", "noto", "sea", "two kinds 1 2"), True),
-    ],
-)
-def test_is_shown(wanted, shown, right):
-    assert requests.is_shown(parse_caption(wanted), shown) is right
+@pytest.mark.parametrize("row", read_tables(__file__), ids=str)
+def test_is_shown(row):
+    assert requests.is_shown(parse_caption(row["asked"]), row["shown"]) is row["is_right"]
 
 
 def test_half_of_the_requests_are_in_no_training_record():
