@@ -593,7 +593,8 @@ class MultimodalSystem(TaskRunner, HubUpload):
             )
         if previews is None:
             previews = self.config.previews if is_shown else ()
-        return check_value(Sequence[int], previews, "previews", minimum=1)
+        lengths: Sequence[int] = check_value(Sequence[int], previews, "previews", minimum=1)
+        return lengths
 
     def _pop_drawing_options(self, options: Options) -> tuple[Options, bool]:
         """Take out of `options` the settings of the de-tokenizer, and whether drawings are
