@@ -36,9 +36,9 @@ RUNS_PER_EPOCH = 4  # of each process, at least
 SHUFFLE_BLOCK = 10_000
 LARGE_EPOCH = 100_000  # samples; of larger epochs only two permutations are cached, else 16
 CACHED_BLOCKS = 8
+SHARES = 1_000_000  # resolution of the weights of `MixedOrder`
 EpochSample = tuple[int, int]  # epoch and index of a sample
 _64_BITS = (1 << 64) - 1
-GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fraction, in 64 bits
 
 
 class Span(NamedTuple):
@@ -131,12 +131,11 @@ class Chunks:
 class Order:
     """How the sources of a run alternate, and how processes share their positions.
 
-    weights: share of each source in the units.
+    weights: probability of each source.
     sizes: records of an epoch.
     cycles: epochs; None: without end.
     blocks: neighbouring positions that are best read by one process.
-    turns: sample: at random, by weight; even: by weight, with even distances; concat: source after
-        source; mux_longest: in turn.
+    turns: sample: by weight; concat: source after source; mux_longest: in turn.
     run: neighbouring positions that a process takes; None: by `blocks`.
     """
 
@@ -171,12 +170,9 @@ class Order:
         if self.turns == "mux_longest":
             return min(candidates, key=lambda source: delivered[source])  # the first of the rarest
 
-        # Walk along the weights to a point: at random, or a multiple of the golden ratio. Of the
-        # latter, any neighbours are spread evenly, whatever was drawn before.
-        share = uniform(self.seed, number)
-        if self.turns == "even":
-            share = (number * GOLDEN_RATIO & _64_BITS) / (1 << 64)
-        point = share * sum(self.weights[source] for source in candidates)
+        # Weighted sampling: walk along the weights to a random point.
+        total = sum(self.weights[source] for source in candidates)
+        point = uniform(self.seed, number) * total
         for source in candidates:
             point -= self.weights[source]
             if point < 0:
@@ -238,8 +234,6 @@ class EpochOrder:
 
     shard_sizes: samples of each shard, int64 [shards]; given, samples are shuffled in blocks.
     block: largest number of samples of a block; 0: samples of all shards among each other.
-    window: number of positions (of a step of all processes, at most `total`) that never hold a
-        sample twice: a second one, behind an epoch's end, is replaced by the next of the order.
     """
 
     def __init__(
@@ -250,43 +244,16 @@ class EpochOrder:
         shuffle: bool = True,
         shard_sizes: np.ndarray | None = None,
         block: int = SHUFFLE_BLOCK,
-        window: int = 0,
     ) -> None:
         self.total = total
         self.seed = seed
         self.shuffle = shuffle
         self.shard_sizes = shard_sizes
         self.block = block if shuffle and shard_sizes is not None else 0
-        self.window = window
         self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
-        self._last_window: tuple[int, list[EpochSample]] = (-1, [])  # by its first position
 
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""
-        if not self.window:
-            return self._permuted(start, count)
-        samples: list[EpochSample] = []
-        first = start - start % self.window
-        for window_start in range(first, start + count, self.window):
-            samples += self._distinct(window_start)
-        return samples[start - first : start - first + count]
-
-    def _distinct(self, start: int) -> list[EpochSample]:
-        """The different samples of a window."""
-        if self._last_window[0] != start:
-            epochs: dict[int, int] = {}  # by sample
-            position = start
-            while len(epochs) < self.window:
-                missing = self.window - len(epochs)
-                for epoch, index in self._permuted(position, missing):
-                    epochs.setdefault(index, epoch)
-                position += missing
-            samples = [(epoch, index) for index, epoch in epochs.items()]
-            self._last_window = (start, samples)
-        return self._last_window[1]
-
-    def _permuted(self, start: int, count: int) -> list[EpochSample]:
-        """Positions of the epochs' permutations."""
         samples: list[EpochSample] = []
         end = start + count
         while start < end:
@@ -399,3 +366,97 @@ def _pieces(shard_sizes: np.ndarray, piece_size: int) -> tuple[np.ndarray, np.nd
 def even_block(total: int) -> int:
     """Size of blocks that divide an epoch evenly, at most `SHUFFLE_BLOCK`."""
     return math.ceil(total / math.ceil(total / SHUFFLE_BLOCK))
+
+
+class MixedOrder:
+    """An endless order over concatenated sets, each in its own endless order.
+
+    Any n consecutive positions contain n · weight_i ± 2 of set i.
+
+    totals: size of each set.
+    shard_sizes: of each set, see `EpochOrder`.
+    """
+
+    def __init__(
+        self,
+        totals: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        *,
+        shard_sizes: Sequence[np.ndarray | None] | None = None,
+    ) -> None:
+        shares = np.rint(np.asarray(weights, float) / sum(weights) * SHARES)
+        shares = np.maximum(1, shares).astype(np.int64)
+        self._cumulative_shares = np.cumsum(shares)
+        self._set_starts = np.cumsum([0, *totals[:-1]])
+        self._orders = []
+        for index, total in enumerate(totals):
+            set_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+            sizes = None if shard_sizes is None else shard_sizes[index]
+            self._orders.append(EpochOrder(total, set_seed, shard_sizes=sizes))
+
+    def sample_counts(self, positions: np.ndarray) -> np.ndarray:
+        """Samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
+        # The first k sets have a rounded share of the count of the first k + 1, so counts never
+        # decrease.
+        counts = []
+        remaining = positions  # samples of the sets up to `index`
+        for index in range(len(self._cumulative_shares) - 1, 0, -1):
+            share = self._cumulative_shares[index - 1]
+            total = self._cumulative_shares[index]
+            before = (2 * remaining * share + total) // (2 * total)
+            counts.append(remaining - before)
+            remaining = before
+        return np.stack([remaining, *counts[::-1]])
+
+    def samples(self, start: int, count: int) -> list[EpochSample]:
+        """Positions `start` .. `start + count` of the order."""
+        # 1. Set of each position: the one whose count grows there.
+        totals = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
+        chosen = np.diff(totals).argmax(axis=0)  # [count]
+
+        # 2. The samples of each set, taken in turn.
+        sets = [
+            iter(order.samples(first, end - first))
+            for order, (first, end) in zip(self._orders, totals[:, [0, -1]].tolist(), strict=True)
+        ]
+        samples = []
+        for set_index in chosen.tolist():
+            epoch, index = next(sets[set_index])
+            samples.append((epoch, index + int(self._set_starts[set_index])))
+        return samples
+
+
+class DistinctOrder:
+    """An order in which no step holds a sample twice.
+
+    A second one, behind an epoch's end, is replaced by the next of the order.
+
+    size: positions of a step of all processes; there must be as many different samples.
+    """
+
+    def __init__(self, order: EpochOrder | MixedOrder, size: int) -> None:
+        self.order = order
+        self.size = size
+        self._last: tuple[int, list[EpochSample]] = (-1, [])  # a step by its first position
+
+    def samples(self, start: int, count: int) -> list[EpochSample]:
+        """Positions `start` .. `start + count` of the order."""
+        samples: list[EpochSample] = []
+        first = start - start % self.size
+        for step_start in range(first, start + count, self.size):
+            samples += self._step(step_start)
+        return samples[start - first : start - first + count]
+
+    def _step(self, start: int) -> list[EpochSample]:
+        """The different samples of a step."""
+        if self._last[0] != start:
+            epochs: dict[int, int] = {}  # by sample
+            position = start
+            while len(epochs) < self.size:
+                missing = self.size - len(epochs)
+                for epoch, index in self.order.samples(position, missing):
+                    epochs.setdefault(index, epoch)
+                position += missing
+            self._last = (start, [(epoch, index) for index, epoch in epochs.items()])
+        return self._last[1]

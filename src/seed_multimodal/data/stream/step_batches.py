@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, RecordNote
 from seed_multimodal.data.formats.record import JsonObject, RecordFields, find_part
-from seed_multimodal.data.stream.order import EpochOrder, Order
+from seed_multimodal.data.stream.order import DistinctOrder, EpochOrder, MixedOrder, Order
 from seed_multimodal.data.stream.stream import ReadResult, SourceProgress, Stream
 from seed_multimodal.errors import DataError
 
@@ -69,21 +69,24 @@ class ListedSamples(SampleDataset[Sample]):
 
 
 class JoinedSource(Generic[Sample]):
-    """Data sets, one after another, as a source of a stream.
+    """Data sets as a source of a stream.
 
-    order: of all their samples.
+    order: of all their samples, one set after another.
     """
 
+    name = "images"
     rows = 1
 
     def __init__(
-        self, name: str, datasets: Sequence[SampleDataset[Sample]], order: EpochOrder
+        self,
+        datasets: Sequence[SampleDataset[Sample]],
+        sizes: Sequence[int],
+        order: EpochOrder | MixedOrder | DistinctOrder,
     ) -> None:
-        self.name = name
         self.datasets = datasets
         self.order = order
-        self.size = order.total
-        self._ends = list(accumulate(map(len, datasets)))
+        self.size = sum(sizes)
+        self._ends = list(accumulate(sizes))
 
     def read(self, position: int) -> ReadResult[Sample]:
         """The sample at a position of the endless order."""
@@ -103,8 +106,8 @@ class JoinedSource(Generic[Sample]):
 class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
     """Batches of one rank by step number.
 
-    weights: share of each data set, whose samples are an epoch of their own; none: all data sets
-        have one epoch together.
+    weights: share of each data set in the draws, each in epochs of its own; none: all have one
+        epoch together.
     collate: samples -> batch.
     distinct: no sample twice in a step of all ranks, also at an epoch's end.
     max_bad_in_a_row: consecutive unusable samples that end the run.
@@ -133,41 +136,27 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self.next_step = 0
         # The step from which `at` went back, and the progress there.
         self._left: tuple[int, list[SourceProgress]] | None = None
-        step_size = batch_size * world
 
-        # 1. Sources, each with its order.
-        groups = [[dataset] for dataset in datasets] if len(weights) > 1 else [datasets]
-        sources = []
-        for index, group in enumerate(groups):
-            total = sum(map(len, group))
-            if not total:
-                raise DataError("The training set is empty.")
-            set_seed = seed
-            if len(groups) > 1:
-                set_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
-            order = EpochOrder(
-                total,
-                set_seed,
-                shuffle=shuffle,
-                shard_sizes=_joined_shards(group),
-                window=step_size if distinct and step_size <= total else 0,
-            )
-            sources.append(JoinedSource(str(index + 1), group, order))
+        # 1. The order of all samples.
+        sizes = list(map(len, datasets))
+        self.n_samples = sum(sizes)
+        if not all(sizes):
+            raise DataError("The training set is empty.")
+        shard_sizes = [dataset.shard_sizes for dataset in datasets]
+        order: EpochOrder | MixedOrder | DistinctOrder
+        if len(weights) > 1:
+            order = MixedOrder(sizes, weights, seed, shard_sizes=shard_sizes)
+        else:
+            shards = _joined_shards(sizes, shard_sizes)
+            order = EpochOrder(self.n_samples, seed, shuffle=shuffle, shard_sizes=shards)
+        if distinct:
+            order = DistinctOrder(order, batch_size * world)
 
         # 2. Their stream, in which a rank takes a batch of neighbouring positions at a time.
-        sizes = [source.size for source in sources]
         identity: JsonObject = {"seed": seed, "shuffle": shuffle, "records": sizes}
         self.stream: Stream[Any] = Stream(
-            sources,
-            Order(
-                weights if len(groups) > 1 else [1.0],
-                sizes,
-                seed,
-                cycles=[None] * len(sources),
-                blocks=sizes,
-                turns="even",
-                run=batch_size,
-            ),
+            [JoinedSource(datasets, sizes, order)],
+            Order([1.0], [self.n_samples], seed, [None], [0], run=batch_size),
             identity,
             rank=rank,
             world=world,
@@ -178,14 +167,9 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         )
 
     @property
-    def n_samples(self) -> int:
-        """Samples of all data sets."""
-        return sum(source.size for source in self.stream.sources)
-
-    @property
     def n_bad(self) -> int:
         """Unusable samples so far, of this rank."""
-        return sum(progress.skipped.total for progress in self.stream.progress)
+        return self.stream.progress[0].skipped.total
 
     def at(self, step: int) -> Batch:
         """The batch of this rank at a (micro) step, from 0. Raises as `Stream.next_unit`.
@@ -241,12 +225,11 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self.close()
 
 
-def _joined_shards(datasets: Sequence[SampleDataset[Any]]) -> np.ndarray | None:
+def _joined_shards(
+    sizes: Sequence[int], shard_sizes: Sequence[np.ndarray | None]
+) -> np.ndarray | None:
     """Samples of each shard of some data sets; None: none has shards. One without is a shard."""
-    if all(dataset.shard_sizes is None for dataset in datasets):
+    if all(shards is None for shards in shard_sizes):
         return None
-    sizes = [
-        np.array([len(dataset)]) if dataset.shard_sizes is None else dataset.shard_sizes
-        for dataset in datasets
-    ]
-    return np.concatenate(sizes)
+    pairs = zip(sizes, shard_sizes, strict=True)
+    return np.concatenate([[size] if shards is None else shards for size, shards in pairs])

@@ -178,18 +178,14 @@ class Stream(Generic[Sample]):
 
     # ---- positions
 
-    def seek(self, n_units: int) -> None:
-        """Go where all processes together have used `n_units` units, none of them broken."""
+    def seek(self, position: int) -> None:
+        """Go where all processes have used each source up to a position."""
         self.close()
-        total = sum(self.order.weights)
         self.progress = []
-        for source, weight in enumerate(self.order.weights):
-            first = round(n_units * weight / total)
-            chunks = self.order.chunks(source, self.rank, self.world, first)
-            label = f"source {self.sources[source].name}: "
-            skipped = BadRecords(self.max_bad_in_a_row, self.log, label)
+        for index, source in enumerate(self.sources):
+            chunks = self.order.chunks(index, self.rank, self.world, position)
+            skipped = BadRecords(self.max_bad_in_a_row, self.log, f"source {source.name}: ")
             self.progress.append(SourceProgress(chunks, skipped))
-            self.progress[source].delivered = first // self.world
 
     def state(self) -> JsonObject:
         """State for `restore` after the last unit, JSON-serializable; each process saves its

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from seed_multimodal.data.stream.order import (
     Chunks,
     EpochOrder,
+    MixedOrder,
     Order,
     Span,
     share,
@@ -80,7 +81,7 @@ def test_unread_with_records_that_wait():
         ("mux_longest", [1, 1, 1], [False, True, True], 1),
         ("mux_longest", [2, 1, 1], [True, False, False], 0),
         ("sample", [0, 0, 0], [False, True, False], 1),
-        ("even", [0, 0, 0], [False, False, False], None),
+        ("sample", [0, 0, 0], [False, False, False], None),
     ],
 )
 def test_choose(turns, delivered, available, source):
@@ -101,19 +102,15 @@ def test_choose_by_weight():
         True,
     ]
     assert uniform(5, 0) != uniform(6, 0)
-    for turns, deviation, first in (
-        ("sample", 40, [0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
-        ("even", 2, [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1]),
-    ):
-        weighted = order(turns=turns)
-        chosen = [weighted.choose(number, [0, 0], [True, True]) for number in range(4000)]
-        for start in range(0, 4000, 400):
-            assert abs(chosen[start : start + 400].count(0) - 300) <= deviation
-        assert chosen[:12] == first
+    chosen = [order().choose(number, [0, 0], [True, True]) for number in range(4000)]
+    for start in range(0, 4000, 400):
+        assert abs(chosen[start : start + 400].count(0) - 300) <= 40
+    assert chosen[:12] == [0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
 # ---- samples at positions
 
+SETS = st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 100)), min_size=1, max_size=4)
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any)
 
 
@@ -170,3 +167,32 @@ def test_epoch_order_memory_of_100_million_samples():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6, peak
+
+
+@given(SETS, st.integers(0, 10**12), st.integers(1, 300))
+def test_mixed_order_follows_the_weights(sets, start, count):
+    totals, weights = map(list, zip(*sets, strict=True))
+    indices = [index for _, index in MixedOrder(totals, weights, 0).samples(start, count)]
+    drawn = np.searchsorted(np.cumsum(totals), indices, side="right")
+    counts = np.bincount(drawn, minlength=len(sets))
+    assert np.abs(counts - count * np.array(weights) / sum(weights)).max() <= 2
+
+
+@given(SETS, st.integers(0, 300), st.integers(1, 100))
+def test_mixed_order_reads_each_set_epoch_by_epoch(sets, start, count):
+    totals, weights = map(list, zip(*sets, strict=True))
+    order = MixedOrder(totals, weights, 3).samples(0, 400)
+    first = 0
+    for total in totals:
+        of_set = [
+            (epoch, index - first) for epoch, index in order if first <= index < first + total
+        ]
+        assert [epoch for epoch, _ in of_set] == [rank // total for rank in range(len(of_set))]
+        for begin in range(0, len(of_set) - total + 1, total):
+            epoch_samples = [sample for _, sample in of_set[begin : begin + total]]
+            assert sorted(epoch_samples) == list(range(total))
+        first += total
+
+    # From any position, as after a resume.
+    resumed = MixedOrder(totals, weights, 3).samples(start, count)
+    assert resumed == order[start : start + count]
