@@ -69,24 +69,24 @@ class ListedSamples(SampleDataset[Sample]):
 
 
 class JoinedSource(Generic[Sample]):
-    """Data sets as a source of a stream.
+    """Data sets as a source of a stream, in an order of all their samples, one set after another.
 
-    order: of all their samples, one set after another.
+    rows: samples of a batch.
     """
 
     name = "images"
-    rows = 1
 
     def __init__(
         self,
         datasets: Sequence[SampleDataset[Sample]],
-        sizes: Sequence[int],
         order: EpochOrder | MixedOrder | DistinctOrder,
+        rows: int,
     ) -> None:
         self.datasets = datasets
         self.order = order
-        self.size = sum(sizes)
-        self._ends = list(accumulate(sizes))
+        self.rows = rows
+        self._ends = list(accumulate(map(len, datasets)))
+        self.size = self._ends[-1]
 
     def read(self, position: int) -> ReadResult[Sample]:
         """The sample at a position of the endless order."""
@@ -155,7 +155,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         # 2. Their stream, in which a rank takes a batch of neighbouring positions at a time.
         identity: JsonObject = {"seed": seed, "shuffle": shuffle, "records": sizes}
         self.stream: Stream[Any] = Stream(
-            [JoinedSource(datasets, sizes, order)],
+            [JoinedSource(datasets, order, batch_size)],
             Order([1.0], [self.n_samples], seed, [None], [0], run=batch_size),
             identity,
             rank=rank,
@@ -180,8 +180,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         started = time.perf_counter()
         if step != self.next_step or (self._left is not None and step == self._left[0]):
             self._jump(step)
-        units = [self.stream.next_unit() for _ in range(self.batch_size)]
-        batch = self.collate([sample for unit in units for sample in unit])
+        batch = self.collate(self.stream.next_unit())
         self.next_step = step + 1
         self.wait_seconds += time.perf_counter() - started
         return batch
