@@ -161,7 +161,7 @@ class Trainer:
         # 4. Open the logs.
         self.start_time = time.monotonic() - saved.get("seconds", 0.0)
         self.evaluation: Mapping[str, float] = saved.get("evaluation", {})  # the latest one
-        self.sampled_step = 0
+        self.sampled_step: int | None = None
         self.log = RunLog(task, self.step, output_dir, group, self.device)
         stack.callback(self.log.close)
         self.zero_gradients = 0  # in the first steps

@@ -46,14 +46,15 @@ def plain_loop(precision: str) -> tuple[list[float], str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
+def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision, capsys):
     # Precision, clipping, rates and averages are those of twenty lines of PyTorch.
     losses, total = plain_loop(precision)
     record = toy.train(tmp_path, precision=precision)
     assert toy.read_losses(tmp_path) == dict(enumerate(losses))
     assert record["sum"] == total
     assert (record["steps"], record["batch_size"]) == (12, 8)
-    assert toy.train(tmp_path, precision=precision) == record  # complete
+    assert toy.train(tmp_path, precision=precision) == record
+    assert "already done" in capsys.readouterr().out
     # A resumed run has the seeds of earlier versions.
     assert micro_step_seed(3, 7, 2) == 3_000_009 + 7 + 2 * 1_000_006_000_009
 
@@ -169,7 +170,7 @@ def test_fp16_skips_steps_that_overflow(tmp_path):
         toy.run_square(tmp_path / "hot", model, lambda step: 1e36, max_steps=100, precision="fp16")
 
 
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("bad", ["loss", "gradient", "memory"])
 def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, bad):
     # The weights of a user's run are kept, those of the last checkpoint and those in memory.
     model = nn.Linear(3, 1, bias=False)
@@ -179,13 +180,14 @@ def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, bad):
         value = model(torch.ones(2, 3)).square().mean()
         if step == 5:
             before.append(model.weight.detach().clone())
+            if bad == "memory":
+                raise torch.OutOfMemoryError("out of memory")
             infinite_slope = (model.weight * 0).sum().sqrt()
             value = value * float("nan") if bad == "loss" else value + infinite_slope
         return value, {}
 
-    settings = StageSettings(
-        max_steps=9, batch_size=2, precision="fp32", save_steps=5, async_save=True
-    )
+    settings = StageSettings(max_steps=9, precision="fp32", save_steps=5)
+    settings.async_save = bad != "memory"
     with pytest.raises(TrainingError, match=r"step 6\b.*checkpoint-5"):
         toy.run_stage("toy", model, loss, settings, tmp_path)
     assert toy.saved(tmp_path)["global_step"] == 5
@@ -248,5 +250,6 @@ def test_resume_drops_log_lines_after_the_checkpoint(tmp_path):
     assert [line["step"] for line in toy.log_lines(tmp_path)] == list(range(1, 8))
     with open(log, "a") as file:
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # killed while writing
-    toy.train(tmp_path, logging_steps=1)
+    resumed = toy.train(tmp_path, logging_steps=1)
     assert [line["step"] for line in toy.log_lines(tmp_path)] == list(range(1, 13))
+    assert resumed["sum"] == toy.train(tmp_path / "whole", logging_steps=1)["sum"]
