@@ -311,9 +311,6 @@ class LayoutTask(NanoTask):
             submodule.requires_grad_(False)
         super().__init__(space, "layout", self.layout)
 
-    def batch(self, micro_step: int) -> Tensor:
-        return self.indices(micro_step, len(self.features))
-
     def save_result(self) -> None:
         self.layout.cpu().save_pretrained(self.folder)
 

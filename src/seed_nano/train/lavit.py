@@ -128,9 +128,6 @@ class ReaderTask(NanoTask):
         self.reader = Reader(space)
         super().__init__(space, "reader", self.reader)
 
-    def batch(self, micro_step: int) -> Tensor:
-        return self.indices(micro_step, len(self.features))
-
     def loss(self, model: nn.Module, rows: Tensor) -> Loss:
         device = self.space.device
         labels = self.labels[rows].to(device)

@@ -74,10 +74,11 @@ class NanoTask(StageTask):
     """Stage NAME with the settings `train_NAME`; its record holds the smoothed numbers of the last
     steps. Subclasses define `loss` and `save_result`.
 
-    stream: scenes that are drawn for each step; None: the stage defines `batch`, of cached tensors.
+    stream: scenes that are drawn for each step; None: a batch has rows of the cached `features`.
     """
 
     scenes: StepBatches[dict[str, Tensor]] | None = None
+    features: Tensor
 
     def __init__(
         self, space: Workspace, name: str, module: nn.Module, stream: SceneStream | None = None
@@ -103,8 +104,9 @@ class NanoTask(StageTask):
         self.quiet_keys = [f"{section}.{key}" for key in QUIET]
 
     def batch(self, micro_step: int) -> Any:
-        """The batch of the stream, on the device."""
-        assert self.scenes is not None
+        """The batch of the stream, on the device, or indices of `features`."""
+        if self.scenes is None:
+            return self.indices(micro_step, len(self.features))
         batch = self.scenes.at(micro_step)
         return {name: value.to(self.space.device) for name, value in batch.items()}
 
