@@ -70,7 +70,11 @@ class WeightedTask(StageTask):
         stage = StageSettings(gradient_accumulation_steps=count, warmup_steps=2, **settings)
         super().__init__("toy", toy.toy_model()[0], stage)
 
+    def prepare(self):
+        self.is_prepared = True
+
     def batches(self, step):
+        assert self.is_prepared
         sizes = self.steps[step] if step < len(self.steps) else ()
         return torch.arange(sum(sizes)).split(list(sizes)) if sizes else []
 
@@ -205,11 +209,16 @@ def test_resume_with_other_micro_batches(tmp_path):
 def test_states_of_parts_are_restored_and_a_second_run_waits(tmp_path):
     # Positions in data; two runs in one folder would mix.
     part = toy.ToyPart(dict)
-    for steps, restored in ((2, None), (4, 1), (6, 2)):
+    for steps, restored in ((2, None), (2, None), (4, 1), (6, 2)):
         task = WeightedTask(*[(2,)] * steps, max_steps=steps, further=True)
         task.parts = [part]
         train_stage(task, tmp_path)
         assert part.restored == restored
+    start = WeightedTask(
+        (2,), max_steps=1, learning_rate=0.0, start=str(tmp_path / "toy.checkpoints")
+    )
+    train_stage(start, tmp_path / "start")
+    torch.testing.assert_close(start.module.state_dict(), task.module.state_dict())
     with folder_lock(tmp_path / "toy.checkpoints", CheckpointError, name=".run.lock"):
         with pytest.raises(CheckpointError, match="toy.checkpoints"):
             toy.train(tmp_path, max_steps=9, further=True)
@@ -253,3 +262,11 @@ def test_resume_drops_log_lines_after_the_checkpoint(tmp_path):
     resumed = toy.train(tmp_path, logging_steps=1)
     assert [line["step"] for line in toy.log_lines(tmp_path)] == list(range(1, 13))
     assert resumed["sum"] == toy.train(tmp_path / "whole", logging_steps=1)["sum"]
+
+
+def test_end_keeps_its_checkpoint_and_a_resumed_run_warns_again(tmp_path, capsys):
+    settings = {"noise": 0, "frozen": True, "warmup_steps": 1, "further": True}
+    for steps in (2, 4):
+        toy.train(tmp_path, max_steps=steps, save_steps=5, save_seconds=1e-9, **settings)
+        assert toy.saved(tmp_path)["kept"]
+    assert capsys.readouterr().out.count("exactly 0 in 2 steps") == 2
