@@ -10,6 +10,8 @@ from seed_multimodal.settings import check_settings, setting
 from seed_multimodal.training.config import RunTrainerSettings
 from seed_multimodal.training.hydra_task import RunSettings
 
+LOGGED = ("loss", "grad", "lr", "kl", "drift", "reward", "flat_groups")  # beside the rewards
+
 
 @dataclass
 class RlModelSettings:
@@ -70,8 +72,12 @@ class RlDataSettings:
         check_settings(self, "data")
         if not self.rewards:
             raise ConfigError("data: rewards is empty; name one, such as {name: geneval, ...}.")
-        if len({reward.name for reward in self.rewards}) < len(self.rewards):
-            raise ConfigError("data: rewards has a name twice, but a log has one number for each.")
+        names = [*LOGGED, *(reward.name for reward in self.rewards)]
+        if len({*names}) < len(names):
+            raise ConfigError(
+                "data: rewards: each needs a name of its own, since a log has one number for each; "
+                f"{', '.join(LOGGED)} are taken."
+            )
 
 
 @dataclass(kw_only=True)

@@ -134,6 +134,11 @@ class RlTask(LanguageModelTask):
                 raise ConfigError(
                     f"model: {key} is {value}, but must be 0: answers are sampled without dropout."
                 )
+        if self.settings.kl_weight and (model.lora or {}).get("bias", "none") != "none":
+            raise ConfigError(
+                "model: lora: bias must be none where trainer.kl_weight is set: the start's "
+                "distribution is that without the adapter."
+            )
         start = fingerprint(llama)
         self.reference: nn.Module | None = None
         if model.lora is not None:

@@ -157,6 +157,8 @@ def test_stop_during_an_evaluation(run):
     "settings, named",
     [
         ({"model": {"lora": {"r": 4, "lora_dropout": 0.5}}}, "lora_dropout is 0.5"),
+        ({"model": {"lora": {"r": 4, "bias": "all"}}, "trainer": {"kl_weight": 0.1}}, "bias"),
+        ({"data": {"rewards": [{"name": "drift"}]}}, "drift, reward"),
         ({"model": {"seed": 3}}, "seed is 3"),
         ({"data": {"drawing": {"codes": 4}}}, "codes is not read"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "no DeepSpeed"),
