@@ -19,6 +19,7 @@ import pretend_cuda
 import random_images
 import torch
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal import MultimodalSystem
 
@@ -28,21 +29,7 @@ SHORT = {"max_new_tokens": 12}
 IMAGE = {"max_new_tokens": 60, **FEW}
 EXACT = {"dtype": "float32"}  # answers are compared with the CPU's
 
-# The default precisions are bfloat16 and float16, which are slow on a CPU: only once.
-PLACEMENTS = {
-    "default precisions": {"device": "cuda"},
-    "two devices": {"device": "cuda:0", "image_device": "cuda:1", **EXACT},
-    "offload": {"device": "cuda", "offload": True, **EXACT},
-    "offload, two devices": {
-        "device": "cuda:1",
-        "image_device": "cuda:0",
-        "drawing_device": "cuda:1",
-        "offload": True,
-        **EXACT,
-    },
-    "threads": {"device": "cuda", **EXACT},
-    "offload, threads": {"device": "cuda", "offload": True, **EXACT},
-}
+PLACEMENTS = read_tables(__file__)
 THREADS = 8
 IN_THREADS = ("describe", "ask", "sampling", "edit", "draw")
 BANDWIDTH = 200_000_000  # bytes a second: a move of the language model takes tens of milliseconds

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from completion_server import CompletionServer
 from real_processes import free_port
 from repository import NANO, ROOT
 from served import serving
 from systems import load
 from tiny.language import random_llm
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ConfigError, RequestError
@@ -224,7 +224,7 @@ def test_completion_server_with_shorter_answers(nano, server, remote):
         remote.engine.generate(prompts(nano), GREEDY)
 
 
-BAD_ANSWERS = yaml.safe_load((Path(__file__).parent / "bad_answers.yaml").read_text())
+BAD_ANSWERS = read_tables(__file__)
 
 
 @pytest.mark.parametrize("case", BAD_ANSWERS)

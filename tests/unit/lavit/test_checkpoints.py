@@ -1,18 +1,20 @@
-"""LaVIT's tokenizer on disk: the original layout and saved folders (wrong files:
-`unit/models/test_weight_faults.py`)."""
+"""LaVIT's tokenizer and decoder on disk: the original layout and saved folders (wrong files:
+`unit/models/test_weight_faults.py`; values: golden kinds `lavit_tokenizer`, `lavit_decoder`)."""
 
+import dataclasses
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from tensors import normal
+from tensors import equal, normal
 from tiny import write_json
-from tiny.lavit import TOKENIZER, small_tokenizer, visual_weight
+from tiny.lavit import DECODER, TOKENIZER, small_tokenizer, visual_weight
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer, load_tokenizer_pair
+from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS
@@ -98,3 +100,25 @@ def test_save_without_training_state_and_projector(tmp_path):
     names = load_state_dict(tmp_path / "model.safetensors")
     assert not any("ema" in name or "vit_proj" in name for name in names)
     assert load_tokenizer_pair(tmp_path)[1] is None
+
+
+def test_from_pretrained_layouts(tmp_path):
+    # Our folder, and the original's: one file for each head.
+    high = CodeDecoder(dataclasses.replace(DECODER, head="highres"))
+    low = CodeDecoder(dataclasses.replace(DECODER, head="lowres"))
+    saved = high.save_pretrained(tmp_path / "saved")
+    original = tmp_path / "LaVIT" / "visual_tokenizer"
+    original.mkdir(parents=True)
+    torch.save(high.state_dict(), original / "highres_tokenizer_decoder.bin")
+    torch.save(low.state_dict(), original / "tokenizer_decoder.bin")
+    for folder, head, config, model in (
+        (saved, None, None, high),
+        (original.parent, None, DECODER, high),
+        (original.parent, "lowres", DECODER, low),
+        (original, "highres", DECODER, high),
+    ):
+        loaded = CodeDecoder.from_pretrained(folder, head=head, config=config)
+        assert loaded.config == model.config
+        state = loaded.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert equal(model.state_dict(), state)

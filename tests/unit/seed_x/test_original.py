@@ -15,6 +15,7 @@ from PIL import Image
 from random_images import noise
 from repository import ROOT
 from systems import load
+from yaml_tables import read_tables
 
 from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.compat.programs import read_programs, run_original
@@ -23,17 +24,7 @@ SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
     "on a mission behind enemy lines."
 )
-# What each program writes to vis/ without flags: a square as the original's, or in the source's
-# ratio.
-IMAGES = {
-    "eval_seed_x_detokenizer": {"men_recon.jpg": (16, 16)},
-    "eval_seed_x_detokenizer_with_condition": {"men_recon_with_condition.jpg": (20, 13)},
-    "eval_img2text_seed_x": {"car.png": (48, 30)},
-    "eval_text2img_seed_x": {"A super math wizard cat, richly textured oil painting.png": (16, 16)},
-    "eval_img2text_seed_x_i": {"ground.png": (48, 30)},
-    "eval_text2img_seed_x_i": {f"{SOLDIER.rstrip('.')}.png": (16, 16)},
-    "eval_img2edit_seed_x_edit": {"1_Make it under the sunset.jpg": (20, 13)},
-}
+IMAGES = read_tables(__file__)
 DEMO_IMAGES = "men.jpg men_condition.jpg cat_dog.jpeg car.jpg advisor.png ground.png"
 SHORT = ("--device", "cpu", "--max-new-tokens", "12")
 
@@ -79,7 +70,7 @@ def test_programs_have_the_original_images_and_prompts(project, prompts):
     assert {file.stem for file in programs} == set(IMAGES)
     for name, images in IMAGES.items():
         assert run(name, "") == 0
-        assert {image: Image.open(project / "vis" / image).size for image in images} == images
+        assert {image: [*Image.open(project / "vis" / image).size] for image in images} == images
 
     # The prompts, an # for each view: 48 x 30 pixels are two views and the whole, edits one view
     # and the whole.

@@ -103,25 +103,6 @@ def test_command_notes_unknown_images(run_seed, tmp_path):
     assert code == 0 and errors.count(SAID) == 1
 
 
-def test_distances_are_cached_and_not_measured_of_codes(shipped, monkeypatch):
-    measured = []
-    distances = shipped.images.familiarity.distances
-    monkeypatch.setattr(
-        shipped.images.familiarity,
-        "distances",
-        lambda *inputs: measured.append(1) or distances(*inputs),
-    )
-    image = known_images(4)[0]
-    for _ in range(2):
-        shipped.images.read([image])
-    # nano-lavit has no cache of images: its codes depend on a seed.
-    assert len(measured) == (1 if hasattr(shipped.images, "_cache") else 2)
-    if shipped.family.prompts_are_ids:
-        codes = shipped.tokenize(image)[0].tolist()
-        shipped.describe([codes])
-        assert len(measured) == 1
-
-
 def test_system_without_the_key_has_no_notes(shipped):
     (screen,) = unknown_images("screen", 1)
     config = shipped.config

@@ -1,4 +1,5 @@
-"""The report command on a tiny system of each kind; scores, samples, model cards."""
+"""The report command on a tiny system of each kind; scores, samples, model cards; figures of
+the shipped reports."""
 
 import gzip
 import json
@@ -9,15 +10,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from repository import NANO
+from repository import NANO, ROOT
 from tiny import read_json, write_json
 
+from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.state_dicts import save_state_dict
 from seed_nano.report import scoring
 from seed_nano.report.__main__ import main
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import Sizes, make_samples
-from seed_nano.report.sections import sections_of
+from seed_nano.report.sections import Run, caption, qa, sections_of
+from seed_nano.report.systems import System
 from seed_nano.report.write import aims, write_card
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import held_out
@@ -157,3 +160,41 @@ def test_write_card_of_records_and_report(tmp_path):
     assert card.data.license == "apache-2.0"
     for line in ("| vae.done.json | steps 4", "| `part` | 12 | ", "(report/drawings.webp)"):
         assert line in card.text
+
+
+class Packed(System):
+    """A system that returns its packed answers."""
+
+    image_size = 64
+
+    def __init__(self, answers: dict):
+        self.answers = answers
+
+    def encode(self, images) -> list:
+        return list(images)
+
+    def describe(self, encoded) -> list[str]:
+        return [answer["text"] for answer in self.answers["captions"]]
+
+    def ask(self, encoded, questions) -> list[str]:
+        assert [answer["question"] for answer in self.answers["questions"]] == questions
+        return [answer["answer"] for answer in self.answers["questions"]]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
+def test_sections_of_packed_answers(name):
+    from seed_nano.report.judge import Judge
+
+    # The published figures follow from the published answers.
+    folder = ROOT / "pretrained" / name / "report"
+    shipped = read_json(folder / "report.json")
+    answers = json.loads(gzip.decompress((folder / "answers.json.gz").read_bytes()))["val"]
+    sizes = Sizes(**{key: shipped["settings"][key] for key in vars(Sizes())})
+    judge = Judge.from_pretrained(NANO / "judge")
+    run = Run(Packed(answers), judge, make_samples("val", sizes))
+    for section in (caption, qa):
+        figures = json.loads(json.dumps(plain(section(run))))
+        assert figures == shipped["splits"]["val"][section.__name__]
+    for packed in ("captions", "questions"):
+        assert json.loads(json.dumps(run.answers[packed])) == answers[packed]

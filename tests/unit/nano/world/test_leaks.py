@@ -1,11 +1,21 @@
-"""Training samples of every kind contain no held-out scenes or texts."""
+"""Training samples of every kind are functions of (seed, index), and contain no held-out scenes or
+texts."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 
 import pytest
 
-from seed_nano.world.records import KINDS, record_at, scenes_of, texts_of
+from seed_nano.world.records import (
+    EDIT_CYCLE,
+    KINDS,
+    X_ONLY_KINDS,
+    record_at,
+    scenes_of,
+    texts_of,
+    x_record_at,
+)
 from seed_nano.world.scene import Scene
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import held_out, held_out_compositions, scene_at
@@ -65,3 +75,25 @@ def test_leaks_finds_a_scene_and_a_text(split):
     caption = (describe(scene), {split})
     assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [caption]
     assert caption in leaks([f"Please draw {describe(scene)}, please. Then the dog."])
+
+
+def test_record_at_equals_the_records_of_the_last_training():
+    # The shipped weights could not be trained again.
+    records = [record_at(kind, 3, index) for kind in KINDS for index in range(20)]
+    records += [
+        x_record_at(kind, 3, index)
+        for kind in ("describe", "questions", "edits", *X_ONLY_KINDS)
+        for index in range(20)
+    ]
+    assert hashlib.sha256(repr(records).encode()).hexdigest()[:16] == "67b51889a279feda"
+
+
+def test_record_at_with_a_pool():
+    # Trainings on few scenes measure what more scenes are worth.
+    pool = {scene_at(3, position) for position in range(50)}
+    for kind in ("captions", "describe", "draw"):
+        assert {scenes_of(record_at(kind, 3, index, pool=50))[0] for index in range(30)} < pool
+    # The pool's only scene has nothing to remove: the edit is of another one.
+    lone = record_at("edits", 3, EDIT_CYCLE.index("remove"), pool=1)
+    assert scene_at(3, 0).layout != "left of"
+    assert scenes_of(lone)[0].layout == "left of"

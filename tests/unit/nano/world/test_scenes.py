@@ -1,4 +1,4 @@
-"""Scenes: images, boxes, captions, splits (questions and edits: their records, test_records.py)."""
+"""Scenes: images, boxes, captions, splits (questions and edits: their records, test_leaks.py)."""
 
 import random
 from collections import Counter
