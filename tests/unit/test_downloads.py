@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 from repository import ROOT
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError
@@ -88,27 +89,19 @@ def pauses(monkeypatch) -> list[float]:
 # ---- faults of a hub
 
 LISTING = f"/api/models/{UNCLIP}"
-BAD_TOKEN = {"X-Error-Message": "Invalid credentials in Authorization header"}
-# Next answers for the list of files and for a file, and the content that is sent → what the problem
-# names; "": the file arrives.
-FAULTS = {
-    "busy": ([(429, {"Retry-After": "40"}), (503, {})], [(502, {})] * 4, WEIGHTS, ""),
-    "busy without end": ([(503, {})] * 9, [], WEIGHTS, "503"),
-    "dropped connection": ([], [5000], WEIGHTS, ""),
-    "gated": ([(403, {"X-Error-Code": "GatedRepo"})], [], WEIGHTS, "HF_TOKEN"),
-    "bad token": ([(401, BAD_TOKEN)], [], WEIGHTS, "HF_TOKEN"),
-    "page of a proxy": ([(200, {})], [], WEIGHTS, "proxy"),
-    "truncated": ([], [], WEIGHTS[:-500], "10,240"),
-    "tampered": ([], [], WEIGHTS[:-1] + b"!", "unet/diffusion_pytorch_model.bin: SHA-256"),
-}
+FAULTS = read_tables(__file__)
+SENT = {"truncated": WEIGHTS[:-500], "tampered": WEIGHTS[:-1] + b"!"}
 
 
-@pytest.mark.parametrize("listing, file, sent, named", FAULTS.values(), ids=FAULTS)
-def test_fetch_from_a_faulty_hub(server, fetch, pauses, listing, file, sent, named):
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_fetch_from_a_faulty_hub(server, fetch, pauses, fault):
     # A file that is not as listed never gets its name; another source replaces a broken one.
     path, local = HUB_FILE
+    listing = fault.get("listing", [])
+    file = fault.get("file", [])
+    named = fault.get("named")
     server.failures = {LISTING: [*listing], path: [*file]}
-    server.served[path] = sent
+    server.served[path] = SENT.get(fault.get("sent"), WEIGHTS)
     problems = fetch("unclip")
     if named:
         assert UNCLIP in problems[0] and named in problems[0] and not local.exists()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_images import noise
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images.io import image_to_base64
@@ -82,32 +83,18 @@ def test_read_messages_of_earlier_answers():
     assert read_messages([Message("raw", ("Once",))]) == [Message("raw", ("Once",))]
 
 
-@pytest.mark.parametrize(
-    "messages, named",
-    [
-        ([], None),
-        ([user("a"), {"role": "assistant", "content": "b"}], None),
-        (["hello"], "0"),
-        ([user("a"), {"role": "user"}], "1"),
-        ([user("a"), {"role": "bot", "content": "b"}], "1"),
-        ([{"role": "raw", "content": "b"}], "raw"),
-        ([{"role": "system", "content": [IMAGE]}, user("a")], "0"),
-        ([user("a"), user(" . \n")], "1"),
-        ([user([])], "0"),
-        ([user([1.5])], "0"),
-        ([user([[True, False]])], "0"),
-        ([user([[1, "a"]])], "0"),
-        ([user(torch.ones(()))], "0"),
-        ([user([{"type": "text", "text": 5}])], "0"),
-        ([user([{"type": "audio", "text": "a"}])], "audio"),
-        ([user([{"type": "image"}])], "0.*missing"),
-        ([user("a"), user({"type": "image", "image": None, "text": "b"})], "1.*missing"),
-        ([user([{"type": "image", "url": "https://example.org/a.png"}])], "example.org"),
-    ],
-)
-def test_read_messages_names_the_message_it_refuses(messages, named):
-    with pytest.raises(SeedError, match=named):  # of a request, or of the image in a data URL
-        read_messages(messages)
+REFUSED = [
+    *read_tables(__file__),
+    {"messages": [{"role": "system", "content": [IMAGE]}, user("a")], "named": "0"},
+    {"messages": [user(torch.ones(()))], "named": "0"},
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=str)
+def test_read_messages_names_the_message_it_refuses(row):
+    # An error of a request, or of the image in a data URL.
+    with pytest.raises(SeedError, match=row.get("named")):
+        read_messages(row["messages"])
 
 
 @given(
