@@ -1,7 +1,7 @@
 """Which positions of which source a process reads next.
 
     order = Order(weights, sizes, seed, cycles, blocks)
-    chunks = order.chunks(source, rank, world)               # this process's positions
+    chunks = order.chunks(source, rank, world, first)        # this process's positions
     source = order.choose(number, delivered, available)      # of its next unit
     chunks.take()
 
@@ -127,7 +127,7 @@ class Chunks:
         return spans
 
 
-@dataclass(frozen=True)
+@dataclass
 class Order:
     """How the sources of a run alternate, and how processes share their positions.
 
@@ -147,7 +147,7 @@ class Order:
     turns: str = "sample"
     run: int | None = None
 
-    def chunks(self, source: int, rank: int, world: int, first: int = 0) -> Chunks:
+    def chunks(self, source: int, rank: int, world: int, first: int) -> Chunks:
         """The positions of a process in a source, where all processes begin at `first`."""
         size = self.sizes[source]
         limit = size * (self.cycles[source] or ENDLESS)

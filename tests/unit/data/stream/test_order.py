@@ -32,11 +32,11 @@ def test_chunks_of_neighbours():
     assert [*Chunks(3, 17, 2, rank=1, world=3)] == [5, 6, 11, 12, 16]
     assert [*Chunks(0, 7, 1, rank=0, world=2)] == [0, 2, 4, 6]
     # At least four runs of each process in an epoch.
-    assert [order().chunks(1, 0, world).run for world in (1, 2, 3, 99)] == [10, 7, 5, 1]
-    assert order().chunks(0, 0, 1).run == 1
-    assert order(run=16).chunks(0, 0, 4).run == 16
-    assert (order().chunks(0, 0, 1, 7).first, order().chunks(0, 0, 1).limit) == (7, 48)
-    assert order().chunks(1, 0, 1).limit > 10**12
+    assert [order().chunks(1, 0, world, 0).run for world in (1, 2, 3, 99)] == [10, 7, 5, 1]
+    assert order().chunks(0, 0, 1, 0).run == 1
+    assert order(run=16).chunks(0, 0, 4, 0).run == 16
+    assert (order().chunks(0, 0, 1, 7).first, order().chunks(0, 0, 1, 0).limit) == (7, 48)
+    assert order().chunks(1, 0, 1, 0).limit > 10**12
 
 
 @given(
