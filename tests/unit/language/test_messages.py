@@ -90,7 +90,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("row", REFUSED, ids=str)
+@pytest.mark.parametrize("row", REFUSED)
 def test_read_messages_names_the_message_it_refuses(row):
     # An error of a request, or of the image in a data URL.
     with pytest.raises(SeedError, match=row.get("named")):
