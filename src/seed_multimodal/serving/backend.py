@@ -468,9 +468,8 @@ class Backend:
         form = request.image_options
         options |= self._drawing_options(form, request.ratio)
         options |= {"images": request.images, "previews": (), "notes": notes}
-        previews = self._preview_lengths(form, request.stream)
         if request.stream:
-            options["previews"] = None if request.previews else previews
+            options["previews"] = None if request.previews else self._preview_lengths(form)
 
         # 3. Texts and images while they are generated.
         index = 0  # of the current image
@@ -538,7 +537,9 @@ class Backend:
         # 1. The settings.
         seed = random_seed() if request.seed is None else request.seed
         options = self._drawing_options(request, request.ratio)
-        previews = self._preview_lengths(request, request.stream)
+        if request.partial_images and not request.stream:
+            raise RequestError("Only a stream shows unfinished images.", "partial_images")
+        previews = self._preview_lengths(request)
         options |= {"num_images": request.n, "stream": True, "previews": previews}
         options |= {"should_stop": deadline, "read_back": request.read_back}
 
@@ -596,17 +597,11 @@ class Backend:
             )
         return {} if ratio in (None, "1:1") else {"ratio": ratio}
 
-    def _preview_lengths(self, request: ImageOptions, stream: bool) -> list[int]:
-        """Numbers of codes after which an image is shown, at equal distances.
-
-        Raises RequestError: this answer shows no unfinished images.
-        """
-        if request.partial_images and not (stream and self.system.images.progressive):
-            raise RequestError(
-                "This answer has none: they are of streams, of models that draw from an image's "
-                "first codes.",
-                "partial_images",
-            )
+    def _preview_lengths(self, request: ImageOptions) -> list[int]:
+        """Numbers of codes after which an image is shown, at equal distances; none where the model
+        needs all codes."""
+        if not self.system.images.progressive:
+            return []
         parts = request.partial_images + 1
         return [self.vocabulary.tokens_per_image * part // parts for part in range(1, parts)]
 

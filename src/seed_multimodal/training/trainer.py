@@ -319,16 +319,18 @@ class Trainer:
 
         # The time of evaluations and checkpoints is no training time.
         start = time.monotonic()
-        self._evaluate(is_last)
+        is_paused = self._evaluate(is_last)
         save_steps = self.settings.save_steps
         is_scheduled = save_steps > 0 and self.step % save_steps == 0
         if save or is_scheduled:
             self._save(kept=is_scheduled or not save_steps)
-        self.log.pause(time.monotonic() - start)
+            is_paused = True
+        if is_paused:
+            self.log.pause(time.monotonic() - start)
 
-    def _evaluate(self, is_last: bool) -> None:
+    def _evaluate(self, is_last: bool) -> bool:
         """The task's samples and evaluation when due, once a step, of the averaged weights if the
-        run averages; logs the evaluation.
+        run averages; logs the evaluation. Whether one was due.
 
         is_last: no step follows.
         """
@@ -338,7 +340,7 @@ class Trainer:
         is_sampled = is_sampled and self.sampled_step != self.step
         is_evaluated = is_evaluated and self.evaluation.get("step") != self.step
         if not (is_sampled or is_evaluated):
-            return
+            return False
         activity = f"the evaluation after step {self.step}"
         with (
             translate_errors(activity, self.store.description),
@@ -353,6 +355,7 @@ class Trainer:
                 if evaluation:
                     self.evaluation = {"step": self.step, **evaluation}
                     self.log.write(self.evaluation)
+        return True
 
     # ---------------------------------------------------------------------------------- checkpoints
 
