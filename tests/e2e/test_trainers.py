@@ -106,7 +106,7 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
 
 
 @each([entry for entry in TRAINERS if entry.double and entry.zero != 3])
-def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer, parts_dir, tmp_path):
+def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer, parts_dir, tmp_path, capfd):
     two = trainer.arguments(parts_dir, tmp_path / "two", 4, 2, ())
     one, resumed = (
         trainer.arguments(parts_dir, tmp_path / name, 4, 2, trainer.double)
@@ -121,7 +121,9 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer, parts_di
     # A job that gets fewer processes after a requeue continues with the same samples; the noise of
     # pixel decoders is drawn by each process, so that their losses are others.
     forget_the_end(tmp_path / "two")
+    capfd.readouterr()
     assert trainer.main(resumed) == 0
+    assert "resumes from" in capfd.readouterr().out
     losses = trainer.losses(tmp_path / "two")
     assert len(losses) == 4
     if "decoder" not in trainer.name and "detokenizer" not in trainer.name:

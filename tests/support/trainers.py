@@ -250,7 +250,8 @@ def _rl_parts(parts_dir):
 def _rl(parts_dir, output) -> list[str]:
     groups = ("model", "optim", "trainer")
     files = [*(f"{group}=nano" for group in groups), f"data={parts_dir / 'data.yaml'}"]
-    return [*files, "trainer.logging_steps=1", "trainer.sample_steps=4"]
+    steps = ["trainer.logging_steps=1", "trainer.sample_steps=4", "trainer.save_total_limit=null"]
+    return [*files, *steps]
 
 
 # ---- use of each result
