@@ -119,7 +119,10 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer, parts_di
     assert trainer.losses(tmp_path / "two") == expected
 
     # A job that gets fewer processes after a requeue continues with the same samples; the noise of
-    # pixel decoders is drawn by each process, so that their losses are others.
+    # pixel decoders is drawn by each process, so that their losses are others. Stages keep their
+    # last checkpoint only.
+    if trainer.application == LAVIS:
+        return
     forget_the_end(tmp_path / "two")
     capfd.readouterr()
     assert trainer.main(resumed) == 0
