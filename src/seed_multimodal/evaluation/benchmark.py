@@ -333,7 +333,7 @@ def _append_answers(
             if "bad" in line:
                 bad.add(RecordNote(BROKEN, "broken record", line["bad"]))
             else:
-                bad.usable()
+                bad.in_a_row = 0
 
 
 def _answered(benchmark: AnyBenchmark, batch: Sequence[Sample]) -> list[Line]:

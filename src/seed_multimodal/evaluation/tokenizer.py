@@ -300,7 +300,7 @@ def read_images(
             encoded.bad.append(note.location)
             bad.add(note)
             continue
-        bad.usable()
+        bad.in_a_row = 0
         encoded.captions.append(list(pair.captions))
         encoded.labels.append(pair.labels)
         if len(images) == batch:

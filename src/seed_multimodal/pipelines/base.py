@@ -432,9 +432,9 @@ class MultimodalSystem(TaskRunner, HubUpload):
             images = "forced"
         if images == "never":
             given = {"previews": previews, **options}
-            of_drawing = ("previews", "read_back", *self.images.drawing_settings)
-            for name in filter(given.get, of_drawing):
-                raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
+            for name in ("previews", "read_back", *self.images.drawing_settings):
+                if given.get(name):
+                    raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
         if previews and options.get("num_beams", 1) != 1:
             raise ConfigError(
                 "The option 'previews' is not of beams: their tokens come at the end."

@@ -267,7 +267,7 @@ class _RecordWriter:
             note = sample.note
             is_broken = note is not None and note.kind == BROKEN
             if not is_broken:
-                self.bad.usable()
+                self.bad.in_a_row = 0
             if note is not None:
                 counts["bad" if is_broken else f"{note.kind}: {note.reason}"] += 1
                 self.bad.add(note)

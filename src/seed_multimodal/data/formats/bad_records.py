@@ -27,6 +27,7 @@ class BadRecords:
     log: receives a line, which begins with `label`, for each record that is listed.
 
     counts: reason → {"count", "first": messages}, for JSON; it does not grow with their number.
+    in_a_row: broken ones since the last usable record, at which its reader sets it to 0.
     """
 
     def __init__(
@@ -46,10 +47,6 @@ class BadRecords:
     def total(self) -> int:
         """Number of counted records."""
         return sum(entry["count"] for entry in self.counts.values())
-
-    def usable(self) -> None:
-        """A usable record ends a row of bad ones."""
-        self.in_a_row = 0
 
     def add(self, note: RecordNote) -> None:
         """Count a record that was left out or changed.
