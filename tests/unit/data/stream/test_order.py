@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from seed_multimodal.data.stream.order import (
     Chunks,
+    DistinctOrder,
     EpochOrder,
     MixedOrder,
     Order,
@@ -143,6 +144,21 @@ def test_epoch_order_depends_on_seed_and_epoch():
     others = EpochOrder(700, 2, shard_sizes=sizes).samples(0, 700)
     for other in (order[:, 1], np.array(others)[:, 1]):
         assert np.mean(order[:, 0] == other) < 0.05
+
+
+@pytest.mark.parametrize(
+    "order, start, samples",
+    [
+        (EpochOrder(7, 3), 5, "01 05 16 13 11 14"),
+        (EpochOrder(7, 3, shard_sizes=np.array([3, 4]), block=4), 5, "05 04 11 14 16 13"),
+        (MixedOrder([3, 5], [2.0, 1.0], 3), 4, "05 10 12 04 11 21"),
+        (DistinctOrder(EpochOrder(7, 3), 5), 3, "03 04 01 05 16 13"),
+    ],
+)
+def test_recorded_orders(order, start, samples):
+    """Runs that were begun with an earlier version resume in their order."""
+    expected = [(int(epoch), int(index)) for epoch, index in samples.split()]
+    assert order.samples(start, 6) == expected
 
 
 def test_epoch_order_in_blocks():
