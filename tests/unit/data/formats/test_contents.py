@@ -1,16 +1,16 @@
 """Users' files as they really are: each is read, or refused with what to do."""
 
-import gzip
 import json
 import os
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_files import jpeg, lines, write
+from data_files import jpeg, write, write_any
 from tiny import write_json
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.formats.records import open_records
@@ -19,200 +19,81 @@ from seed_multimodal.errors import ConfigError, DataError
 
 JPEG = jpeg(0, 16, 16)
 PAIRS = [("k0", {"jpg": JPEG, "txt": b"a 0"}), ("k1", {"jpg": JPEG, "txt": b"a 1"})]
-ROWS = [{"image": f"{n}.jpg", "caption": f"a {n}"} for n in range(2)]
+TABLES = read_tables(__file__)
 
 
-def images(folder, *names: str):
-    for name in names or ("0.jpg", "1.jpg"):
-        write(folder / name, JPEG)
+def write_table(path):
+    """Two pairs as rows of a parquet or arrow file."""
+    rows = [{"image": {"bytes": JPEG, "path": None}, "text": f"a {n}"} for n in range(2)]
+    columns = pyarrow.Table.from_pylist(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(columns, path)
+        return
+    with pyarrow.ipc.new_stream(str(path), columns.schema) as stream:
+        stream.write_table(columns)
 
 
-def captioned(folder):
-    """Two images with captions beside them, and other files."""
-    images(folder)
-    for name in (".hidden.jpg", "notes.md"):
-        write(folder / name, "x")
-    for index in range(2):
-        write(folder / f"{index}.txt", f"a {index}")
+def content_of(text: str) -> bytes:
+    return JPEG if text == "JPEG" else text.encode()
 
 
-def listed(folder, name, content):
-    """Two images and a list of them."""
-    images(folder)
-    write(folder / name, content if isinstance(content, bytes | str) else json.dumps(content))
+def create(folder, files: dict[str, Any]):
+    """Files by their contents of the table."""
+    for name, content in files.items():
+        path = folder / name
+        if content == "PAIRS":
+            write_shard(path, PAIRS)
+        elif content == "TABLE":
+            write_table(path)
+        elif isinstance(content, str):
+            write(path, content_of(content))
+        elif isinstance(content, bytes):
+            write(path, content)
+        elif "encoding" in content:
+            write(path, content["text"].encode(content["encoding"]))
+        elif "tar" in content:
+            samples = []
+            for key, texts in content["tar"].items():
+                samples.append((key, {kind: content_of(text) for kind, text in texts.items()}))
+            write_shard(path, samples)
+        else:
+            write_any(path, content)
 
 
-def tars(folder, *others: str):
-    write_shard(folder / "00000.tar", PAIRS)
-    for name in others:
-        write(folder / name, "{}")
-
-
-def joined(folder):
+def join_tars(folder):
     write_shard(folder / "a", PAIRS[:1])
     write_shard(folder / "b", PAIRS[1:])
     write(folder / "c.tar", (folder / "a").read_bytes() + (folder / "b").read_bytes())
 
 
-def table(folder, name="data/train.parquet"):
-    rows = [{"image": {"bytes": JPEG, "path": None}, "text": f"a {n}"} for n in range(2)]
-    columns = pyarrow.Table.from_pylist(rows)
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".parquet"):
-        pyarrow.parquet.write_table(columns, folder / name)
-        return
-    with pyarrow.ipc.new_stream(str(folder / name), columns.schema) as stream:
-        stream.write_table(columns)
-
-
-def saved_to_disk(folder):
-    table(folder, "data-00000-of-00001.arrow")
-    for name in ("state.json", "dataset_info.json"):
-        write(folder / name, "{}")
-
-
-def hub_clone(folder):
-    table(folder)
-    write(folder / "dataset_infos.json", "{}")
-    write(folder / ".git/config.json", "{}")
-
-
-def linked(folder):
-    captioned(folder / "elsewhere")
+def link_folders(folder):
+    create(folder / "elsewhere", TABLES["captioned"])
     (folder / "set").mkdir()
     (folder / "set/link").symlink_to(folder / "elsewhere")
     (folder / "set/loop").symlink_to(folder / "set")
 
 
-def coco(folder):
-    entries = [{"id": 7 + n, "file_name": f"{n}.jpg", "license": 1} for n in range(2)]
-    annotations = [{"image_id": 7 + n, "id": n, "caption": f"a {n}"} for n in range(2)]
-    listed(folder, "captions.json", {"images": entries, "annotations": annotations})
+def fill_a_cell(folder):
+    rows = f"file_name,text,x\n0.jpg,a 0\n1.jpg,a 1,{'x' * 200_000}\n"
+    create(folder, {"0.jpg": "JPEG", "1.jpg": "JPEG", "a.csv": rows})
 
 
-def dotted(folder):
-    names = [f"Figure 1.{n} fox" for n in range(2)]
-    records = [(name, {"jpg": JPEG, "txt": f"a {n}".encode()}) for n, name in enumerate(names)]
-    hidden = ("._Figure 1", {"jpg": b"x", "txt": b"x"})  # of macOS
-    write_shard(folder / "a.tar", [hidden, *records])
+# What is not only files with contents.
+MADE = {"joined tars": join_tars, "links to folders": link_folders, "large cell": fill_a_cell}
 
 
-UTF_16 = "\n".join(map(json.dumps, ROWS)).encode("utf-16")
-METADATA = "file_name,text\n0.jpg,a 0\n1.jpg,a 1\n"
-ACCENTED = [{"image": "é.jpg", "caption": f"a {n}"} for n in range(2)]
-CC3M = "a 0\thttp://x/0.jpg\n"
-# What a user gives → who writes it, the path in the folder, and None (two pairs) or what is said.
-FILES = {
-    "capital suffixes": (
-        lambda f: [write(f / f"{n}.JPG", JPEG) and write(f / f"{n}.TXT", f"a {n}") for n in (0, 1)],
-        "",
-        None,
-    ),
-    "ImageFolder's metadata.csv": (lambda f: listed(f, "metadata.csv", METADATA), "", None),
-    "save_to_disk": (saved_to_disk, "", None),
-    "clone of the hub": (hub_clone, "", None),
-    "COCO's captions": (coco, "captions.json", None),
-    "img2dataset's shards": (lambda f: tars(f, "00000.parquet", "00000_stats.json"), "", None),
-    "img2dataset's files": (
-        lambda f: (
-            captioned(f / "00000"),
-            write(f / "00000.parquet", ""),
-            write(f / "0_stats.json", ""),
-        ),
-        "",
-        None,
-    ),
-    "dots in keys": (dotted, "a.tar", None),
-    "joined tars": (joined, "c.tar", None),
-    "links to folders": (linked, "set", None),
-    "home": (captioned, "~", None),
-    "tar without suffix": (lambda f: write_shard(f / "shard", PAIRS), "shard", None),
-    "lines in a .json with BOM": (
-        lambda f: listed(f, "a.json", b"\xef\xbb\xbf" + UTF_16.decode("utf-16").encode()),
-        "a.json",
-        None,
-    ),
-    "list of Windows": (
-        lambda f: (
-            images(f / "Img", "0.JPG", "1.jpg"),
-            write(
-                f / "a.json", json.dumps([{**row, "image": f"img\\{row['image']}"} for row in ROWS])
-            ),
-        ),
-        "a.json",
-        None,
-    ),
-    "captions in UTF-16": (
-        lambda f: (images(f), [write(f / f"{n}.txt", f"a {n}".encode("utf-16")) for n in (0, 1)]),
-        "",
-        None,
-    ),
-    "image": (images, "0.jpg", "is an image; give the folder"),
-    "UTF-16": (lambda f: write(f / "a.jsonl", UTF_16), "a.jsonl", "iconv -f UTF-16"),
-    "gzipped tar in a .tar": (
-        lambda f: write(f / "a.tar", gzip.compress(b"x")),
-        "a.tar",
-        "gzip -d",
-    ),
-    "zstd": (lambda f: write(f / "a", b"\x28\xb5\x2f\xfd" * 9), "a", "zstd -d"),
-    "zip": (lambda f: zipfile.ZipFile(f / "a.zip", "w").close(), "a.zip", "unzip"),
-    "folder of gzipped tars": (lambda f: write(f / "a.tar.gz", b"x"), "", "1 .gz file, .* gzip -d"),
-    "folder of CC3M": (lambda f: write(f / "Train.tsv", CC3M), "", "img2dataset"),
-    "two formats": (
-        lambda f: (tars(f), lines(f / "a.jsonl", ROWS)),
-        "",
-        "jsonl and tar|tar and jsonl",
-    ),
-    "accents of macOS": (
-        lambda f: (images(f, "e\u0301.jpg"), lines(f / "a.jsonl", ACCENTED)),
-        "a.jsonl",
-        None,
-    ),
-    "braces in names": (lambda f: captioned(f / "{a,b}"), "{a,b}", None),
-    "large cell": (
-        lambda f: listed(
-            f, "a.csv", METADATA.replace("a 1", f"a 1,{'x' * 200_000}").replace("text", "text,x")
-        ),
-        "a.csv",
-        None,
-    ),
-    "comma without quotes": (
-        lambda f: listed(f, "a.csv", f"{METADATA}2.jpg,a, 2"),
-        "a.csv",
-        "line 4 .* quotes",
-    ),
-    "members by type": (
-        lambda f: write_shard(f / "a.tar", [("k0", {"jpg": JPEG}), ("k1", {"jpg": JPEG})]),
-        "a.tar",
-        "tar --sort=name",
-    ),
-    "other keys": (
-        lambda f: listed(f, "a.json", [{"caption": "a", "img": "0.jpg"}]),
-        "a.json",
-        "item 0: .*'img'",
-    ),
-    "list in a .jsonl": (lambda f: listed(f, "a.jsonl", ROWS), "a.jsonl", "rename it to .json"),
-    **{
-        f"pointer of Git LFS in a {name}": (
-            lambda f, name=name: write(
-                f / f"a.{name}", "version https://git-lfs.github.com/spec/v1"
-            ),
-            "",
-            "git lfs pull",
-        )
-        for name in ("parquet", "tar", "jsonl", "csv")
-    },
-}
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", TABLES["files"])
 def test_users_files_are_read_or_refused_with_the_cure(tmp_path, monkeypatch, name):
-    make, path, problem = FILES[name]
-    make(tmp_path)
+    case = TABLES["files"][name]
+    if name in MADE:
+        MADE[name](tmp_path)
+    create(tmp_path, case.get("files", {}))
     monkeypatch.setenv("HOME", str(tmp_path))
+    path = case.get("path", "")
     source = path if path == "~" else tmp_path / path
-    if problem is not None:
-        with pytest.raises(DataError, match=problem):
+    if "named" in case:
+        with pytest.raises(DataError, match=case["named"]):
             len(Pairs(source))
         return
     pairs = Pairs(source)
@@ -225,59 +106,28 @@ def test_users_files_are_read_or_refused_with_the_cure(tmp_path, monkeypatch, na
         assert content == JPEG
 
 
-def with_json(folder):
-    """Images with their captions as JSON, one of which misses its image."""
-    images(folder)
-    for index in (0, 1, 3):
-        write(
-            folder / f"{index}.json", json.dumps({"image": f"{index}.jpg", "caption": f"a {index}"})
-        )
-
-
-def beside_notes(folder):
-    captioned(folder)
-    write(folder / "config.json", '{"image_size": 8}')
-    write(folder / "sub/notes.jsonl", '{"note": "1.png is blurred"}')
-
-
-@pytest.mark.parametrize(
-    "make, captions, named",
-    [
-        (with_json, ["a 0", "a 1"], "leaves out 3.json: "),
-        (beside_notes, ["a 0", "a 1"], "leaves out config.json, sub/notes.jsonl: "),
-        # A list wins if it names images, in this folder or elsewhere.
-        (lambda f: (beside_notes(f), lines(f / "a.jsonl", ROWS[1:])), ["a 1"], "sub/notes.jsonl"),
-        (
-            lambda f: (
-                captioned(f),
-                write_json(f / "a.json", [{"image": "notes.md", "text": "b"}]),
-            ),
-            ["b"],
-            "",
-        ),
-        (lambda f: (captioned(f), tars(f)), ["a 0", "a 1"], "tar files are read; of its 2 images"),
-    ],
-)
-def test_what_a_folder_leaves_out_is_named(tmp_path, capsys, make, captions, named):
+@pytest.mark.parametrize("case", TABLES["left_out"].values(), ids=TABLES["left_out"])
+def test_what_a_folder_leaves_out_is_named(tmp_path, capsys, case):
     # One file of settings must not hide a folder of images.
-    make(tmp_path)
+    create(tmp_path, case["files"])
     pairs = Pairs(tmp_path)
-    assert [pairs.read(index).captions for index in range(len(pairs))] == [[c] for c in captions]
-    assert named in capsys.readouterr().err
+    captions = [pairs.read(index).captions for index in range(len(pairs))]
+    assert captions == [[caption] for caption in case["captions"]]
+    assert case["named"] in capsys.readouterr().err
 
 
 def test_a_folder_of_images_where_shards_are_expected(tmp_path, capsys):
     for split in ("train", "test"):
-        images(tmp_path / split)
+        create(tmp_path / split, {"0.jpg": "JPEG", "1.jpg": "JPEG"})
     with pytest.raises(DataError, match=r"4 images: set format: folder"):
         open_records(tmp_path, format="tar")
     # Held-out images are not trained on without a word.
     assert len(open_records(tmp_path)) == 4
     assert "test and train" in capsys.readouterr().err
     # With several formats one is chosen.
-    tars(tmp_path)
-    lines(tmp_path / "a.jsonl", ROWS)
-    assert open_records(tmp_path, format="jsonl").read(0).fields == ROWS[0]
+    row = {"image": "0.jpg", "caption": "a 0"}
+    create(tmp_path, {"00000.tar": "PAIRS", "a.jsonl": [row]})
+    assert open_records(tmp_path, format="jsonl").read(0).fields == row
 
 
 def test_vqa_of_two_official_files(tmp_path):
