@@ -1,8 +1,9 @@
 """Every kind of records, from images on disk to decoded sequences, with the nano tokenizer."""
 
-from collections.abc import Callable
+import json
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from PIL import Image
 from random_images import noise
 from repository import APPLICATION
 from tiny import read_json, write_json
+from yaml_tables import read_tables
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.images.io import image_to_bytes
-from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.pretokenize.run import RunSettings, run
 
 CONFIGS = APPLICATION / "configs"
@@ -72,153 +73,44 @@ def tokenize(tmp_path, images):
     return run_it
 
 
-class Case(NamedTuple):
-    """`expected`: records by the codes of images 0 … 4; `decoded`: a decoder, and a text that its
-    sequence of the last record has.
-    """
+def with_codes(records: Records, codes: Codes) -> Records:
+    """Records with the codes of images in place of `codes of N`."""
 
-    kind: str
-    rows: Records
-    expected: Callable[[Codes], Records]
-    decoded: tuple[str, str]
-    settings: dict = {}
-    counts: dict[str, int] = {}
+    def listed(match: re.Match[str]) -> str:
+        return json.dumps([code for index in match[1].split() for code in codes[int(index)]])
+
+    return json.loads(re.sub('"codes of (.+?)"', listed, json.dumps(records)))
 
 
-TURN_1 = {"from": "human", "value": "<image> Draw another."}
-TURN_2 = {"from": "gpt", "value": "Here: <image>"}
-MMC4 = {
-    "text_list": ["one", "two", "three"],
-    "image_info": [
-        {"image_name": "0.png", "matched_text_index": 1},
-        {"image_name": "1.png", "matched_text_index": 0},
-        {"image_name": "gone.png", "matched_text_index": 2},
-    ],
-}
-CASES = {
-    # JourneyDB's captions, as in the original.
-    "qa": Case(
-        "qa",
-        [
-            {"image": "0.png", "question": "how many?", "answer": "3"},
-            {"image": "2.png", "caption": "a fox"},
-        ],
-        lambda c: [{"image_ids": c[2], "question": DESCRIBE_PROMPT, "answer": "a fox"}],
-        ("sft.qa", "a fox"),
-        counts={"bad": 1},
-    ),
-    "qa, own fields": Case(
-        "qa",
-        [
-            {"file": "3.png", "question": "What?", "answers": answer}
-            for answer in (float("nan"), ["cat", "dog", "dog"], 2)  # NaN: an empty cell
-        ],
-        lambda c: [
-            {"image_ids": c[3], "question": f"What?{QA_SUFFIX}", "answer": answer}
-            for answer in ("dog", "2")
-        ],
-        ("sft.qa", "ASSISTANT: 2."),
-        {"fields": {"image": "file", "answer": "answers", "suffix": QA_SUFFIX}},
-        {"bad": 1},
-    ),
-    "edit": Case(
-        "edit",
-        [
-            {
-                "source_image": "1.png",
-                "target_image": "2.png",
-                "instruction_gpt": "Redden it.",
-                "response": "Done.",
-            },
-        ],
-        lambda c: [
-            {
-                "source_image_ids": c[1],
-                "target_image_ids": c[2],
-                "instruction_gpt": "Redden it.",
-                "response": "Done.",
-            },
-        ],
-        ("sft.edit", "Done. <img>"),
-    ),
-    "story": Case(
-        "story",
-        [
-            {"images": ["0.png"], "captions": ["alone"]},
-            {"images": [f"{n}.png" for n in range(5)], "captions": [f"then {n}" for n in range(5)]},
-        ],
-        lambda c: [{"image_ids": sum(c, []), **{f"caption{n}": f"then {n}" for n in range(5)}}],
-        ("sft.story", "Here is an image."),
-        counts={"bad": 1},
-    ),
-    "interleaved": Case(
-        "interleaved",
-        [
-            {"images": ["gone.png"], "texts": [None]},
-            {"images": [None], "texts": ["text only"]},
-            {
-                "images": ["0.png", None, None, "gone.png"],
-                "texts": [None, "one", "two", None],
-                "metadata": {"url": "u"},
-            },
-        ],
-        lambda c: [
-            {
-                "image_ids": [c[0], None, None],
-                "texts": [None, "one", "two"],
-                "metadata": {"url": "u"},
-            }
-        ],
-        ("pretrain.interleaved", "onetwo"),
-        counts={"bad": 1, "lost images": 1, "dropped: no image": 1},
-    ),
-    # As published: images stand before the sentences that they match.
-    "interleaved, MMC4": Case(
-        "interleaved",
-        [
-            {**MMC4, "image_info": [{"image_name": "0.png", "matched_text_index": 9}]},
-            {**MMC4, "text_list": "one"},
-            MMC4,
-        ],
-        lambda c: [
-            {
-                "image_ids": [c[1], None, c[0], None, None],
-                "texts": [None, "one", None, "two", "three"],
-                "metadata": {},
-            }
-        ],
-        ("pretrain.interleaved", "three"),
-        counts={"bad": 2, "lost images": 1},
-    ),
-}
+CASES = read_tables(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_run(tokenize, tokenizer, codes, capfd, name):
-    case = CASES[name]
-    records, counts = tokenize(case.kind, case.rows, **case.settings)
-    expected = case.expected(codes)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_run(tokenize, tokenizer, codes, capfd, case):
+    records, counts = tokenize(case["kind"], case["rows"], **case.get("settings", {}))
     assert [{"metadata": {}} | record for record in records] == [
-        {"metadata": {}} | record for record in expected
+        {"metadata": {}} | record for record in with_codes(case["records"], codes)
     ]
+    left_out = case.get("counts", {})
     for key in ("bad", "lost images", "dropped: no image"):
-        assert counts.get(key, 0) == case.counts.get(key, 0), key
+        assert counts.get(key, 0) == left_out.get(key, 0), key
     # What is left out is named.
     log = capfd.readouterr().err
-    for index in range(case.counts.get("bad", 0)):
+    for index in range(left_out.get("bad", 0)):
         assert f"in.json: item {index}" in log
 
     # The records are training data.
-    decoder, text = case.decoded
-    sequence = get_decoder(decoder, tokenizer).decode(records[-1], SeededRandom(0))
+    sequence = get_decoder(case["decoder"], tokenizer).decode(records[-1], SeededRandom(0))
     assert not sequence.drop_reason
     assert any(label != -100 for label in sequence.labels)
-    assert text in tokenizer.decode(sequence.ids)
+    assert case["text"] in tokenizer.decode(sequence.ids)
 
 
 def test_run_chat_with_views(tokenize, tokenizer, codes):
     # Images to read have several views.
-    row = {"image": ["1.png", "2.png"], "conversations": [TURN_1, TURN_2]}
+    question = {"from": "human", "value": "<image> Draw another."}
+    answer = {"from": "gpt", "value": "Here: <image>"}
+    row = {"image": ["1.png", "2.png"], "conversations": [question, answer]}
     records, _ = tokenize("chat", [row], views=2)
     user, answer = records[0]["messages"]
     first, second = user["content"][0]["codes"]
