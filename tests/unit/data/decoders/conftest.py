@@ -1,7 +1,9 @@
 """A record and a tokenizer for each decoder: the table of the decoders' contract."""
 
 import pytest
+from yaml_tables import read_tables
 
+TABLES = read_tables(__file__)
 # Texts with few different words, for small vocabularies.
 TEXTS = [
     "USER: red cat ASSISTANT: here [INST] make it blue [/INST] Question: What is it? Answer: a dog."
@@ -24,46 +26,20 @@ def tokenizer_of(tmp_path_factory, tokenizer, seedx_tokenizer):
 @pytest.fixture(scope="session")
 def records(tokenizer, codes):
     """`records(image)`: decoder -> a record of required fields; `image`: opened, or a path."""
-    one, two, three = codes(0), codes(1), codes(2)
-    named = "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(one)))
-    pair = {"question": "What is it?", "answer": "a dog."}
-    edit = {"source_image_ids": one, "target_image_ids": two, "instruction": "make it blue"}
-    dialogue = {"question": "Question: What? Question: red?", "answer": "Answer: a cat Answer: no"}
-    turns = ["What is it?", "a dog.", "red?", "blue."]
-    captions = {"caption0": "a dog", "caption1": "a cat", "caption2": "here"}
+    named = "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(codes(0))))
 
-    def make(image) -> dict[str, dict]:
-        edited = {"source_image": image, "target_image": image, "instruction": "make it blue"}
-        user = {"role": "user", "content": [{"codes": one}, "What?"]}
-        shown = {"role": "user", "content": [{"image": image}, "blue"]}
-        drawn = {"role": "assistant", "content": ["here.", {"image": image}]}
-        return {
-            "pretrain.caption": {"image_ids": one, "text": "a dog"},
-            "pretrain.interleaved": {"image_ids": [one, None, two], "texts": [None, "here", None]},
-            "pretrain.video": {"image_ids": (one + two) * 2, "answer": "a dog"},
-            "pretrain.text": {"text": "a red dog"},
-            "pretrain.edit": edit,
-            "pretrain.visual_question": {"image_ids": [one], "data": turns},
-            "pretrain.text_conversation": {"data": turns},
-            "sft.qa": {"image_ids": one, **pair},
-            "sft.edit": edit,
-            "sft.multi_edit": {"image_ids": one + two, "instruction0": "make it blue"},
-            "sft.story": {"image_ids": one + two + three, **captions},
-            "sft.difference": {"image_ids": one + two, **pair},
-            "sft.interleaved": {"instruction": f"red {named} cat", "response": f"{named} here"},
-            "sft.conversation": {"image_ids": one, **dialogue},
-            "sft.video": {"image_ids": one + two, **pair},
-            "sft.video_conversation": {"image_ids": one + two, **dialogue},
-            "sft.visual_question": {"image_ids": [one, two], "instruction": "?", "outputs": "no"},
-            "sft.text_conversation": {"data": turns},
-            "chat": {"messages": [user, {"role": "assistant", "content": ["a dog."]}]},
-            "seed_x.conversation": {"image": image, "data": turns},
-            "seed_x.caption": {"image": image, "text": "a dog"},
-            "seed_x.edit": edited,
-            "seed_x.chat": {"messages": [shown, drawn]},
-            "lavit.caption": {"image": image, "text": "a dog"},
-            "lavit.question": {"image": image, **pair},
-            "lavit.compose": edited,
-        }
+    def make(image, table="required"):
+        def fill(value):
+            if isinstance(value, dict):
+                return {key: fill(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [fill(item) for item in value]
+            if value == "IMAGE":
+                return image
+            if isinstance(value, str) and value.startswith("codes of "):
+                return [code for index in value.split()[2:] for code in codes(int(index))]
+            return value.replace("TOKENS", named) if isinstance(value, str) else value
+
+        return fill(TABLES[table])
 
     return make

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from data_files import jpeg, lines
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal.data.decoders import decoder_names, get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
@@ -23,26 +24,7 @@ from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 NAMES = sorted(decoder_names())
 IMAGE = Image.new("RGB", (448, 448))
-# Fields that records may have, too.
-OPTIONAL = {
-    "pretrain.caption": {"views": [[0] * 32, [1] * 32], "metadata": {}},
-    "pretrain.interleaved": {"metadata": {}},
-    "sft.qa": {"views": [[0] * 32, [1] * 32], "text": "a dog"},
-    "sft.visual_question": {"inputs": ""},
-    "chat": {"system": "red"},
-    "seed_x.caption": {
-        "similarity": 0.5,
-        "all_similarities": [0.3, 0.4],
-        "metadata": {"score": 0.3},
-    },
-    "seed_x.edit": {"instruction_new": "make it red", "response": "here."},
-}
-# Options that read more fields than the defaults.
-OPTIONS = {
-    "seed_x.caption": {"similarity_thr": 0.2, "min_resolution": 2},
-    "sft.qa": {"reverse_ratio": 0.5},
-    "pretrain.video": {"num_frames": 2},
-}
+OPTIONS = read_tables(__file__)
 ODD = (
     *(None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**40),
     *("", " ", "n/a", "a" * 5000, "\ud83d", "[" * 900),
@@ -166,7 +148,7 @@ def changed(record, rng) -> dict:
 def test_read_of_records_with_odd_values(tokenizer_of, records, tmp_path, name):
     # A sequence, or a broken record by its line: another error would end a run.
     (tmp_path / "a.jpg").write_bytes(jpeg(0, 24, 16))
-    record = records("a.jpg")[name] | OPTIONAL.get(name, {})
+    record = records("a.jpg")[name] | records("a.jpg", "optional").get(name, {})
     rng = random.Random(name)
     path = lines(tmp_path / "a.jsonl", [record, *(changed(record, rng) for _ in range(60))])
     source = {"files": str(path), "decoder": name, "options": OPTIONS.get(name, {}), "cycles": 1}
