@@ -7,41 +7,17 @@ import pytest
 from chat_templates import TEXT_TEMPLATES
 from data_files import learned
 from tiny.language import write_hub_tokenizer
+from yaml_tables import read_tables
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
-from seed_multimodal.data.formats.conversations import JOINED, NO_ANSWER, NO_QUESTION, with_messages
+from seed_multimodal.data.formats import conversations
+from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 
 ROLES = {"u": "user", "a": "assistant", "s": "system"}
-# Authors of the turns → numbers of the turns that are used, joined ones together; None: refused.
-ORDERS = {
-    "ua": (["0", "1"], set()),
-    "uaua": (["0", "1", "2", "3"], set()),
-    "aua": (["1", "2"], {NO_QUESTION}),
-    "sua": (["1", "2"], set()),
-    "uau": (["0", "1"], {NO_ANSWER}),
-    "uua": (["01", "2"], {JOINED}),
-    "auuaau": (["12", "34"], {NO_QUESTION, JOINED, NO_ANSWER}),
-    "a": (None, set()),
-    "uu": (None, set()),
-    "uasua": (None, set()),
-}
-# The first image of a record, and the second one.
-MARKUP = [
-    ("<image>", "<image>"),
-    ("<img>", "<img>"),
-    ("<image1>", "<image2>"),
-    ("<|image_1|>", "<|image_2|>"),
-    ("<image_0>", "<image_1>"),
-    ("[IMG]", "[IMG]"),
-    ("<ImageHere>", "<Image>"),
-    ("<image_placeholder>", "<|vision_start|><|image_pad|><|vision_end|>"),
-    ("(<image>./</image>)", "<Image><ImageHere></Image>"),
-    ({"type": "image", "text": ""}, {"type": "image"}),
-    ({"type": "image", "index": 0, "text": None}, {"type": "image", "index": 1, "text": None}),
-]
+TABLES = read_tables(__file__)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +37,12 @@ def text_of(ids: list[int], tokenizer) -> str:
     return "".join("".join(texts).split())
 
 
-@pytest.mark.parametrize("markup", MARKUP, ids=str)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("markup", TABLES["markup"], ids=str)
+@pytest.mark.parametrize("order", TABLES["orders"])
 def test_turns(tokenizers, codes, order, markup):
     # Each question and each answer that is left out has an image, too.
-    used, repairs = ORDERS[order]
+    case = TABLES["orders"][order]
+    used = case["used"]
     turns = []
     images = []  # turns with one
     for index, author in enumerate(order):
@@ -82,6 +59,7 @@ def test_turns(tokenizers, codes, order, markup):
         return
 
     fields = with_messages(record, "line 3")
+    repairs = {getattr(conversations, name) for name in case["repairs"]}
     kept = [int(number) for number in "".join(used)]
     for name, (tokenizer, template) in tokenizers.items():
         decoder = get_decoder("chat", tokenizer, {"template": template})
