@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import yaml
 from data_files import serve_folder, write_any
 from random_images import noise
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.errors import DataError, ImageError
@@ -35,104 +35,21 @@ READERS = {
     "seedbench": read_choices,
     "dpg": read_dpg,
 }
-BAD = yaml.safe_load(Path(__file__).with_name("annotations.yaml").read_text())
+TABLES = read_tables(__file__)
 COCO_NAME = "val2014/COCO_val2014_000000000007.jpg"
-COCO = {
-    "images": [{"id": 7, "file_name": COCO_NAME}, {"id": 0, "file_name": "b.jpg"}],
-    "annotations": [
-        {"image_id": 7, "caption": "one"},
-        {"image_id": 0, "caption": "two"},
-        {"image_id": 7, "caption": "three"},
-    ],
-}
-KARPATHY = {
-    "images": [
-        {
-            "filepath": "val2014",
-            "filename": "COCO_val2014_000000000007.jpg",
-            "cocoid": 7,
-            "split": "test",
-            "sentences": [{"raw": "one"}, {"raw": "three"}],
-        },
-        {"filename": "x.jpg", "cocoid": 8, "split": "val", "sentences": [{"raw": "two"}]},
-    ]
-}
-SEVEN = Sample(7, "", COCO_NAME, references=["one", "three"])
 
 
-def without_locations(samples: list[Sample]) -> list[Sample]:
-    return [replace(sample, location="") for sample in samples]
-
-
-VQA = {"questions": [{"question_id": 0, "image_id": 9, "question": "Who? "}]}
-VQA_ANSWERS = {
-    "annotations": [
-        {"question_id": 5, "answers": [{"answer": "of another set"}]},
-        {
-            "question_id": 0,
-            "answers": [{"answer": "x"}, {"answer": ""}],
-            "answer_type": "other",
-            "question_type": "what",
-        },
-    ]
-}
-VIZWIZ_IMAGE = "VizWiz_val_01.jpg"
-VIZWIZ = [{"image": VIZWIZ_IMAGE, "question": "Who?", "answers": [{"answer": "a fox"}]}]
-LISTED = [{"image": "a.jpg", "question": "Who?", "question_id": "one", "answer": ["x", "y"]}]
-GQA = {
-    "201": {
-        "question": "Who?",
-        "imageId": "n1",
-        "answer": "no",
-        "types": {"structural": "verify", "semantic": "attr"},
+@pytest.mark.parametrize("case", TABLES["published"].values(), ids=TABLES["published"])
+def test_read_of_each_format(case, tmp_path):
+    # As they are published.
+    file = write_any(tmp_path / "data.json", case["content"])
+    more = {
+        name: write_any(tmp_path / f"{name}.json", content)
+        for name, content in case.get("more", {}).items()
     }
-}
-
-
-@pytest.mark.parametrize(
-    "questions, answers, expected",
-    [
-        (VQA, None, Sample(0, "", 9, "Who?")),
-        (VQA, VQA_ANSWERS, Sample(0, "", 9, "Who?", ["x", ""], "other", "what", official=True)),
-        (
-            VIZWIZ,
-            VIZWIZ,
-            Sample(VIZWIZ_IMAGE, "", VIZWIZ_IMAGE, "Who?", ["a fox"], official=True),
-        ),
-        (LISTED, None, Sample("one", "", "a.jpg", "Who?", ["x", "y"])),
-        (GQA, None, Sample("201", "", "n1.jpg", "Who?", ["no"], "verify", "attr")),
-        # Ids are numbers in one file and texts in the other.
-        (VQA, [{"question_id": "0", "answer": "x"}], Sample(0, "", 9, "Who?", ["x"])),
-    ],
-    ids=["vqa", "vqa with answers", "vizwiz", "list", "gqa", "ids of two types"],
-)
-def test_read_questions_of_each_format(questions, answers, expected, tmp_path):
-    # The files of VQAv2, VizWiz, GQA and LaVIT's lists, as they are published.
-    file = write_any(tmp_path / "q.json", questions)
-    truth = None if answers is None else write_any(tmp_path / "a.json", answers)
-    assert without_locations(read_questions(file, truth)) == [expected]
-
-
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (COCO, [SEVEN, Sample(0, "", "b.jpg", references=["two"])]),
-        (KARPATHY, [replace(SEVEN, split="test")]),
-        ([{"image": COCO_NAME, "caption": ["one", "three"]}], [SEVEN]),
-        # Images with equal numbers in two folders are two images.
-        (
-            [{"image": f"{folder}/1.jpg", "caption": folder} for folder in "abba"],
-            [
-                Sample(1, "", "a/1.jpg", references=["a", "a"]),
-                Sample("b/1.jpg", "", "b/1.jpg", references=["b", "b"]),
-            ],
-        ),
-    ],
-    ids=["coco", "karpathy", "lavis", "equal numbers"],
-)
-def test_read_captions_of_each_format(content, expected, tmp_path):
-    # An image has all its references, in whichever order its captions are listed.
-    assert without_locations(read_captions(write_any(tmp_path / "c.json", content))) == expected
+    samples = READERS[case["reader"]](file, **more)
+    expected = [Sample(location="", **fields) for fields in case["samples"]]
+    assert [replace(sample, location="") for sample in samples] == expected
 
 
 def test_read_captions_of_texts_to_draw(tmp_path):
@@ -148,21 +65,13 @@ def test_read_captions_of_texts_to_draw(tmp_path):
     assert keys == [(9, "9.jpg"), ("item 1", "9.jpg"), ("item 2", None)]
 
 
-def test_read_captions_with_references_in_another_file(tmp_path):
-    # NoCaps' file has no file names.
-    path = write_any(tmp_path / "p.json", [{"image": "val/a.jpg", "img_id": 7}])
-    truth = write_any(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]})
-    expected = replace(SEVEN, image="val/a.jpg")
-    assert without_locations(read_captions(path, truth=truth)) == [expected]
-
-
 # ---- faults
 
 QUESTION = {"question_id": 2, "question": "Who?", "image": "a.jpg"}
 ANSWERED = {**QUESTION, "answer": "x"}
 
 
-@pytest.mark.parametrize("case", BAD["items"], ids=str)
+@pytest.mark.parametrize("case", TABLES["items"], ids=str)
 def test_an_unusable_item_does_not_end_the_file(case, tmp_path):
     # One broken line of a million is counted as bad, with its number.
     good = [{**ANSWERED, "question_id": id, "image": f"{id}.jpg", "caption": "a"} for id in (1, 9)]
@@ -185,24 +94,12 @@ def test_an_unusable_answer_of_another_file_is_of_its_question(tmp_path):
     assert re.search("q.jsonl: line 3: .*a.json.*item 1", samples[2].problem)
 
 
-@pytest.mark.parametrize(
-    "answer, references",
-    [
-        (2, ["2"]),
-        (2.0, ["2"]),  # of a table with empty cells
-        (2.5, ["2.5"]),
-        (True, ["yes"]),
-        (False, ["no"]),
-        (0, ["0"]),
-        ([2, "two"], ["2", "two"]),
-        ([{"answer": 2}, {"answer": "two"}], ["2", "two"]),
-    ],
-    ids=str,
-)
-def test_numbers_and_truth_values_are_texts(answer, references, tmp_path):
-    # "How many?" is answered by a number in most lists of one's own.
-    [sample] = read_questions(write_any(tmp_path / "q.json", [{**QUESTION, "answer": answer}]))
-    assert (sample.references, sample.problem, sample.official) == (references, "", False)
+@pytest.mark.parametrize("case", TABLES["answers"], ids=str)
+def test_numbers_and_truth_values_are_texts(case, tmp_path):
+    question = {**QUESTION, "answer": case["answer"]}
+    [sample] = read_questions(write_any(tmp_path / "q.json", [question]))
+    assert (sample.references, sample.problem) == (case["references"], "")
+    assert not sample.official
 
 
 ROWS = [{**QUESTION, "question_id": n, "image": f"{n}.png", "answer": n} for n in range(2)]
@@ -274,10 +171,10 @@ def write_dpg(path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", BAD["files"])
+@pytest.mark.parametrize("name", TABLES["files"])
 def test_a_file_of_another_layout_is_named_with_the_fault(name, tmp_path):
     # Half of a benchmark would be scored, or all of it as wrong.
-    case = BAD["files"][name]
+    case = TABLES["files"][name]
     if case["reader"] == "dpg":
         file = write_dpg(tmp_path / "data.csv", case["content"])
     else:
@@ -293,8 +190,9 @@ def test_samples_without_a_reference_are_of_another_set(tmp_path):
     with pytest.raises(DataError, match=r"a\.json.*q\.json.* 2\b"):
         read_questions(questions, answers)
     captions = write_any(tmp_path / "c.json", [{"image": "9.jpg"}])
+    coco = TABLES["published"]["coco"]["content"]
     with pytest.raises(DataError, match=r"gt\.json.*c\.json.* 9\b"):
-        read_captions(captions, truth=write_any(tmp_path / "gt.json", COCO))
+        read_captions(captions, truth=write_any(tmp_path / "gt.json", coco))
 
 
 def test_read_dpg_takes_prompts_of_files_and_numbers_of_any_order(tmp_path):

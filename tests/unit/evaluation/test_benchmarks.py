@@ -9,14 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from data_files import write_any
 from random_images import noise
 from tiny import read_json
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 
-BENCHMARKS = yaml.safe_load(Path(__file__).with_name("benchmarks.yaml").read_text())
+BENCHMARKS = read_tables(__file__)
 
 
 def evaluate(case: dict, lines: list[dict], model: Path) -> int:

@@ -1,10 +1,9 @@
 """Conversations of every format, converted to messages."""
 
 import re
-from pathlib import Path
 
 import pytest
-import yaml
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.conversations import (
     JOINED,
@@ -16,7 +15,7 @@ from seed_multimodal.data.formats.conversations import (
 )
 from seed_multimodal.data.formats.record import BadRecord
 
-CASES = yaml.safe_load(Path(__file__).with_name("conversations.yaml").read_text())
+CASES = read_tables(__file__)
 
 
 def ask(content="q", **keys) -> dict:
