@@ -60,17 +60,7 @@ def test_with_messages_keeps_the_masks_of_other_programs(key, value, learned):
     assert first.get("learned", True) is learned
 
 
-@pytest.mark.parametrize(
-    "item",
-    [
-        {"image_ids": [1], "text": "a"},
-        {"image_ids": [[1]], "data": ["q", "a"]},
-        {"image_ids": [1, 2], "data": "2020-01-01"},
-        {"image_ids": [1], "texts": [{"user": "q"}, {"user": "q", "assistant": "a"}]},
-        {"instruction": "q", "response": "a", "prompt": "p", "image_path": "a.jpg"},
-        {"source_image": "a.jpg", "target_image": "b.jpg", "source_image_ids": [1]},
-    ],
-)
+@pytest.mark.parametrize("item", CASES["others"], ids=str)
 def test_with_messages_of_other_records(item):
     # Records of other decoders with some of the same fields are unchanged.
     assert with_messages(item, "f") == item
