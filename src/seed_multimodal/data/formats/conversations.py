@@ -55,7 +55,10 @@ LEARNED = {
     **dict.fromkeys(_TABLES["learned"], True),
     **dict.fromkeys(_TABLES["masked"], False),
 }
-_FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_FLAGS = {
+    **dict.fromkeys(("true", "yes", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "0", "0.0"), False),
+}
 CONTENTS = ("content", "value", "text")
 IMAGES = ("images", "image")
 TURN_KEYS = {"role", "from", *CONTENTS, *IMAGES, *LEARNED, *_TABLES["turn"]}
@@ -80,6 +83,8 @@ _BRACKETS = r"(?-i:\[(?:IMG|IMAGE)[ _-]?(?P<bracketed>[0-9]*)\])"
 _BORDER = "(?:<[|]?(?:im|image|vision)_(?:start|end)[|]?>|<fake_token_around_image>)?"
 _MARKUP = re.compile(f"{_BORDER}(?:{_PAIR}|{_TAG}|{_BRACKETS}){_BORDER}", re.IGNORECASE)
 _CODE = re.compile("<img_([0-9]+)>")
+_ADDRESS = re.compile(rf"\w+://\S+(?:{'|'.join(IMAGE_SUFFIXES)})(?:\?|$)", re.IGNORECASE)
+_BASE64 = ("data:image/", "/9j/", "iVBORw0KGgo")  # JPEG, PNG
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ def with_messages(item: RecordFields, location: str) -> JsonObject:
             raise BadRecord("other media", f"{location}: has {name!r}; only images are read.")
     for name, meaning in LEARNED.items():
         value = fields.get(name)
-        if isinstance(value, list) or value == (not meaning):
+        flag = _FLAGS.get(str(value).lower())  # tables have texts
+        if isinstance(value, list) or flag is (not meaning):
             reason = "says that something is not learned; write it into the turns"
             raise BadRecord("unlearned answer", f"{location}: {name!r} {reason}.")
 
@@ -153,7 +159,7 @@ def not_a_conversation(fields: RecordFields) -> BadRecord:
 
 def _parse_json_texts(fields: JsonObject, location: str) -> None:
     """Parse turns that are stored as JSON text, as often in parquet tables."""
-    for key in (*TURNS, "texts", "data", "history", "prompt", "completion"):
+    for key in (*TURNS, "texts", "data", "history", "prompt", "completion", *IMAGES):
         value = fields.get(key)
         # Under the other keys may be a text, or a date.
         if isinstance(value, str) and (key in TURNS or re.match(r'\s*\[\s*["{[]', value)):
@@ -422,15 +428,22 @@ def _field_images(fields: RecordFields, n_images: int, location: str) -> list[Js
         if not files & {"", None} and not files >= {*map(_file_name, values)}:
             reason = "names an image that no turn has; write all of them into 'images'"
             raise BadRecord("unread image", f"{location}: {name!r} {reason}.")
+
+    # An address alone; else it is where the image is from.
+    for name, value in {} if images else fields.items():
+        if name not in OTHER_FIELDS and isinstance(value, str) and _ADDRESS.match(value):
+            reason = "is the address of an image; download it, and write its file into 'images'"
+            raise BadRecord("unread image", f"{location}: {name!r} {reason}.")
     return images
 
 
 def _file_name(image: JsonObject) -> str | None:
     """The name of an image's file; "": it is the content, None: neither."""
     value = image["image"]
-    if isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES) and "://" not in value:
-        return re.split(r"[\\/]", value)[-1]
-    return "" if isinstance(value, bytes) else None
+    if isinstance(value, bytes) or str(value).startswith(_BASE64):
+        return ""
+    is_path = isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+    return re.split(r"[\\/]", value)[-1] if is_path and "://" not in value else None
 
 
 def _repaired(turns: Sequence[Turn], location: str) -> tuple[str, list[Turn], list[str]]:
