@@ -51,6 +51,14 @@ _OUT_OF_MEMORY = (
 )
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context in which torch's generator of the CPU is seeded; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def return_freed_memory() -> None:
     """From now on, return blocks of 1 MB and more to the system when they are freed (glibc only).
 

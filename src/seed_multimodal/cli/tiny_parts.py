@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from seed_multimodal.config import read_table
+from seed_multimodal.device import seeded
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, PROCESSOR
@@ -118,8 +117,7 @@ def save_random(auto_class: Any, source: str, config: JsonObject, folder: Path) 
     from transformers import AutoConfig
 
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             model = auto_class.from_config(AutoConfig.for_model(**config))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(

@@ -66,26 +66,23 @@ class Task:
     pixels: Tensor | None = None  # of the images' views, uint8 [rows, 3, S, S]
 
 
+@dataclass
 class TaskDecoder:
     """`decoder(task)` is the decoded task. Equal images of a task are encoded once.
 
     views: views of each input image, augmented from `seed`.
     """
 
-    def __init__(
-        self,
-        record_type: RecordType,
-        settings: InputSettings,
-        transform: ImageTransform,
-        views: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.record_type = record_type
-        self.settings = settings
-        self.transform = transform
-        self.views = views if record_type.views else 1
-        self.seed = seed
-        self._keys = record_type.keys(settings.fields)
+    record_type: RecordType
+    settings: InputSettings
+    transform: ImageTransform
+    views: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.record_type.views:
+            self.views = 1
+        self._keys = self.record_type.keys(self.settings.fields)
 
     def __call__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []  # uint8 [3, S, S] of each row

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -132,7 +132,8 @@ def run(settings: RunSettings) -> int:
             Progress(f"{prefix}extraction", n_missing, "shard") as progress,
         ):
             progress.unit_scale = True  # show fractions of shards with two digits
-            writer = _RecordWriter(record_type, encoder, batch_size, settings.max_bad, progress)
+            bad = BadRecords(settings.max_bad, progress.write_line, "skipped: ")
+            writer = _RecordWriter(record_type, encoder, batch_size, bad, progress)
             for task in tasks:
                 writer.write_shard(queue.path(task.shard), chain([task], tasks))
                 queue.release(task.shard)
@@ -142,17 +143,18 @@ def run(settings: RunSettings) -> int:
     return DONE
 
 
+@dataclass
 class ShardQueue:
     """The shards that are not written yet, each locked until `release` or `close`.
 
     n_own: first ones, which are written also where the file system has no locks.
     """
 
-    def __init__(self, save_dir: Path, shards: Sequence[Shard], n_own: int) -> None:
-        self.save_dir = save_dir
-        self.shards = shards
-        self.n_own = n_own
-        self._locks: dict[str, ExitStack] = {}  # of shards that this process has begun
+    save_dir: Path
+    shards: Sequence[Shard]
+    n_own: int
+    # of shards that this process has begun
+    _locks: dict[str, ExitStack] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
         """The file of a shard."""
@@ -219,23 +221,16 @@ def _list_sizes(shards: list[Shard]) -> dict[str, int]:
     }
 
 
+@dataclass
 class _RecordWriter:
     """Writes shards from decoded tasks, which arrive in shard order."""
 
-    def __init__(
-        self,
-        record_type: RecordType,
-        encoder: Encoder,
-        batch_size: int,
-        max_bad: int,
-        progress: Progress,
-    ) -> None:
-        self.record_type = record_type
-        self.encoder = encoder
-        self.batch_size = batch_size
-        self.progress = progress
-        self.images = 0
-        self.bad = BadRecords(max_bad, progress.write_line, "skipped: ")
+    record_type: RecordType
+    encoder: Encoder
+    batch_size: int
+    bad: BadRecords
+    progress: Progress
+    images: int = 0
 
     def write_shard(self, path: Path, tasks: Iterator[Task]) -> None:
         """Write a shard and its counts. Raises DataError: too many broken samples in a row."""

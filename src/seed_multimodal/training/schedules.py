@@ -3,38 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from seed_multimodal.training.config import OptimSettings, StageSettings
 
 INVERSE_SQRT_STEPS = 10_000  # scale of this schedule without warm-up, as in transformers
-
-
-def _cosine(progress: float, floor: float) -> float:
-    """Half a cosine from 1 to `floor`; it rises again beyond a progress of 1."""
-    return max(0.0, 0.5 * ((1.0 + floor) + (1.0 - floor) * math.cos(math.pi * progress)))
-
-
-def _linear(progress: float, floor: float) -> float:
-    return max(0.0, 1.0 - (1.0 - floor) * progress)
-
-
-def _constant(progress: float, floor: float) -> float:
-    return 1.0
-
-
-# Each of `SCHEDULES` → share of the peak rate after the warm-up: a function of the progress
-# (0: end of the warm-up, 1: `max_steps`) and of the last share. Defaults of transformers: one cycle
-# and the power 1.
-DECAYS: dict[str, Callable[[float, float], float]] = {
-    "cosine": _cosine,
-    "cosine_with_restarts": _cosine,
-    "linear": _linear,
-    "polynomial": _linear,
-    "inverse_sqrt": _constant,
-    "constant": _constant,
-    "constant_with_warmup": _constant,
-}
 
 
 def scheduled_rate(
@@ -47,28 +19,37 @@ def scheduled_rate(
     floor: float,
     clamp: bool = True,
 ) -> float:
-    """Rate of a schedule at `position`: linear warm-up from 0 at position 0, then `DECAYS[kind]`.
+    """Rate of a schedule at `position`: linear warm-up from 0 at position 0, then its decay.
+
+    Defaults are those of transformers: one cycle, and the power 1.
 
     Source: AILab-CVC/SEED `MultiModalLLM/src/train/optimization.py`.
 
     Args:
         position: of `max_steps`; of optimizer steps or micro-batches, as `max_steps` and `warmup`.
+        kind: one of `SCHEDULES`.
         floor: share of the peak at `max_steps`.
         clamp: keep the final rate beyond `max_steps`; the original schedules rise again along the
             cosine.
     """
-    decay = DECAYS[kind]
     if kind == "constant":  # without warm-up, as in transformers
         return peak
     if position < warmup:
         return peak * position / warmup
+    if kind == "constant_with_warmup":
+        return peak
     if kind == "inverse_sqrt":
         scale = warmup or INVERSE_SQRT_STEPS
         return peak * math.sqrt(scale / (position - warmup + scale))
     progress = (position - warmup) / max(1, max_steps - warmup)
     if clamp:
         progress = min(1.0, progress)
-    return peak * decay(progress, floor)
+    if kind.startswith("cosine"):
+        # Half a cosine from 1 to `floor`, which rises again beyond a progress of 1.
+        share = 0.5 * ((1.0 + floor) + (1.0 - floor) * math.cos(math.pi * progress))
+    else:  # linear, polynomial
+        share = 1.0 - (1.0 - floor) * progress
+    return peak * max(0.0, share)
 
 
 def learning_rate(step: int, settings: StageSettings) -> float:

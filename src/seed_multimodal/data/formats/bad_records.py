@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields
@@ -20,6 +21,7 @@ REPAIRED = "repaired"
 TOO_LONG = "too long"
 
 
+@dataclass
 class BadRecords:
     """Counts unusable records by reason, with the first few of each.
 
@@ -30,18 +32,11 @@ class BadRecords:
     in_a_row: broken ones since the last usable record, at which its reader sets it to 0.
     """
 
-    def __init__(
-        self,
-        limit: float = 20,
-        log: Callable[[str], None] | None = None,
-        label: str = "",
-        counts: JsonObject | None = None,
-    ) -> None:
-        self.limit = limit
-        self.log = log
-        self.label = label
-        self.counts: JsonObject = {} if counts is None else counts
-        self.in_a_row = 0
+    limit: float = 20
+    log: Callable[[str], None] | None = None
+    label: str = ""
+    counts: JsonObject = field(default_factory=dict)
+    in_a_row: int = 0
 
     @property
     def total(self) -> int:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -103,12 +104,12 @@ def open_records(
     return FileRecords(record_files, name or ", ".join(map(str, patterns)) or format)
 
 
+@dataclass
 class FileRecords:
     """The concatenated records of several files."""
 
-    def __init__(self, record_files: Sequence[RecordFile], name: str) -> None:
-        self.record_files = record_files
-        self.name = name
+    record_files: Sequence[RecordFile]
+    name: str
 
     @cached_property
     def _sizes(self) -> list[list[int]]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -229,6 +229,7 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(state >> np.uint64(1))
 
 
+@dataclass
 class EpochOrder:
     """An endless order of `range(total)`, epoch by epoch.
 
@@ -236,21 +237,13 @@ class EpochOrder:
     block: largest number of samples of a block; 0: samples of all shards among each other.
     """
 
-    def __init__(
-        self,
-        total: int,
-        seed: int,
-        *,
-        shuffle: bool = True,
-        shard_sizes: np.ndarray | None = None,
-        block: int = SHUFFLE_BLOCK,
-    ) -> None:
-        self.total = total
-        self.seed = seed
-        self.shuffle = shuffle
-        self.shard_sizes = shard_sizes
-        self.block = block if shuffle and shard_sizes is not None else 0
-        self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
+    total: int
+    seed: int
+    _: KW_ONLY
+    shuffle: bool = True
+    shard_sizes: np.ndarray | None = None
+    block: int = SHUFFLE_BLOCK
+    _cache: dict[int, np.ndarray | _BlockPermutation] = field(default_factory=dict)  # by epoch
 
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""
@@ -427,6 +420,7 @@ class MixedOrder:
         return samples
 
 
+@dataclass
 class DistinctOrder:
     """An order in which no step holds a sample twice.
 
@@ -435,10 +429,9 @@ class DistinctOrder:
     size: positions of a step of all processes; there must be as many different samples.
     """
 
-    def __init__(self, order: EpochOrder | MixedOrder, size: int) -> None:
-        self.order = order
-        self.size = size
-        self._last: tuple[int, list[EpochSample]] = (-1, [])  # a step by its first position
+    order: EpochOrder | MixedOrder
+    size: int
+    _last: tuple[int, list[EpochSample]] = (-1, [])  # a step by its first position
 
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""

@@ -15,6 +15,7 @@ from seed_multimodal.data.formats.bad_records import RecordNote
 from seed_multimodal.data.formats.pairs import Pair, Pairs
 from seed_multimodal.data.stream.order import sample_seed
 from seed_multimodal.data.stream.step_batches import Sample, SampleDataset
+from seed_multimodal.device import seeded
 from seed_multimodal.images.io import open_image
 
 
@@ -88,7 +89,6 @@ class PairDataset(SourceDataset[CaptionedImage]):
         if hasattr(self.image_transform, "read"):
             image = self.image_transform.read(pair.image, name=pair.location, generator=generator)
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
+            with seeded(seed):
                 image = self.image_transform(open_image(pair.image, name=pair.location).image)
         return {"image": image, "caption": caption, "key": pair.key, "index": index}

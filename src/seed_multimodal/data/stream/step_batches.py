@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
@@ -68,6 +69,7 @@ class ListedSamples(SampleDataset[Sample]):
         return zlib.crc32(json.dumps(self.samples).encode())
 
 
+@dataclass
 class JoinedSource(Generic[Sample]):
     """Data sets as a source of a stream, in an order of all their samples, one set after another.
 
@@ -75,17 +77,12 @@ class JoinedSource(Generic[Sample]):
     """
 
     name = "images"
+    datasets: Sequence[SampleDataset[Sample]]
+    order: EpochOrder | MixedOrder | DistinctOrder
+    rows: int
 
-    def __init__(
-        self,
-        datasets: Sequence[SampleDataset[Sample]],
-        order: EpochOrder | MixedOrder | DistinctOrder,
-        rows: int,
-    ) -> None:
-        self.datasets = datasets
-        self.order = order
-        self.rows = rows
-        self._ends = list(accumulate(map(len, datasets)))
+    def __post_init__(self) -> None:
+        self._ends = list(accumulate(map(len, self.datasets)))
         self.size = self._ends[-1]
 
     def read(self, position: int) -> ReadResult[Sample]:

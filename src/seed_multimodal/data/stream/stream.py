@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -56,6 +57,7 @@ class Source(Protocol[Sample]):
         """Of the source's files."""
 
 
+@dataclass
 class SourceProgress:
     """What a process has used of a source.
 
@@ -64,16 +66,13 @@ class SourceProgress:
     counts: records (`draws`), what was skipped, and of a language model sequences and tokens.
     """
 
-    def __init__(self, chunks: Chunks, skipped: BadRecords) -> None:
-        self.chunks = chunks
-        self.skipped = skipped
-        self.delivered = 0
-        self.counts: JsonObject = {
-            "sequences": 0,
-            "tokens": 0,
-            "draws": 0,
-            "skipped": skipped.counts,
-        }
+    chunks: Chunks
+    skipped: BadRecords
+    delivered: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {"sequences": 0, "tokens": 0, "draws": 0}
+        self.counts: JsonObject = {**counts, "skipped": self.skipped.counts}
 
     def state(self) -> JsonObject:
         """For JSON."""
@@ -88,6 +87,7 @@ class SourceProgress:
         }
 
 
+@dataclass
 class Stream(Generic[Sample]):
     """The samples of one process until all sources are exhausted.
 
@@ -98,31 +98,21 @@ class Stream(Generic[Sample]):
     log: receives a line for the first few records skipped for each reason.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source[Sample]],
-        order: Order,
-        identity: JsonObject,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        job_size: int,
-        max_bad_in_a_row: int,
-        log: Callable[[str], None] | None = None,
-    ) -> None:
-        self.sources = sources
-        self.order = order
-        self.identity = identity
-        self.checksums = {source.name: source.checksum() for source in sources}
-        self.rank = rank
-        self.world = world
-        self.workers = workers
-        self.job_size = job_size
-        self.max_bad_in_a_row = max_bad_in_a_row
-        self.log = log
-        self.progress: list[SourceProgress] = []  # of each source
-        self._reader: _ReadAhead[Sample] | None = None  # None: workers are stopped
+    sources: Sequence[Source[Sample]]
+    order: Order
+    identity: JsonObject
+    _: KW_ONLY
+    rank: int = 0
+    world: int = 1
+    workers: int = 0
+    job_size: int
+    max_bad_in_a_row: int
+    log: Callable[[str], None] | None = None
+    progress: list[SourceProgress] = field(default_factory=list)  # of each source
+    _reader: _ReadAhead[Sample] | None = None  # None: workers are stopped
+
+    def __post_init__(self) -> None:
+        self.checksums = {source.name: source.checksum() for source in self.sources}
         self.seek(0)
 
     def next_unit(self) -> list[Sample]:

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from seed_multimodal.device import seeded
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.fingerprints import fingerprint, same_fingerprint
@@ -68,8 +67,7 @@ def export_stage1(
     state = load_state_dict(file)
     target = output_folder(out, force=force, label="the tokenizer", inputs=[checkpoint, vision])
     sizes = Stage1Sizes.read(Path(config) if config else file.with_name("config.json"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         model = LavitStage1(DynamicTokenizer(sizes.tokenizer), CodeDecoder(sizes.decoder))
 
     # 2. Their weights. Checkpoints leave the frozen vision encoder out.

@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.device import seeded
 from seed_multimodal.diffusion.networks import is_sdxl, pooled_dim
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators, Selection
@@ -365,8 +366,7 @@ def decoder_for(unet: nn.Module, folder: str | Path, seed: int = 0) -> tuple[Cod
         config = dataclasses.replace(config, prompt_dim=context_dim - n_pooled, pooled_dim=n_pooled)
 
     # 2. New heads on the stored blocks.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         decoder = CodeDecoder(config)
     blocks = {
         name: value for name, value in stored.state_dict().items() if not name.startswith(HEADS)

@@ -24,13 +24,13 @@ from seed_multimodal.config import project_path
 from seed_multimodal.data.decoders.features import FeatureDecoderOptions
 from seed_multimodal.data.stream.config import with_option
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.device import DTYPES
+from seed_multimodal.device import DTYPES, seeded
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
 from seed_multimodal.models.lavit.losses import UnifiedLoss
-from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
+from seed_multimodal.models.lavit.modeling import MODES, TokenMerger
 from seed_multimodal.models.lavit.processing import load_lavit_tokenizer
 from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.frozen import FrozenFeatures
@@ -124,8 +124,7 @@ class PretrainTask(LlmTask):
         settings = self.run.visual_encoder
 
         # 1. What is trained, from stage 1 or an earlier stage 2.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+        with seeded(settings.seed):
             width = visual.encoder.width
             merger = TokenMerger(visual.config, width)
             llm_width = int(find_llama(self.llm).config.hidden_size)
@@ -198,15 +197,9 @@ class PretrainTask(LlmTask):
         """Features `[n, N, D]` and selection mask `[n, N]` → codes of each image."""
         if not len(features):
             return []
-        all_codes: list[list[int]] = []
         batch_size = self.run.visual_encoder.at_once
-        batches = zip(features.split(batch_size), keep.split(batch_size), strict=True)
-        for batch_features, batch_keep in batches:
-            merged = self.visual.merge(batch_features, batch_keep)
-            rows, counts = kept_rows(merged, batch_keep)  # [T, D], and selected patches [n]
-            codes, _ = self.visual.quantize_rows(rows)
-            all_codes += [image_codes.tolist() for image_codes in codes.split(counts.tolist())]
-        return all_codes
+        batches = map(self.visual.codes, features.split(batch_size), keep.split(batch_size))
+        return [image_codes.tolist() for batch in batches for image_codes in batch]
 
     def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         batch = batch.to(self.device)
@@ -226,12 +219,12 @@ class PretrainTask(LlmTask):
 
     def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of language model or adapter, token merger and projector; original names."""
-        visual, others = _split_visual(weights)
-        return {**super().published(others), **visual}
+        return {**super().published(weights), **_visual_weights(weights)}
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """A `language_model` folder: files of LLaMA or an adapter, tokenizer, `visual_weight`."""
-        visual, others = _split_visual(weights)
+        visual = _visual_weights(weights)
+        others = {name: value for name, value in weights.items() if name not in visual}
         super().save(folder, others)
         save_state_dict(visual, folder / VISUAL_WEIGHTS)
 
@@ -248,16 +241,9 @@ class PretrainTask(LlmTask):
         load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
 
 
-def _split_visual(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of `PARTS`, and the others."""
-    visual: dict[str, Tensor] = {}
-    others: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if name.startswith(PARTS):
-            visual[name] = value
-        else:
-            others[name] = value
-    return visual, others
+def _visual_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of `PARTS`."""
+    return {name: value for name, value in weights.items() if name.startswith(PARTS)}
 
 
 def load_visual(parts: Mapping[str, nn.Module], path: Path) -> None:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.targets import RecordedCodes
-from seed_multimodal.device import DTYPES
+from seed_multimodal.device import DTYPES, seeded
 from seed_multimodal.diffusion.base import SAFETY_PARTS, scheduler_class
 from seed_multimodal.diffusion.networks import (
     DENOISERS,
@@ -217,8 +216,7 @@ class SeedDecoderTask(PixelTask):
                     f"model.start: its adapter has {adapter.config}, but this run needs {config}."
                 )
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(model.seed)
+            with seeded(model.seed):
                 adapter = CodeAdapter(config)
 
         adapter.requires_grad_(True)
@@ -249,8 +247,7 @@ class SeedDecoderTask(PixelTask):
         }
         known = inspect.signature(part_class.__init__).parameters
         sizes = {key: size for key, size in defaults.items() if key in known}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.model.seed)
+        with seeded(self.model.seed):
             return new_part("model.denoiser", part_class, {**sizes, **self.model.denoiser})
 
     def check_sizes(self, denoiser: nn.Module) -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.device import seeded
 from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.disk import read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -179,8 +180,7 @@ class SDXLAdapter(nn.Module):
     ) -> SDXLAdapter:
         """The start of a training: SDXL's own U-Net and a resampler of random weights."""
         # The random weights leave torch's global generator as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return cls(unet, ResamplerXLV2(sizes).to(unet.dtype)).train()
 
     @classmethod

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from seed_multimodal.config import from_compat, project_path
 from seed_multimodal.data.decoders.features import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.device import DTYPES, copy_to
+from seed_multimodal.device import DTYPES, copy_to, seeded
 from seed_multimodal.disk import JsonObject, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed_x.data import SeedXOptions
@@ -343,8 +343,7 @@ def build_agent(llm: nn.Module, settings: AgentModel) -> TrainedAgent:
     Raises:
         CheckpointError: as `load_agent`, or another LoRA scale.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         agent = TrainedAgent(
             llm,
             Resampler(settings.input_resampler),

@@ -7,7 +7,6 @@ zeros.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.pixel_decoder.config import PixelModel, PixelRunSettings
-from seed_multimodal.training.pixel_decoder.task import PixelTask
+from seed_multimodal.training.pixel_decoder.task import PixelTask, copy_part
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_folder as find_parts
 
@@ -131,9 +130,7 @@ class DetokenizerTask(PixelTask):
         """The adapter."""
         SDXLAdapter(denoiser, teacher.resampler).save_pretrained(folder)
         for name in CONDITIONER_FOLDERS:
-            source = Path(self.model.teacher) / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name)
+            copy_part(Path(self.model.teacher) / name, folder / name)
 
     def save_trained(self, detokenizer: SdxlDetokenizer, folder: Path) -> None:
         """Write the adapter for `SDXLAdapter.from_pretrained`."""

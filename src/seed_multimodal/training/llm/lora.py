@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.device import seeded
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.lora import ADAPTER_FILES, check_mergeable
@@ -100,9 +101,8 @@ def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) 
     _check_modules(llama, values)
     try:
         config = LoraConfig(**values)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with seeded(seed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated names in transformers
-            torch.manual_seed(seed)
             model = get_peft_model(llama, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"lora: {first_line(error)}") from error

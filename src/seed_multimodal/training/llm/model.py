@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.config import project_path
-from seed_multimodal.device import DTYPES
+from seed_multimodal.device import DTYPES, seeded
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.llm import (
     LLAMA,
@@ -156,8 +156,7 @@ def _random_llm(sizes: Mapping[str, Any], tokenizer: TextTokenizer, seed: int) -
     # The tokenizer determines the vocabulary.
     fields = {**sizes, **tokenizer.special_ids, "vocab_size": tokenizer.vocabulary.size}
     fields.pop("model_type", None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             config = config_class(**fields)
             check_sizes(config, "sizes")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.pixel_decoder.config import PixelRunSettings
 from seed_multimodal.training.pixel_decoder.encoders import EncodedImages, signed, to_image
 from seed_multimodal.training.pixel_decoder.task import PixelTask, Reconstruction
-
-if TYPE_CHECKING:
-    from seed_multimodal.data.stream.targets import TargetBatch
 
 SCALES = (1, 2, 4)  # pixels a side of the means that are compared
 
@@ -81,16 +78,15 @@ class AutoencoderDistillation(Reconstruction):
     def losses(
         self,
         model: nn.Module,
-        batch: TargetBatch,
+        images: EncodedImages,
         latents: Tensor,
-        encoded: EncodedImages,
         generator: torch.Generator,
     ) -> Mapping[str, Tensor]:
         """`mse` is that of the pixels."""
         task = self.task
         with torch.no_grad():
             wanted = task.encoders.moments.model.decode(latents / task.scale + task.shift).sample
-        pixels = signed(copy_to(task.device, batch["image"]))
+        pixels = signed(copy_to(task.device, images.batch["image"]))
         student_latents, output = model(pixels, latents)
         error = output.float() - wanted
 
@@ -135,7 +131,7 @@ class AutoencoderTask(PixelTask):
         self.width = vae.config.decoder_block_out_channels[0]
         return Student(vae).train()
 
-    def draw_samples(self, batch: TargetBatch, encoded: EncodedImages) -> list[Image.Image]:
+    def draw_samples(self, images: EncodedImages) -> list[Image.Image]:
         """The student's reconstructions."""
-        output = self.module.vae(signed(copy_to(self.device, batch["image"]))).sample
+        output = self.module.vae(signed(copy_to(self.device, images.batch["image"]))).sample
         return list(map(to_image, (output * 127.5 + 127.5).clamp(0, 255).byte().cpu()))

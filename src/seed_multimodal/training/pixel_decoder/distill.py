@@ -44,8 +44,6 @@ from seed_multimodal.training.pixel_decoder.task import (
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from seed_multimodal.data.stream.targets import TargetBatch
-
 NO_GUIDANCE = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
 
 
@@ -131,9 +129,8 @@ class Distillation(Reconstruction):
     def losses(
         self,
         model: nn.Module,
-        batch: TargetBatch,
+        images: EncodedImages,
         latents: Tensor,
-        encoded: EncodedImages,
         generator: torch.Generator,
     ) -> Mapping[str, Tensor]:
         """How far the student's step ends from the teacher's steps."""
@@ -145,8 +142,8 @@ class Distillation(Reconstruction):
         seeds = torch.randint(2**62, (n_images,), generator=generator).tolist()
         guided = self.drawing_settings(latents, guidance_scale=self.model.teacher_guidance)
         unguided = self.drawing_settings(latents, **self.unguided)
-        teacher_run = self.denoising(guided, batch, encoded, seeds)
-        student_run = self.denoising(unguided, batch, encoded, seeds)
+        teacher_run = self.denoising(guided, images, seeds)
+        student_run = self.denoising(unguided, images, seeds)
 
         # 2. Each image's latents at the start of one of the student's steps.
         n_steps = self.model.student_steps
@@ -190,20 +187,17 @@ class Distillation(Reconstruction):
 
     @torch.no_grad()
     def denoising(
-        self,
-        settings: DrawingSettings,
-        batch: TargetBatch,
-        encoded: EncodedImages,
-        seeds: Sequence[int],
+        self, settings: DrawingSettings, images: EncodedImages, seeds: Sequence[int]
     ) -> Denoising:
         """Conditions of a batch as in drawing."""
         teacher = self.teacher
-        embeds = self.task.embeds(encoded.conditions)
+        embeds = self.task.embeds(images.conditions)
         negatives = self.task.null_embeds
         if negatives is not None:
             negatives = negatives.expand(len(embeds), *negatives.shape[1:])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return teacher.prepare(settings, generators, embeds, negatives, condition_images(batch))
+        conditions = condition_images(images.batch)
+        return teacher.prepare(settings, generators, embeds, negatives, conditions)
 
     # ---- the result
 

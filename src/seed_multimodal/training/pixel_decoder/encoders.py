@@ -28,13 +28,15 @@ def latent_moments(vae: nn.Module, device: torch.device, batch_size: int = 16) -
 
 @dataclass
 class EncodedImages:
-    """What frozen models compute of a batch."""
+    """A batch, and what frozen models compute of it."""
 
+    batch: TargetBatch
     conditions: Tensor  # codes or embeddings of the encoder's images
     moments: Tensor  # of `latent_moments`, of the targets
     condition_latents: Tensor | None = None  # [B, C, h, w], mean latents of the condition images
 
 
+@dataclass
 class ImageEncoders:
     """Conditions and latents of a batch of `TargetPairs` of one size, computed on the device.
 
@@ -42,15 +44,15 @@ class ImageEncoders:
     moments: `latent_moments`.
     """
 
-    def __init__(self, conditions: FrozenFeatures, moments: FrozenFeatures) -> None:
-        self.conditions = conditions
-        self.moments = moments
-        self.device = moments.device
+    conditions: FrozenFeatures
+    moments: FrozenFeatures
 
     @torch.no_grad()
     def __call__(self, batch: TargetBatch) -> EncodedImages:
-        with torch.autocast(self.device.type, enabled=False):
+        device = self.moments.device
+        with torch.autocast(device.type, enabled=False):
             encoded = EncodedImages(
+                batch,
                 conditions=self.conditions(batch["encoder_image"]),
                 moments=self.moments(batch["image"]),
             )
@@ -62,7 +64,7 @@ class ImageEncoders:
             rows = batch["conditioned"].nonzero().flatten()
             if len(rows):
                 means = self.moments(batch["condition"][rows])[:, :channels]
-                latents[rows.to(self.device)] = means
+                latents[rows.to(device)] = means
             encoded.condition_latents = latents
         return encoded
 

@@ -39,7 +39,7 @@ from seed_multimodal.diffusion.networks import (
     predict,
 )
 from seed_multimodal.diffusion.objectives import NoisyLatents, Objective, build_objective
-from seed_multimodal.diffusion.training import ConditionDropout, train_denoiser
+from seed_multimodal.diffusion.training import train_denoiser
 from seed_multimodal.disk import atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
@@ -146,11 +146,6 @@ class Reconstruction:
         return self.task.load_scheduler()
 
     @cached_property
-    def dropout(self) -> ConditionDropout:
-        """Shares of images without conditions."""
-        return self.task.model.condition_dropout
-
-    @cached_property
     def objective(self) -> Objective:
         """What the denoiser predicts."""
         return build_objective(self.scheduler(), self.task.model.flow_times)
@@ -164,24 +159,24 @@ class Reconstruction:
     def losses(
         self,
         model: nn.Module,
-        batch: TargetBatch,
+        images: EncodedImages,
         latents: Tensor,
-        encoded: EncodedImages,
         generator: torch.Generator,
     ) -> Mapping[str, Tensor]:
         """`total_loss` and `mse` of images of one size, for some without conditions."""
         task = self.task
-        without, without_image = self.dropout.draw(len(latents), generator)
+        dropout = task.model.condition_dropout
+        without, without_image = dropout.draw(len(latents), generator)
         noisy = NoisyLatents.sample(self.objective, latents, generator)
-        condition_latents = encoded.condition_latents
+        condition_latents = images.condition_latents
         if condition_latents is not None:
             without_image = without_image.to(latents.device)[:, None, None, None]
             condition_latents = condition_latents * ~without_image
         prediction = model(
             noisy.latents,
             noisy.steps,
-            task.embeds(encoded.conditions),
-            copy_to(task.device, batch["time_ids"]),
+            task.embeds(images.conditions),
+            copy_to(task.device, images.batch["time_ids"]),
             without.to(latents.device),
             condition_latents,
         )
@@ -229,7 +224,7 @@ class PixelTask(RunTask):
         if run.model.teacher:
             self.learner = pkgutil.resolve_name(DISTILLATION)(self)
         # Batches of the images that are sampled, from the first samples on.
-        self.sample_batches: list[tuple[TargetBatch, EncodedImages]] = []
+        self.sample_batches: list[EncodedImages] = []
 
     # ---- defined by subclasses
 
@@ -382,9 +377,9 @@ class PixelTask(RunTask):
         loss = torch.zeros((), device=self.device)
         mse = torch.zeros((), device=self.device)
         for part in batch.parts:
-            encoded = self.encoders(part)
-            latents = sample_latents(encoded.moments, self.scale, batch.generator, self.shift)
-            losses = self.learner.losses(model, part, latents, encoded, batch.generator)
+            images = self.encoders(part)
+            latents = sample_latents(images.moments, self.scale, batch.generator, self.shift)
+            losses = self.learner.losses(model, images, latents, batch.generator)
             share = len(part["key"]) / n_images
             loss = loss + share * losses["total_loss"]
             mse = mse + share * losses["mse"]
@@ -397,9 +392,9 @@ class PixelTask(RunTask):
         drawings: list[Image.Image] = []
         originals: list[Image.Image] = []
         self.module.eval()
-        for batch, encoded in self.sample_batches:
-            drawings += self.draw_samples(batch, encoded)
-            originals += map(to_image, batch["image"])
+        for images in self.sample_batches:
+            drawings += self.draw_samples(images)
+            originals += map(to_image, images.batch["image"])
         self.module.train()
 
         # 2. Write one sheet with both.
@@ -411,14 +406,14 @@ class PixelTask(RunTask):
         if run.board is not None:
             run.board.add_image("samples", np.asarray(sheet), run.step, dataformats="HWC")
 
-    def draw_samples(self, batch: TargetBatch, encoded: EncodedImages) -> list[Image.Image]:
-        """Images of a batch's conditions."""
+    def draw_samples(self, images: EncodedImages) -> list[Image.Image]:
+        """Drawings of a batch's conditions."""
         detokenizer = self.module.detokenizer
         unit = detokenizer.size_unit
-        height, width = batch["image"].shape[2:]
-        embeds = self.embeds(encoded.conditions)
+        height, width = images.batch["image"].shape[2:]
+        embeds = self.embeds(images.conditions)
         drawings: list[Image.Image] = []
-        for row, condition in enumerate(condition_images(batch) or [None] * len(embeds)):
+        for row, condition in enumerate(condition_images(images.batch) or [None] * len(embeds)):
             drawings += detokenizer(
                 embeds[row : row + 1],
                 condition_images=[condition],
@@ -429,7 +424,7 @@ class PixelTask(RunTask):
             )
         return drawings
 
-    def _held_out_batches(self) -> list[tuple[TargetBatch, EncodedImages]]:
+    def _held_out_batches(self) -> list[EncodedImages]:
         """The first images of the held-out source, by size."""
         held_out = self.run.data.held_out
         dataset = self._target_pairs(held_out.open() if held_out else self.sources[0])
@@ -437,7 +432,7 @@ class PixelTask(RunTask):
         data = StepBatches(
             [dataset], n_samples, seed=0, shuffle=False, collate=by_size, log=self._log
         )
-        return [(batch, self.encoders(batch)) for batch in data.at(0)]
+        return list(map(self.encoders, data.at(0)))
 
     def close(self) -> None:
         """Stop the data workers, if started."""
