@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +69,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(steps, reverse=True)
 
 
+@dataclass
 class CheckpointStore:
     """The checkpoints of one run.
 
@@ -77,25 +79,20 @@ class CheckpointStore:
         branch: the checkpoint of another run that this run was started from by `resume`, or "".
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        group: ProcessGroup,
-        settings: TrainerSettings,
-        log: Callable[[str], None],
-    ) -> None:
-        self.folder = folder
-        self.group = group
-        self.settings = settings
-        self.log = log
-        self.last_step: int | None = None
-        self.last_folder: Path | None = None
-        self.branch = ""
+    folder: Path
+    group: ProcessGroup
+    settings: TrainerSettings
+    log: Callable[[str], None]
+    last_step: int | None = None
+    last_folder: Path | None = None
+    branch: str = ""
+    writing: Future[None] | None = None
+    _step: int | None = None  # of the checkpoint in writing, equal in all processes
+
+    def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._step: int | None = None  # of the checkpoint in writing, equal in all processes
-        self.writing: Future[None] | None = None
-        if group.first:  # of a killed run
-            for path in folder.glob(".checkpoint-*"):
+        if self.group.first:  # of a killed run
+            for path in self.folder.glob(".checkpoint-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------- resuming

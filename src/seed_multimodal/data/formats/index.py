@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from seed_multimodal.data.formats.storage import DataFile, is_remote, read_safely, stat
+from seed_multimodal.data.formats.storage import FileReader, is_remote, read_safely, stat
 from seed_multimodal.disk import atomic_open, disk_reason
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
@@ -28,15 +28,10 @@ VERSION = "6"
 Arrays = Mapping[str, np.ndarray]
 
 
-class IndexedFile:
+class IndexedFile(FileReader):
     """A file with indexed records; base of the readers."""
 
     kind = ""
-
-    def __init__(self, file: DataFile) -> None:
-        self.file = file
-        self.path = file.path
-        self.files = [file.path]
 
     def scan(self) -> Arrays:
         """Build the index from the file's content. Raises DataError, or an error of reading."""

@@ -18,7 +18,7 @@ from seed_multimodal.data.formats.bad_records import VALUE_ERRORS, unusable_valu
 from seed_multimodal.data.formats.contents import BOM, QUESTIONS, check_text
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, FieldValue, JsonObject, Record
-from seed_multimodal.data.formats.storage import DataFile, open_binary, read_all
+from seed_multimodal.data.formats.storage import FileReader, open_binary, read_all
 from seed_multimodal.errors import DataError, first_line
 
 # Keys of the lists in official files: COCO's and VQA's, prompts, Karpathy's; what a record has of
@@ -62,18 +62,11 @@ class JsonLines(IndexedFile):
         return Record(key, f"{self.path}: {key}", {}, {"json": line}, self.path)
 
 
-class JsonList:
+class JsonList(FileReader):
     """The items of a .json list, or an object per line, by index.
 
     They are one buffer, which forked workers share.
-
-    joined: VQA's annotations get the questions of the official file beside them.
     """
-
-    def __init__(self, file: DataFile, joined: bool = True) -> None:
-        self.path = file.path
-        self.files = [file.path]
-        self.joined = joined
 
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray]:
@@ -121,7 +114,7 @@ class JsonList:
         # A record may have images, or prompts, of its own.
         if not key or (key in OWN and not {"file_name", "filename", "prompt"} & names):
             return None
-        if key == "questions" and self.joined:
+        if key == "questions" and self.file.joined:
             raise DataError(
                 f"{self.path}: has questions without answers; give the file of their annotations."
             )
@@ -130,7 +123,7 @@ class JsonList:
         try:
             if key == "annotations":
                 _add_images(items, content.get("images", ()))
-                if self.joined and "question_id" in names and "question" not in names:
+                if self.file.joined and "question_id" in names and "question" not in names:
                     self._add_questions(items, content["data_subtype"])
         except VALUE_ERRORS as error:
             raise unusable_value(error, self.path) from error

@@ -12,6 +12,7 @@ from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record, f
 from seed_multimodal.data.formats.storage import (
     EXACT_READS,
     DataFile,
+    FileReader,
     is_remote,
     open_ranges,
     read_safely,
@@ -29,13 +30,8 @@ CACHED_BYTES = 1 << 30  # of row groups in a process
 _groups: OrderedDict[tuple[int, int], pyarrow.Table] = OrderedDict()
 
 
-class ParquetFile:
+class ParquetFile(FileReader):
     """The unread rows of a parquet file by index."""
-
-    def __init__(self, file: DataFile) -> None:
-        self.file = file
-        self.path = file.path
-        self.files = [file.path]
 
     @cached_property
     def _ends(self) -> list[int]:

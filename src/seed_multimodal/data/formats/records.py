@@ -43,7 +43,7 @@ from seed_multimodal.settings import check_keys
 
 J = TypeVar("J")
 R = TypeVar("R")
-_OPENERS: dict[str, Callable[..., RecordFile]] = {
+_OPENERS: dict[str, Callable[[DataFile], RecordFile]] = {
     "tar": TarFile,
     "jsonl": JsonLines,
     "json": JsonList,
@@ -58,12 +58,6 @@ CHECKED_FILES = 32
 CHECKED_BLOCKS = 64
 
 
-def open_file(path: str | Path, format: str, joined: bool = True, **access: Any) -> RecordFile:
-    """Open one file or folder of a format of ours; arguments as of `open_records`."""
-    file = DataFile(path, **access)
-    return JsonList(file, joined) if format == "json" else _OPENERS[format](file)
-
-
 def open_records(
     files: str | Path | Sequence[str | Path] | None,
     *,
@@ -76,7 +70,7 @@ def open_records(
 
     format: as of `find_files`, or a registered one, with its `options`.
     name: of the source in logs and counts.
-    access: `cache` and `in_order`, as of `storage.DataFile`; `joined`, as of `JsonList`.
+    access: `cache`, `in_order` and `joined`, as of `storage.DataFile`.
 
     Raises ConfigError: unknown format or option.
     """
@@ -99,7 +93,7 @@ def open_records(
     else:
         check_keys(options, option_names, f"options of format {format}")
         record_files = [
-            open_file(path, kind, **access) for path, kind in find_files(patterns, format)
+            _OPENERS[kind](DataFile(path, **access)) for path, kind in find_files(patterns, format)
         ]
     return FileRecords(record_files, name or ", ".join(map(str, patterns)) or format)
 
@@ -202,7 +196,7 @@ def _indexing_order(n_files: int) -> list[int]:
 
 def write_indexes(patterns: Sequence[str | Path], processes: int) -> int:
     """Write the indexes of all tars and JSONL files; returns their number."""
-    files = [open_file(path, file_format) for path, file_format in find_files(patterns)]
+    files = [_OPENERS[format](DataFile(path)) for path, format in find_files(patterns)]
     indexed = [file for file in files if isinstance(file, IndexedFile)]
     results = run_in_processes(IndexedFile.write_index, indexed, processes, "index")
     return len(list(results))

@@ -134,14 +134,20 @@ class DataFile:
     cache: folder for copies of remote files. None: `default_cache`, where there is space; False: no
         copies, range requests.
     in_order: it is read once from begin to end, without a copy.
+    joined: VQA's annotations get the questions of the official file beside them.
     """
 
     def __init__(
-        self, path: str | Path, cache: str | bool | None = None, in_order: bool = False
+        self,
+        path: str | Path,
+        cache: str | bool | None = None,
+        in_order: bool = False,
+        joined: bool = True,
     ) -> None:
         self.path = str(path)
         self.cache = False if in_order else cache
         self.in_order = in_order
+        self.joined = joined
         self.number = next(_numbers)  # of opened files in this process, also in its workers
 
     def read(self, offset: int, size: int) -> bytes:
@@ -182,6 +188,15 @@ class DataFile:
                 f"({str(error).rstrip('.')}); set cache to a folder with space."
             )
             return self.path
+
+
+class FileReader:
+    """Base of the readers of a file; `files`: those that are read."""
+
+    def __init__(self, file: DataFile) -> None:
+        self.file = file
+        self.path = file.path
+        self.files = [file.path]
 
 
 def read_safely(
