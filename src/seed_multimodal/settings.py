@@ -108,6 +108,21 @@ def setting(
     return dataclasses.field(default=default, metadata=options)
 
 
+def positive(default: object = dataclasses.MISSING) -> Any:
+    """A `setting` that is a number from 1 on."""
+    return setting(default, minimum=1)
+
+
+def non_negative(default: object = dataclasses.MISSING) -> Any:
+    """A `setting` that is a number from 0 on."""
+    return setting(default, minimum=0)
+
+
+def fraction(default: float) -> Any:
+    """A `setting` from 0 to 1."""
+    return setting(default, minimum=0, maximum=1)
+
+
 # ---- reading
 
 

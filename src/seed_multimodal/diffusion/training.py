@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.settings import check_keys, setting
+from seed_multimodal.settings import check_keys, fraction
 
 TrainedLayers = Literal["key_value", "all"]  # of a denoiser
 # Of all attentions; Stable Diffusion 3 has others for the conditions.
@@ -45,9 +45,9 @@ class ConditionDropout:
     Our choice, as in InstructPix2Pix.
     """
 
-    embeds: float = setting(0.05, minimum=0, maximum=1)
-    image: float = setting(0.05, minimum=0, maximum=1)
-    both: float = setting(0.05, minimum=0, maximum=1)
+    embeds: float = fraction(0.05)
+    image: float = fraction(0.05)
+    both: float = fraction(0.05)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Samples without embeddings, and without condition image: bool `[count]`, on the CPU."""

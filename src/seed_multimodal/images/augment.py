@@ -23,7 +23,7 @@ from seed_multimodal.images.transforms import (
     resize_passes,
     to_bytes,
 )
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import check_settings, fraction, positive, setting
 
 RATIO = (3 / 4, 4 / 3)  # width / height of the crop
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -41,10 +41,10 @@ class TrainTransform:
     interpolation: the original's is bicubic.
     """
 
-    image_size: int = setting(224, minimum=1)
+    image_size: int = positive(224)
     min_scale: float = setting(0.5, above=0, maximum=1)
     max_scale: float = setting(1.0, above=0, maximum=1)
-    flip: float = setting(0.5, minimum=0, maximum=1)
+    flip: float = fraction(0.5)
     scaled_decoding: bool = True
     interpolation: str = setting("bicubic", choices=tuple(INTERPOLATIONS))
 

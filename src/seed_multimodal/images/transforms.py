@@ -32,7 +32,7 @@ from torch import Tensor
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, open_image, to_rgb
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import check_settings, positive, setting
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -100,7 +100,7 @@ class ImageTransform:
     mean, std: of each channel, of values from 0 to 1.
     """
 
-    image_size: int = setting(224, minimum=1)
+    image_size: int = positive(224)
     keep_ratio: bool = False
     interpolation: str = setting("bilinear", choices=tuple(INTERPOLATIONS))
     shorter_side: int | None = setting(None, minimum=1)

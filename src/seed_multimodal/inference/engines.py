@@ -21,7 +21,7 @@ from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import check_settings, positive, setting
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
@@ -65,7 +65,7 @@ class EngineOptions:
     name: str = setting(TORCH, choices=(TORCH, LLAMA_CPP, COMPLETION_SERVER, NO_ENGINE))
     url: str | None = None
     gguf: str | Path | None = None
-    max_running: int = setting(MAX_RUNNING, minimum=1)
+    max_running: int = positive(MAX_RUNNING)
     kv_cache: float | None = setting(None, above=0)
     compiled: bool = False
     offload_device: torch.device | None = None

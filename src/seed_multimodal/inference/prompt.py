@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.settings import SEEDS, setting
+from seed_multimodal.settings import SEEDS, fraction, non_negative, positive, setting
 
 # Below it sampling is greedy (scores differ by more than 0.0001 of it); above the maximum scores
 # overflow.
@@ -57,11 +57,11 @@ class GenerationSettings:
     true ends the answer.
     """
 
-    max_new_tokens: int = setting(512, minimum=1)
-    min_new_tokens: int = setting(0, minimum=0)
+    max_new_tokens: int = positive(512)
+    min_new_tokens: int = non_negative(0)
     temperature: float = setting(1.0, minimum=0, maximum=MAX_TEMPERATURE)
-    top_p: float = setting(0.5, minimum=0, maximum=1)
-    top_k: int = setting(50, minimum=0)  # 0: off
+    top_p: float = fraction(0.5)
+    top_k: int = non_negative(50)  # 0: off
     num_beams: int = setting(1, minimum=1, maximum=1000)
     length_penalty: float = 1.0
     early_stopping: bool = False

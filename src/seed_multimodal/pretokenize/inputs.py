@@ -15,7 +15,7 @@ from seed_multimodal.data.formats.record import JsonObject, RecordFields, Record
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import positive, read_settings, setting
 
 
 @dataclass
@@ -38,8 +38,8 @@ class InputSettings:
     similarity_thr: int | float | None = None
     min_resolution: int | float | None = None
     min_aspect_ratio: int | float | None = setting(None, above=0, maximum=1)
-    num_frames: int = setting(4, minimum=1)  # frames sampled from each video
-    num_images: int | None = setting(5, minimum=1)  # images of a story; None: 2 or more
+    num_frames: int = positive(4)  # frames sampled from each video
+    num_images: int | None = positive(5)  # images of a story; None: 2 or more
 
 
 def read_input_settings(

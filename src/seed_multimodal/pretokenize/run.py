@@ -44,7 +44,7 @@ from seed_multimodal.pretokenize.inputs import (
 )
 from seed_multimodal.pretokenize.record_types import RECORD_TYPES, RecordType, replace_images
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_identity, check_settings, setting
+from seed_multimodal.settings import check_identity, check_settings, non_negative, positive, setting
 
 Codes = list[int]  # of an image
 
@@ -66,12 +66,12 @@ class RunSettings:
     image_transform: str | None = None  # YAML file; None: the tokenizer's transform
     # samples decoded and images encoded per batch
     batch_size: int | None = setting(None, minimum=1)
-    workers: int = setting(4, minimum=0)  # decode processes
+    workers: int = non_negative(4)  # decode processes
     # views per image (kinds caption, qa and chat), augmented from `seed`
-    views: int = setting(1, minimum=1)
+    views: int = positive(1)
     seed: int = 0
-    block: int = setting(10_000, minimum=1)  # records per output shard for other inputs than tars
-    max_bad: int = setting(20, minimum=1)  # consecutive broken samples that stop the run
+    block: int = positive(10_000)  # records per output shard for other inputs than tars
+    max_bad: int = positive(20)  # consecutive broken samples that stop the run
 
 
 def run(settings: RunSettings) -> int:

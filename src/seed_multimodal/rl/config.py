@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import check_settings, non_negative, positive, setting
 from seed_multimodal.training.config import RunTrainerSettings
 from seed_multimodal.training.hydra_task import RunSettings
 
@@ -60,12 +60,12 @@ class RlDataSettings:
     prompts: str
     rewards: list[RewardSettings]
     eval_prompts: str | None = None
-    batch_size: int = setting(12, minimum=1)
+    batch_size: int = positive(12)
     group_size: int = setting(8, minimum=2)
     temperature: float = setting(1.0, above=0)
     rewarded_codes: int | None = setting(None, minimum=1)
     drawing: dict[str, Any] = field(default_factory=dict)
-    seed: int = setting(0, minimum=0)
+    seed: int = non_negative(0)
 
     def __post_init__(self) -> None:
         """Raise ConfigError: a limit, no reward, or two of one name."""
@@ -92,8 +92,8 @@ class RlTrainerSettings(RunTrainerSettings):
 
     precision: str = setting("fp32", choices=("bf16", "fp32"))
     spread: bool = True
-    kl_weight: float = setting(0.0, minimum=0)
-    eval_steps: int = setting(0, minimum=0)
+    kl_weight: float = non_negative(0.0)
+    eval_steps: int = non_negative(0)
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import evaluating
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, non_negative, positive
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.task import RunView, StageTask
 
@@ -39,11 +39,11 @@ class CodebookHealth:
         restart_until: share of the run after which no codes are restarted.
     """
 
-    codebook_warmup: int = setting(0, minimum=0)
+    codebook_warmup: int = non_negative(0)
     kmeans_start: bool = False
-    kmeans_images: int = setting(2048, minimum=1)
-    restart_every: int = setting(0, minimum=0)
-    restart_until: float = setting(0.8, minimum=0, maximum=1)
+    kmeans_images: int = positive(2048)
+    restart_every: int = non_negative(0)
+    restart_until: float = fraction(0.8)
 
 
 class Codebook:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import DataclassInstance, setting
+from seed_multimodal.settings import DataclassInstance, fraction, non_negative, positive, setting
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 # Schedules, named as in transformers → settings that they do not read.
@@ -73,22 +73,22 @@ class TrainerSettings:
         timeout_minutes: timeout of steps and collective operations.
     """
 
-    max_steps: int = setting(1000, minimum=1)
-    gradient_accumulation_steps: int = setting(1, minimum=1)
+    max_steps: int = positive(1000)
+    gradient_accumulation_steps: int = positive(1)
     precision: str = setting("bf16", choices=PRECISIONS)
-    max_grad_norm: float = setting(1.0, minimum=0)
+    max_grad_norm: float = non_negative(1.0)
     ema: float = setting(0.0, minimum=0, below=1)
-    seed: int = setting(42, minimum=0)
+    seed: int = non_negative(42)
     device: str = "auto"
-    dataloader_num_workers: int = setting(2, minimum=0)
-    logging_steps: int = setting(1, minimum=1)
+    dataloader_num_workers: int = non_negative(2)
+    logging_steps: int = positive(1)
     report_to: list[str] = setting(
         factory=lambda: ["tensorboard"], choices=("tensorboard", "wandb")
     )
     run_name: str | None = None
     curves: bool = True
-    save_seconds: float = setting(0.0, minimum=0)
-    save_steps: int = setting(1000, minimum=0)
+    save_seconds: float = non_negative(0.0)
+    save_steps: int = non_negative(1000)
     save_total_limit: int | None = setting(None, minimum=1)
     save_frozen: bool = True
     async_save: bool = True
@@ -121,20 +121,20 @@ class StageSettings(TrainerSettings):
         further: a completed run continues if `max_steps` was raised.
     """
 
-    max_steps: int = setting(minimum=0)
-    batch_size: int = setting(64, minimum=1)
-    learning_rate: float = setting(1e-3, minimum=0)
-    warmup_steps: int = setting(100, minimum=0)
-    min_lr_ratio: float = setting(0.02, minimum=0)
+    max_steps: int = non_negative()
+    batch_size: int = positive(64)
+    learning_rate: float = non_negative(1e-3)
+    warmup_steps: int = non_negative(100)
+    min_lr_ratio: float = non_negative(0.02)
     lr_scheduler_type: str = setting("cosine", choices=tuple(SCHEDULES))
     schedule_per_micro_batch: bool = False
-    weight_decay: float = setting(0.01, minimum=0)
-    seed: int = setting(0, minimum=0)
-    logging_steps: int = setting(50, minimum=1)
+    weight_decay: float = non_negative(0.01)
+    seed: int = non_negative(0)
+    logging_steps: int = positive(50)
     report_to: list[str] = setting(factory=list, choices=("tensorboard", "wandb"))
-    save_seconds: float = setting(60.0, minimum=0)
-    save_steps: int = setting(0, minimum=0)
-    save_total_limit: int | None = setting(1, minimum=1)
+    save_seconds: float = non_negative(60.0)
+    save_steps: int = non_negative(0)
+    save_total_limit: int | None = positive(1)
     async_save: bool = False
     further: bool = False
 
@@ -157,14 +157,14 @@ class OptimSettings:
     """
 
     name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))
-    learning_rate: float = setting(1.5e-4, minimum=0)
+    learning_rate: float = non_negative(1.5e-4)
     part_rates: dict[str, float] = setting(factory=dict)
     adam_beta1: float = setting(0.9, minimum=0, below=1)
     adam_beta2: float = setting(0.95, minimum=0, below=1)
-    adam_epsilon: float = setting(1e-5, minimum=0, maximum=1)
-    weight_decay: float = setting(0.05, minimum=0)
+    adam_epsilon: float = fraction(1e-5)
+    weight_decay: float = non_negative(0.05)
     lr_scheduler_type: str = setting("cosine", choices=tuple(SCHEDULES))
-    warmup_ratio: float = setting(0.03, minimum=0, maximum=1)
-    warmup_steps: int = setting(0, minimum=0)
-    min_lr_ratio: float = setting(0.05, minimum=0, maximum=1)
+    warmup_ratio: float = fraction(0.03)
+    warmup_steps: int = non_negative(0)
+    min_lr_ratio: float = fraction(0.05)
     schedule_per_micro_batch: bool = False

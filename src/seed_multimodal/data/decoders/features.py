@@ -29,7 +29,7 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.images.views import AnyResolution, Grid, patch_positions
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive
 
 OpenImage = Callable[[Any, str], Image.Image]  # value and name of a field → opened image
 # Marks of tokens that stand for views.
@@ -99,7 +99,7 @@ class BatchViews:
 
 @dataclass(frozen=True)
 class FeatureDecoderOptions(DecoderOptions):
-    base_resolution: int = setting(224, minimum=1)  # side of a view in pixels
+    base_resolution: int = positive(224)  # side of a view in pixels
     # Of complete images; None: squashed to `base_resolution`. A training gives its encoder's.
     preprocessing: ImageTransform | None = None
 

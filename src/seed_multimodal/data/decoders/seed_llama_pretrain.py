@@ -27,7 +27,7 @@ from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
 from seed_multimodal.data.formats.record import BadRecord, RecordFields, as_list
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, positive, setting
 
 
 def blank_problem(text: str) -> str:
@@ -49,7 +49,7 @@ class Caption(Decoder):
         use_caption_in_metadata: bool = False
         caption_key_in_metadata: str = ""
         # Share with the first one of several captions (ours).
-        first_text: float = setting(0.0, minimum=0, maximum=1)
+        first_text: float = fraction(0.0)
         caption_prompt: str | list[str] | None = None  # templates with `{}` for the caption
 
     options: Options
@@ -168,7 +168,7 @@ class Video(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        num_frames: int = setting(4, minimum=1)
+        num_frames: int = positive(4)
         flat: bool = True  # one list with the codes of all frames; else a list for each frame
 
     options: Options

@@ -28,7 +28,7 @@ from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import non_negative, positive, read_settings, setting
 
 
 @dataclass
@@ -65,11 +65,11 @@ class LlmDataSettings:
     sources: list[SourceSettings]
     packing: bool = True  # several sequences per row; else padded micro-batches of one source
     length: int = setting(2048, minimum=2)
-    rows: int = setting(1, minimum=1)  # packed rows per rank and micro-step
+    rows: int = positive(1)  # packed rows per rank and micro-step
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
     # consecutive broken records of a source that stop the run
-    max_bad_in_a_row: int = setting(20, minimum=1)
-    seed: int = setting(0, minimum=0)
+    max_bad_in_a_row: int = positive(20)
+    seed: int = non_negative(0)
     # default of the sources; None: the model's
     template: str | None = setting(None, choices=TUNED_TEMPLATES)
     # weighted sampling, sequential, or round robin

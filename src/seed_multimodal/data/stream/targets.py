@@ -19,7 +19,7 @@ from seed_multimodal.data.stream.pairs_dataset import SourceDataset
 from seed_multimodal.errors import CodesError, ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -106,8 +106,8 @@ class RecordedCodes:
     codebook_size: codes are below it. codes_per_image: at most.
     """
 
-    codebook_size: int = setting(minimum=1)
-    codes_per_image: int = setting(minimum=1)
+    codebook_size: int = positive()
+    codes_per_image: int = positive()
 
     def read(self, pair: Pair) -> Tensor:
         """Codes int64 `[codes_per_image]`, padded with -1. Raises CodesError: others."""

@@ -36,7 +36,7 @@ from seed_multimodal.data.formats.record import RecordFields
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import Ids
 from seed_multimodal.models.lavit.processing import QUESTION, load_lavit_tokenizer
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction
 
 MAX_SEED = 2**62
 
@@ -105,9 +105,9 @@ class Caption(LavitDecoder):
 
     @dataclass(frozen=True)
     class Options(FeatureDecoderOptions):
-        img_first_ratio: float = setting(0.5, minimum=0, maximum=1)  # share with the image as input
+        img_first_ratio: float = fraction(0.5)  # share with the image as input
         # Share of the others that have no caption, for classifier-free guidance.
-        text_dropout: float = setting(0.1, minimum=0, maximum=1)
+        text_dropout: float = fraction(0.1)
 
     options: Options
 
@@ -160,7 +160,7 @@ class Compose(LavitDecoder):
     @dataclass(frozen=True)
     class Options(FeatureDecoderOptions):
         # Share without image and instruction, for classifier-free guidance.
-        text_dropout: float = setting(0.1, minimum=0, maximum=1)
+        text_dropout: float = fraction(0.1)
 
     options: Options
 

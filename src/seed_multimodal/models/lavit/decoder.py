@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from seed_multimodal.models.lavit.modeling import NORM_EPSILON, CrossBlock
 from seed_multimodal.nn.layers import LayerNorm, SdxlHead, checkpoint_layers, task_layer
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_file
@@ -51,15 +51,15 @@ class LavitDecoderConfig:
     """
 
     head: Head = "highres"
-    tokens: int = setting(256, minimum=1)
-    code_dim: int = setting(32, minimum=1)
-    width: int = setting(1408, minimum=1)
-    depth: int = setting(12, minimum=1)
-    heads: int = setting(16, minimum=1)
-    mlp_width: int = setting(6144, minimum=1)
-    feature_dim: int = setting(1408, minimum=1)
-    prompt_dim: int = setting(768, minimum=1)
-    pooled_dim: int = setting(1280, minimum=1)
+    tokens: int = positive(256)
+    code_dim: int = positive(32)
+    width: int = positive(1408)
+    depth: int = positive(12)
+    heads: int = positive(16)
+    mlp_width: int = positive(6144)
+    feature_dim: int = positive(1408)
+    prompt_dim: int = positive(768)
+    pooled_dim: int = positive(1280)
     grad_checkpoint: bool = False
 
     @property

@@ -41,7 +41,7 @@ from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators, Selection
 from seed_multimodal.nn.layers import cosine
 from seed_multimodal.nn.quantizer import VectorQuantizer
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, non_negative
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
 
 FLIP_EVERY = 2  # a decision of every n-th image is flipped, which costs a forward pass
@@ -60,9 +60,9 @@ class LavitLossWeights:
         commitment: pulls rows to their codes.
     """
 
-    keep: float = setting(1 / 3, minimum=0, maximum=1)
-    ratio: float = setting(2.0, minimum=0)
-    commitment: float = setting(1.0, minimum=0)
+    keep: float = fraction(1 / 3)
+    ratio: float = non_negative(2.0)
+    commitment: float = non_negative(1.0)
 
 
 @dataclass

@@ -47,7 +47,7 @@ from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import AnyVisionConfig
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative, positive
 
 MODES = ("draw", "threshold")  # of the token selection, see `choose`
 EPSILON = 1e-6  # of `masked_softmax`
@@ -75,13 +75,13 @@ class LavitTokenizerConfig:
     """
 
     vit: AnyVisionConfig = field(default_factory=lambda: EvaConfig(depth=40))
-    vit_head: int = setting(1024, minimum=0)
-    merger_depth: int = setting(12, minimum=1)
-    merger_heads: int = setting(16, minimum=1)
-    merger_mlp_width: int = setting(6144, minimum=1)
-    codebook_size: int = setting(16384, minimum=1)
-    codebook_dim: int = setting(32, minimum=1)
-    llm_width: int = setting(4096, minimum=0)
+    vit_head: int = non_negative(1024)
+    merger_depth: int = positive(12)
+    merger_heads: int = positive(16)
+    merger_mlp_width: int = positive(6144)
+    codebook_size: int = positive(16384)
+    codebook_dim: int = positive(32)
+    llm_width: int = non_negative(4096)
     grad_checkpoint: bool = False
 
 

@@ -36,7 +36,7 @@ from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.pipelines.config import write_checkpoint_system
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative, positive, setting
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.loss import LossParts, find_llama
@@ -63,8 +63,8 @@ class VisualModel:
     path: str
     start: str | None = None
     selection: str = setting("draw", choices=MODES)
-    at_once: int = setting(16, minimum=1)
-    seed: int = setting(0, minimum=0)
+    at_once: int = positive(16)
+    seed: int = non_negative(0)
 
 
 @dataclass(kw_only=True)

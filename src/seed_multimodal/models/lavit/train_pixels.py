@@ -27,7 +27,7 @@ from seed_multimodal.models.lavit.diffusion import (
 from seed_multimodal.models.lavit.losses import HEADS, decoder_for
 from seed_multimodal.models.lavit.modeling import DynamicCodes
 from seed_multimodal.nn.frozen import FrozenFeatures
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative
 from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,
     CodesPixelModel,
@@ -62,7 +62,7 @@ class LavitPixelModel(CodesPixelModel):
     tokenizer: Path
     decoder: Path
     selection: Mode = "draw"
-    selection_seed: int = setting(0, minimum=0)
+    selection_seed: int = non_negative(0)
 
 
 @dataclass(kw_only=True)

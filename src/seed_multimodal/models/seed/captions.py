@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import check_settings, positive
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -44,7 +44,7 @@ class BlipCaption:
     """`caption_text` with its settings."""
 
     prompt: str = ""
-    max_words: int = setting(50, minimum=1)
+    max_words: int = positive(50)
 
     def __post_init__(self) -> None:
         check_settings(self, "caption")

@@ -18,7 +18,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import Block
 from seed_multimodal.nn.pretrained import PretrainedNetwork
-from seed_multimodal.settings import check_value, setting
+from seed_multimodal.settings import check_value, non_negative, positive
 
 CODE_ADAPTER = "code_adapter"  # sub-folder of a diffusion folder
 Reads = Literal["codes", "embedding", "ids"]
@@ -38,13 +38,13 @@ class CodeAdapterConfig:
     """
 
     reads: Reads = "codes"
-    width: int = setting(minimum=1)
-    tokens: int = setting(minimum=1)
-    context_dim: int = setting(minimum=1)
-    pooled_dim: int = setting(0, minimum=0)
-    depth: int = setting(2, minimum=0)
-    heads: int = setting(1, minimum=1)
-    vocabulary: int = setting(0, minimum=0)
+    width: int = positive()
+    tokens: int = positive()
+    context_dim: int = positive()
+    pooled_dim: int = non_negative(0)
+    depth: int = non_negative(2)
+    heads: int = positive(1)
+    vocabulary: int = non_negative(0)
 
     def __post_init__(self) -> None:
         if self.context_dim % self.heads:

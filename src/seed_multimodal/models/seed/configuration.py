@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import AnyVisionConfig
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, non_negative, positive, setting
 
 AlignmentTarget = Literal["clip", "encoder"]
 
@@ -23,13 +23,13 @@ class QFormerConfig:
         all of the tokenizer's.
     """
 
-    width: int = setting(768, minimum=1)
-    depth: int = setting(12, minimum=1)
-    heads: int = setting(12, minimum=1)
-    mlp_width: int = setting(3072, minimum=1)
-    cross_attention_freq: int = setting(2, minimum=1)  # every so many layers read the image
-    max_positions: int = setting(512, minimum=1)  # of the text
-    dropout: float = setting(0.1, minimum=0, maximum=1)
+    width: int = positive(768)
+    depth: int = positive(12)
+    heads: int = positive(12)
+    mlp_width: int = positive(3072)
+    cross_attention_freq: int = positive(2)  # every so many layers read the image
+    max_positions: int = positive(512)  # of the text
+    dropout: float = fraction(0.1)
     causal_queries: int | None = setting(None, minimum=0)
 
 
@@ -46,14 +46,14 @@ class TokenizerConfig:
 
     vit: AnyVisionConfig = field(default_factory=EvaConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    num_query: int = setting(32, minimum=1)  # codes of an image
-    codebook_size: int = setting(8192, minimum=1)
-    codebook_dim: int = setting(32, minimum=1)
-    decode_depth: int = setting(4, minimum=0)  # blocks of the decoder
-    decode_heads: int = setting(12, minimum=1)
-    reverse_depth: int = setting(4, minimum=0)  # layers of the Reverse Q-Former
+    num_query: int = positive(32)  # codes of an image
+    codebook_size: int = positive(8192)
+    codebook_dim: int = positive(32)
+    decode_depth: int = non_negative(4)  # blocks of the decoder
+    decode_heads: int = positive(12)
+    reverse_depth: int = non_negative(4)  # layers of the Reverse Q-Former
     normalize_codes: bool = False
-    codebook_sections: int = setting(1, minimum=1)
+    codebook_sections: int = positive(1)
 
     def __post_init__(self) -> None:
         if self.codebook_sections not in (1, self.num_query):
@@ -88,8 +88,8 @@ class Seed2Config(TokenizerConfig):
 
     model_type: ClassVar[str] = "seed2_tokenizer"
 
-    reverse_depth: int = setting(12, minimum=0)
-    image_features_dim: int = setting(1024, minimum=1)
+    reverse_depth: int = non_negative(12)
+    image_features_dim: int = positive(1024)
     alignment_target: AlignmentTarget = "clip"
     use_qformer_image: bool = False
     recon_s: bool = True
@@ -122,8 +122,8 @@ class Seed1Config(TokenizerConfig):
 
     model_type: ClassVar[str] = "seed1_tokenizer"
 
-    text_tokens: int = setting(77, minimum=1)
-    text_features_dim: int = setting(768, minimum=1)
+    text_tokens: int = positive(77)
+    text_features_dim: int = positive(768)
 
     @property
     def reverse_qformer(self) -> QFormerConfig:

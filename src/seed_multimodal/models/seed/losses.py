@@ -33,7 +33,7 @@ from seed_multimodal.models.seed.modeling import (
     keep_first_rows,
 )
 from seed_multimodal.nn.layers import cosine
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, non_negative, positive, setting
 from seed_multimodal.state_dicts import LoadReport, assign_strictly
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ class Stage1TrainingOptions:
         itc_weight, embedding_weight: factors of the contrast and of the regressed embedding (ours).
     """
 
-    embed_dim: int = setting(256, minimum=1)
+    embed_dim: int = positive(256)
     temperature: float = setting(0.07, minimum=1e-6)
-    label_smoothing: float = setting(0.1, minimum=0, maximum=1)
+    label_smoothing: float = fraction(0.1)
     lm_head: bool = True
     freeze_vit: bool = True
     gather_gradient: bool | None = None
@@ -298,8 +298,8 @@ class Stage2TrainingOptions:
     ema_decay: float | None = setting(None, minimum=0, maximum=0.999999)
     freeze_qformer: bool = True
     frozen_dropout: bool = True
-    corrupt: float = setting(0.0, minimum=0, maximum=1)
-    nested: float = setting(0.0, minimum=0, maximum=1)
+    corrupt: float = fraction(0.0)
+    nested: float = fraction(0.0)
 
 
 class Stage2Base(SeedTokenizer):
@@ -484,9 +484,9 @@ class Stage2Base(SeedTokenizer):
 class Stage2Weights:
     """Factor of each loss term."""
 
-    embed: float = setting(5.0, minimum=0)
-    recon_s: float = setting(2.0, minimum=0)
-    distil_image: float = setting(0.5, minimum=0)
+    embed: float = non_negative(5.0)
+    recon_s: float = non_negative(2.0)
+    distil_image: float = non_negative(0.5)
 
 
 class Stage2Model(Stage2Base, Seed2Tokenizer):
@@ -544,9 +544,9 @@ def clip_preprocessing(clip: nn.Module) -> ImageTransform:
 class Seed1Stage2Weights:
     """Factor of each loss term."""
 
-    embed: float = setting(5.0, minimum=0)
-    recon_s: float = setting(2.0, minimum=0)
-    distil_text: float = setting(0.5, minimum=0)
+    embed: float = non_negative(5.0)
+    recon_s: float = non_negative(2.0)
+    distil_text: float = non_negative(0.5)
 
 
 class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):

@@ -12,7 +12,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.models.registry import FamilySpec
 from seed_multimodal.pipelines.config import CodeSystemConfig, part, read_sizes
-from seed_multimodal.settings import check_keys, setting
+from seed_multimodal.settings import check_keys, positive
 from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, catalogue
 from seed_multimodal.weights.find import locate
 
@@ -44,7 +44,7 @@ class SeedLlamaConfig(CodeSystemConfig):
         draws=True,
     )
     vision: Path | None = part("vision encoder")
-    image_size: int | None = setting(224, minimum=1)  # pixels a side that the tokenizer reads
+    image_size: int | None = positive(224)  # pixels a side that the tokenizer reads
     # keywords of `get_transform`
     transform: JsonObject = field(default_factory=lambda: dict(BILINEAR))
 

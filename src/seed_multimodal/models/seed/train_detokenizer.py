@@ -48,7 +48,7 @@ from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.pipelines.images import open_images
 from seed_multimodal.plugins import import_entry, registered
-from seed_multimodal.settings import nearest, setting
+from seed_multimodal.settings import nearest, non_negative, setting
 from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,
     CodesPixelModel,
@@ -90,7 +90,7 @@ class SeedDecoderModel(CodesPixelModel):
     reads: Reads = "codes"
     denoiser: JsonObject = setting(factory=dict)
     scheduler: JsonObject = setting(factory=dict)
-    adapter_depth: int = setting(2, minimum=0)
+    adapter_depth: int = non_negative(2)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,7 @@ from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.disk import read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.layers import SdxlHead, multi_head
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import non_negative, positive, read_settings
 from seed_multimodal.state_dicts import (
     LoadReport,
     assign_strictly,
@@ -58,15 +58,15 @@ class ResamplerXLConfig:
     normalize: scale each channel's values over the embeddings of an image to length 1.
     """
 
-    dim: int = setting(1024, minimum=1)
-    depth: int = setting(4, minimum=0)
-    dim_head: int = setting(64, minimum=1)
-    heads: int = setting(16, minimum=1)
-    num_queries: int = setting(64, minimum=1)
-    embedding_dim: int = setting(4096, minimum=1)
-    output1_dim: int = setting(768, minimum=1)
-    output2_dim: int = setting(1280, minimum=1)
-    ff_mult: int = setting(4, minimum=1)
+    dim: int = positive(1024)
+    depth: int = non_negative(4)
+    dim_head: int = positive(64)
+    heads: int = positive(16)
+    num_queries: int = positive(64)
+    embedding_dim: int = positive(4096)
+    output1_dim: int = positive(768)
+    output2_dim: int = positive(1280)
+    ff_mult: int = positive(4)
     normalize: bool = False
 
 

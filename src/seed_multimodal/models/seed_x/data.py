@@ -54,7 +54,7 @@ from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, Ids, SeedXVocabulary
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary, with_repeated_images
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, non_negative, positive, setting
 
 INSTRUCTION = "{instruction}"
 
@@ -72,11 +72,11 @@ class SeedXOptions(FeatureDecoderOptions):
     """The original options."""
 
     # Tokens of an input view and of a target image; 0: the tokenizer's number.
-    num_img_in_tokens: int = setting(0, minimum=0)
-    num_img_out_tokens: int = setting(0, minimum=0)
+    num_img_in_tokens: int = non_negative(0)
+    num_img_out_tokens: int = non_negative(0)
     multi_resolution: bool = True  # tile images on one of `resolution_grids`
     resolution_grids: tuple[str, ...] = ORIGINAL_GRIDS
-    base_resolution: int = setting(448, minimum=1)
+    base_resolution: int = positive(448)
     instruction_prompt: str = "[INST] {instruction} [/INST]\n"
     system_message: str = ""
     turn_sep: str = "\n"
@@ -86,8 +86,8 @@ class SeedXOptions(FeatureDecoderOptions):
 class FilterOptions(SeedXOptions):
     """With the original's limits of image shapes; 0: none."""
 
-    min_resolution: int = setting(0, minimum=0)
-    min_aspect_ratio: float = setting(0.0, minimum=0, maximum=1)
+    min_resolution: int = non_negative(0)
+    min_aspect_ratio: float = fraction(0.0)
 
 
 class SeedXDecoder(FeatureDecoder):
@@ -201,7 +201,7 @@ class Edit(FilteredDecoder):
     @dataclass(frozen=True)
     class Options(FilterOptions):
         # Share of samples without the instruction.
-        prompt_drop_ratio: float = setting(0.0, minimum=0, maximum=1)
+        prompt_drop_ratio: float = fraction(0.0)
         use_polite_response: bool = True  # answer with a sentence before the image
 
     options: Options

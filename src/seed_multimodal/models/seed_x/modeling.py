@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.llm import ROTARY
 from seed_multimodal.nn.vision.qwen import Resampler, position_features
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative
 from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_checkpoint
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 class AgentSettings:
     """Losses and positions; the defaults are the original ones."""
 
-    lm_loss_scale: float = setting(1.0, minimum=0)  # weight of the tokens' loss
-    rec_loss_scale: float = setting(6.0, minimum=0)  # weight of the features' loss
+    lm_loss_scale: float = non_negative(1.0)  # weight of the tokens' loss
+    rec_loss_scale: float = non_negative(6.0)  # weight of the features' loss
     add_patch_pos: bool = True  # whether views have positions
     vit_down: bool = True  # whether targets are averaged over 4 neighbours
     mse: bool = True  # squared distance; False: 1 - cosine

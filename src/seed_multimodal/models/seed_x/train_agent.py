@@ -37,7 +37,7 @@ from seed_multimodal.nn.vision.qwen import (
     ResamplerConfig,
 )
 from seed_multimodal.pipelines.config import write_checkpoint_system
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import non_negative, positive, read_settings
 from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict
 from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup
@@ -72,7 +72,7 @@ class AgentModel:
     input_resampler: ResamplerConfig = field(default=INPUT_RESAMPLER)
     output_resampler: ResamplerConfig = field(default=OUTPUT_RESAMPLER)
     losses: AgentSettings = field(default_factory=AgentSettings)
-    seed: int = setting(0, minimum=0)
+    seed: int = non_negative(0)
 
 
 @dataclass
@@ -87,7 +87,7 @@ class EncoderModel:
 
     path: str
     sizes: QwenVitConfig | None = None
-    at_once: int = setting(16, minimum=1)
+    at_once: int = positive(16)
 
 
 # ---- settings

@@ -24,7 +24,7 @@ from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLC
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative, setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.pixel_decoder.config import PixelModel, PixelRunSettings
 from seed_multimodal.training.pixel_decoder.task import PixelTask, copy_part
@@ -58,7 +58,7 @@ class DetokenizerModel(PixelModel):
     visual_encoder_sizes: QwenVitConfig | None = None
     resampler: ResamplerXLConfig = setting(factory=ResamplerXLConfig)
     trained: TrainedLayers = "key_value"
-    tokens: int = setting(64, minimum=0)
+    tokens: int = non_negative(64)
     dropout: ConditionDropout = setting(factory=ConditionDropout)
 
     @property

@@ -17,7 +17,7 @@ from seed_multimodal.images.transforms import ImageTransform, seed_image_process
 from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, resize_square
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.nn.vision.clip import eva_from_clip, is_clip, load_clip_vision
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive
 from seed_multimodal.state_dicts import load_state_dict, require_tensor, tensors_below
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_file
@@ -31,12 +31,12 @@ UNUSED = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_h
 class EvaConfig(VisionConfig):
     """Sizes, by default the original ones."""
 
-    image_size: int = setting(224, minimum=1)
-    patch_size: int = setting(14, minimum=1)
-    width: int = setting(1408, minimum=1)
-    depth: int = setting(39, minimum=1)
-    heads: int = setting(16, minimum=1)
-    mlp_width: int = setting(6144, minimum=1)
+    image_size: int = positive(224)
+    patch_size: int = positive(14)
+    width: int = positive(1408)
+    depth: int = positive(39)
+    heads: int = positive(16)
+    mlp_width: int = positive(6144)
     grad_checkpoint: bool = False
     pre_norm: bool = False  # a norm before the blocks, as in CLIP
 

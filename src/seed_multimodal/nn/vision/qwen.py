@@ -32,7 +32,7 @@ from seed_multimodal.images.transforms import ImageTransform, seed_image_process
 from seed_multimodal.nn.layers import LayerNorm, resize_square
 from seed_multimodal.nn.pretrained import PretrainedNetwork, saved_config
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive, setting
 from seed_multimodal.state_dicts import INDEX_FILES, load_state_dict, save_torch, tensors_below
 from seed_multimodal.weights.find import find_file, first_file
 
@@ -76,9 +76,9 @@ def extract(target: Path, qwen_vl: Path) -> int:
 class ResamplerConfig:
     """Sizes of a resampler: learned queries attend to features."""
 
-    grid_size: int = setting(minimum=1)  # its square is the number of queries
-    embed_dim: int = setting(minimum=1)  # width of the queries
-    num_heads: int = setting(minimum=1)
+    grid_size: int = positive()  # its square is the number of queries
+    embed_dim: int = positive()  # width of the queries
+    num_heads: int = positive()
     kv_dim: int | None = setting(None, minimum=1)  # of the features; None: as wide, not projected
     norm_eps: float = setting(1e-5, above=0)
 
@@ -154,15 +154,15 @@ class QwenVitConfig(VisionConfig):
     patch_pos: adds the position of the view; off in every original model, whose agent adds it.
     """
 
-    image_size: int = setting(448, minimum=1)
-    patch_size: int = setting(14, minimum=1)
-    width: int = setting(1664, minimum=1)
-    layers: int = setting(48, minimum=1)
-    heads: int = setting(16, minimum=1)
+    image_size: int = positive(448)
+    patch_size: int = positive(14)
+    width: int = positive(1664)
+    layers: int = positive(48)
+    heads: int = positive(16)
     mlp_ratio: float = setting(4.9231, above=0)
-    output_dim: int = setting(4096, minimum=1)
-    n_queries: int = setting(256, minimum=1)
-    position_grid: int = setting(16, minimum=1)
+    output_dim: int = positive(4096)
+    n_queries: int = positive(256)
+    position_grid: int = positive(16)
     pool_heads: int | None = setting(None, minimum=1)
     patch_pos: bool = False
 

@@ -15,7 +15,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llm import BITSANDBYTES
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
-from seed_multimodal.settings import check_settings, read_settings, setting
+from seed_multimodal.settings import check_settings, non_negative, positive, read_settings, setting
 from seed_multimodal.training.config import ConfigNode, RunTrainerSettings
 
 ATTENTIONS = {
@@ -86,10 +86,10 @@ class LlmTrainerSettings(RunTrainerSettings):
     # tokens: mean over all learned tokens of a step (default for packed data); batch: mean of the
     # micro-batches' means, as in the original
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
-    text_weight: float = setting(1.0, minimum=0)
-    image_weight: float = setting(1.0, minimum=0)
-    eval_steps: int = setting(0, minimum=0)  # 0 never evaluates
-    eval_batches: int = setting(16, minimum=1)  # evaluation micro-batches per process
+    text_weight: float = non_negative(1.0)
+    image_weight: float = non_negative(1.0)
+    eval_steps: int = non_negative(0)  # 0 never evaluates
+    eval_batches: int = positive(16)  # evaluation micro-batches per process
     # of one device, for the MFU; None: by device name
     peak_tflops: float | None = setting(None, above=0)
     gradient_checkpointing: bool | None = None  # overrides the model's, as `compile`

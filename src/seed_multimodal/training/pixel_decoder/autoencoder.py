@@ -23,7 +23,7 @@ from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.training import new_part
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.nn.frozen import FrozenFeatures
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative, setting
 from seed_multimodal.training.pixel_decoder.config import PixelRunSettings
 from seed_multimodal.training.pixel_decoder.encoders import EncodedImages, signed, to_image
 from seed_multimodal.training.pixel_decoder.task import PixelTask, Reconstruction
@@ -44,7 +44,7 @@ class AutoencoderModel:
 
     diffusion: Path
     student: JsonObject = setting(factory=dict)
-    seed: int = setting(0, minimum=0)
+    seed: int = non_negative(0)
     teacher: ClassVar[str] = ""  # no denoiser is distilled
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from seed_multimodal.data.stream.targets import Size, TargetView
 from seed_multimodal.diffusion.objectives import FlowTimes
 from seed_multimodal.diffusion.training import ConditionDropout, TrainedLayers
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, non_negative, positive, setting
 from seed_multimodal.training.config import RunTrainerSettings, refuse_unread
 from seed_multimodal.training.hydra_task import RunSettings
 
@@ -57,13 +57,13 @@ class ImageData:
     """
 
     sources: list[ImageSource]
-    batch_size: int = setting(4, minimum=1)
+    batch_size: int = positive(4)
     resolution: int = setting(1024, minimum=8)
     sizes: tuple[Size, ...] = ()
-    encoder_size: int = setting(448, minimum=1)
+    encoder_size: int = positive(448)
     keep_ratio: bool = True
-    seed: int = setting(0, minimum=0)
-    max_bad_in_a_row: int = setting(20, minimum=1)
+    seed: int = non_negative(0)
+    max_bad_in_a_row: int = positive(20)
     held_out: ImageSource | None = None
 
     @property
@@ -90,12 +90,12 @@ class PixelModel:
 
     start: str = ""
     teacher: str = ""
-    teacher_steps: int = setting(20, minimum=1)
+    teacher_steps: int = positive(20)
     teacher_guidance: float | None = None
-    student_steps: int = setting(4, minimum=1)
+    student_steps: int = positive(4)
     trained: TrainedLayers = "all"
     gradient_checkpointing: bool = False
-    seed: int = setting(0, minimum=0)
+    seed: int = non_negative(0)
     flow_times: FlowTimes = "logit_normal"
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class CodesPixelModel(PixelModel):
     """
 
     diffusion: Path
-    dropout: float = setting(0.1, minimum=0, maximum=1)
+    dropout: float = fraction(0.1)
 
     @property
     def diffusion_folder(self) -> Path:
@@ -151,7 +151,7 @@ class CodesPixelModel(PixelModel):
 class CodesImages(ImageData):
     """The images of such a run."""
 
-    encoder_size: int = setting(224, minimum=1)
+    encoder_size: int = positive(224)
 
 
 @dataclass
