@@ -118,7 +118,7 @@ class Benchmark(RunSettings, Generic[SampleT]):
     title: ClassVar[str]
     kind: ClassVar[str]
     options_of: ClassVar[str]
-    draws: ClassVar[bool] = False
+    draws = False
 
     file: str | Path
     truth: str | Path | None = None

@@ -75,7 +75,7 @@ class JudgedDrawings(Benchmark[PromptT]):
     options_of = "text2image"
     draws = True
     file_name: ClassVar[str]
-    images_per_prompt: ClassVar[int] = 1
+    images_per_prompt = 1
     verdicts: ClassVar[str]
 
     file: str | Path = setting(

@@ -82,7 +82,7 @@ class OpenedTokenizer:
     texts: text encoders by name.
     """
 
-    has_stage1: ClassVar[bool] = False  # whether texts can be encoded by a stage of its training
+    has_stage1 = False  # whether texts can be encoded by a stage of its training
     routes: ClassVar[Mapping[str, Route]] = {
         "images_by_clip": Route("target", "clip", "the images under CLIP")
     }

@@ -16,7 +16,6 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -40,7 +39,6 @@ from seed_multimodal.rl.config import RlRunSettings, RlTrainerSettings
 from seed_multimodal.rl.rewards import Records, checked_rewards, open_reward, weighted_sum
 from seed_multimodal.training.config import refuse_unread
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.hydra_task import RunSettings
 from seed_multimodal.training.llm.lora import add_lora, is_lora
 from seed_multimodal.training.llm.task import LanguageModelTask
 from seed_multimodal.training.meters import Meter, Metrics
@@ -79,7 +77,7 @@ class RlTask(LanguageModelTask):
     settings: RlTrainerSettings
     plain_attention = False
     start_hint = "model.system"
-    run_type: ClassVar[type[RunSettings]] = RlRunSettings
+    run_type = RlRunSettings
 
     def __init__(self, run: RlRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Read the prompts. Raises as `RunTask.train`."""

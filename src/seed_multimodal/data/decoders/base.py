@@ -115,11 +115,11 @@ class Decoder:
     """
 
     name: ClassVar[str]
-    learns_all: ClassVar[bool] = False
-    has_start: ClassVar[bool] = True
-    joins_segments: ClassVar[bool] = False
-    has_plain_texts: ClassVar[bool] = False
-    learns_turn_ends: ClassVar[bool] = False
+    learns_all = False
+    has_start = True
+    joins_segments = False
+    has_plain_texts = False
+    learns_turn_ends = False
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
     Result: ClassVar[type[TrainingSequence]] = TrainingSequence
     options: DecoderOptions  # an instance of `Options`

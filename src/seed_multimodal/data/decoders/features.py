@@ -108,7 +108,7 @@ class FeatureDecoder(Decoder):
     """Base of decoders whose images are opened with the record, and encoded by the model."""
 
     Options: ClassVar[type[DecoderOptions]] = FeatureDecoderOptions
-    image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
+    image_fields: tuple[str, ...] = ("image", "source_image", "target_image")
     Result = ImageSequence
     options: FeatureDecoderOptions
 

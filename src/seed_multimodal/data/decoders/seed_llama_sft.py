@@ -341,7 +341,7 @@ class TextConversation(Decoder):
     """A conversation without images: `data`, alternating questions and answers."""
 
     name = "pretrain.text_conversation"
-    tuned: ClassVar[bool] = False  # has the markers of instruction tuning
+    tuned = False  # has the markers of instruction tuning
     Options: ClassVar[type[DecoderOptions]] = TurnOptions
     options: TurnOptions
 

@@ -14,10 +14,9 @@ bfloat16 a height of 375 pixels would become 376).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,7 +81,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
     settings_class = LavitSettings
     float32 = ("vae", "safety_checker")
     noise_dtype = torch.float32
-    trained: ClassVar[Mapping[str, str]] = {"unet": "denoiser", "decoder": "decoder"}
+    trained = {"unet": "denoiser", "decoder": "decoder"}
 
     @property
     def embedding_dim(self) -> int:

@@ -235,7 +235,7 @@ class CrossBlock(nn.Module):
     names: original ones of the two attentions. attend: of both.
     """
 
-    names: ClassVar[tuple[str, str]] = ("self_attn", "cross_attn")
+    names = ("self_attn", "cross_attn")
     attend: ClassVar[Attend] = staticmethod(SCALED_DOT_PRODUCT)
 
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -47,8 +47,8 @@ class LavitVocabulary(ImageVocabulary):
     tokens_per_image: the maximum number of codes of an image, its patches.
     """
 
-    image_only_when_forced: ClassVar[bool] = True
-    ignored_below_id: ClassVar[int] = 3  # <unk>, <s> and </s>
+    image_only_when_forced = True
+    ignored_below_id = 3  # <unk>, <s> and </s>
     n_codes: int = 16384
     tokens_per_image: int = 256
 
@@ -120,7 +120,7 @@ class LavitTokenizer(LavitTexts, MultimodalTokenizer):
 class HubLavitVocabulary(LavitVocabulary):
     """LaVIT's ids behind those of a hub tokenizer, whose special tokens may have any ids."""
 
-    ignored_below_id: ClassVar[int] = 0
+    ignored_below_id = 0
 
 
 class HubLavitTokenizer(LavitTexts, HubTokenizer):

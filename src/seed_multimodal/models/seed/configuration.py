@@ -86,7 +86,7 @@ class Seed2Config(TokenizerConfig):
     recon_s: keep `pos_embed` and `blocks`, which only stage 2's reconstruction loss uses.
     """
 
-    model_type: ClassVar[str] = "seed2_tokenizer"
+    model_type = "seed2_tokenizer"
 
     reverse_depth: int = non_negative(12)
     image_features_dim: int = positive(1024)
@@ -120,7 +120,7 @@ class Seed1Config(TokenizerConfig):
     text_features_dim: their width, that of Stable Diffusion's text encoder.
     """
 
-    model_type: ClassVar[str] = "seed1_tokenizer"
+    model_type = "seed1_tokenizer"
 
     text_tokens: int = positive(77)
     text_features_dim: int = positive(768)

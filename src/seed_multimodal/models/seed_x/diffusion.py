@@ -18,10 +18,9 @@ is no watermark.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -68,7 +67,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
     settings_class = SdxlSettings
     folders = ("scheduler", "vae")  # of SDXL
     float32 = ("vae",)
-    trained: ClassVar[Mapping[str, str]] = {"unet": "denoiser", "resampler": "resampler"}
+    trained = {"unet": "denoiser", "resampler": "resampler"}
 
     @property
     def reads_condition(self) -> bool:  # type: ignore[override]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class AutoencoderModel:
     diffusion: Path
     student: JsonObject = setting(factory=dict)
     seed: int = non_negative(0)
-    teacher: ClassVar[str] = ""  # no denoiser is distilled
+    teacher = ""  # no denoiser is distilled
 
     def __post_init__(self) -> None:
         self.diffusion_folder = project_path(self.diffusion)
