@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -208,7 +209,7 @@ def _text(value: Json, name: str) -> str:
     is_number = isinstance(value, int | float) and isfinite(value)
     text = str(_whole(value)) if is_number else value or ""
     # A list as a text is how pandas writes it into a .csv.
-    if not isinstance(text, str) or re.match(r"\s*\[\s*['\"]", text):
+    if not isinstance(text, str) or re.match(r"\s*\[\s*(['\"\]]|-?[\d.]+\s*[],])", text):
         raise BadRecord("wrong type", f"{name}: {shorten(value)} is not a text.")
     return text
 
@@ -238,13 +239,13 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
     """
     # 1. The questions, each once.
     samples = _samples(path, ("question", "image", "question_id"))
-    if len({str(sample.key) for sample in samples}) < len(samples):
-        raise DataError(f"{path}: several questions have one question_id.")
+    _check_ids(samples, path)
 
     # 2. Their answers; of a test set there are none at all.
     if annotations is not None:
         needed = ("references", "question_id")
         answers = [read_sample(record, needed) for record in read_records(annotations)]
+        _check_ids(answers, annotations)
         _annotate(samples, answers, path, annotations)
     elif any(sample.references for sample in samples):
         for sample in samples:
@@ -304,6 +305,17 @@ def _samples(path: str | Path, needed: Sequence[str]) -> list[Sample]:
         sample = read_sample(record, needed)
         samples.append(replace(sample, key=record.key) if sample.problem else sample)
     return samples
+
+
+def _check_ids(samples: Sequence[Sample], path: str | Path) -> None:
+    """Raise DataError: a question is in a file twice; only one of its answers would count."""
+    keys = sorted(str(sample.key) for sample in samples)
+    for key, following in pairwise(keys):
+        if key == following:
+            raise DataError(
+                f"{path}: several records have question_id {key}; the answers to a question are "
+                "one list."
+            )
 
 
 def _with_unique_keys(samples: Sequence[Sample]) -> list[Sample]:

@@ -90,7 +90,7 @@ class RlTask(LanguageModelTask):
             raise ConfigError(f"data: drawing: {key} is not read; codes are data.rewarded_codes.")
         self.records = read_prompts(run.data.prompts)
         self.eval_records: Records = ()
-        if run.data.eval_prompts is not None:
+        if run.data.eval_prompts is not None and self.settings.eval_steps:
             self.eval_records = read_prompts(run.data.eval_prompts)
             self.eval_steps = self.settings.eval_steps
         prompts_per_step = run.data.batch_size * self.settings.gradient_accumulation_steps

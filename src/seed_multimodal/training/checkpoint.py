@@ -7,7 +7,8 @@
         optimizer.pt                     optimizer and loss scale (tensors, plain containers)
         latest, global_step1000/         DeepSpeed instead of optimizer.pt: shards of all processes
         data_state.json                  data position of each process
-        trainer_state.json               step, log, settings; `kept`: by the schedule, or the end
+        trainer_state.json               step, log, settings; `kept`: by the schedule, or the end;
+                                         `files`: the others
 
 A checkpoint is written to `.checkpoint-N.tmp`, flushed and renamed, so a folder with the final name
 is complete. `save_total_limit` counts those that are kept; others, of `save_seconds` and of stops,
@@ -127,6 +128,7 @@ class CheckpointStore:
         self.last_folder = Path(folder)
         with self.reading():
             trainer_state, process_states = read_states(self.last_folder)
+            check_files(self.last_folder, trainer_state)
         self.last_step = int(trainer_state["global_step"])
         self.branch = self.branch or trainer_state.get("branch", "")
         return trainer_state, process_states
@@ -267,9 +269,12 @@ class CheckpointStore:
                 "nodes must write to one shared folder"
             )
 
-    def _publish(self, folder: Path, step: int, states: Mapping[str, object]) -> None:
+    def _publish(self, folder: Path, step: int, states: Mapping[str, Any]) -> None:
         """Flush a complete folder, rename it, and remove the oldest."""
+        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         for name, state in states.items():
+            if name == TRAINER_STATE:
+                state = {**state, "files": files}
             (folder / name).write_text(strict_json(state), encoding="utf-8")
         for path in folder.rglob("*"):
             if path.is_file():
@@ -340,6 +345,13 @@ def _read_state(file: Path) -> Any:
         ) from error
 
 
+def check_files(folder: Path, trainer_state: JsonObject) -> None:
+    """Raise CheckpointError if a file is missing, as in an incomplete copy."""
+    for name in trainer_state.get("files", ()):  # earlier versions have no list
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing.")
+
+
 def _is_kept(folder: Path) -> bool:
     """Whether a checkpoint was saved to be kept; those of earlier versions were."""
     try:
@@ -353,7 +365,7 @@ def is_intact(folder: Path) -> bool:
     weights = [*folder.rglob("*.safetensors")]
     optimizer = [*folder.rglob("*.pt")]
     try:
-        read_states(folder)
+        check_files(folder, read_states(folder)[0])
         for file in weights:
             with safe_open(file, "pt"):
                 pass

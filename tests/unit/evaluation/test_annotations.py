@@ -92,6 +92,10 @@ def test_an_unusable_answer_of_another_file_is_of_its_question(tmp_path):
     assert "a.json: item 1: references: " in samples[1].problem
     # Nobody knows whose answer the third one is.
     assert re.search("q.jsonl: line 3: .*a.json.*item 1", samples[2].problem)
+    # A row for each reference: only one of them would count.
+    more = write_any(tmp_path / "b.json", [answers[0], {"question_id": "1", "answer": "y"}])
+    with pytest.raises(DataError, match="b.json: .*question_id 1;"):
+        read_questions(path, more)
 
 
 @pytest.mark.parametrize("case", TABLES["answers"], ids=str)

@@ -84,7 +84,10 @@ def test_log_of_steps(run, tmp_path, lora):
     task = run(
         {"low": low_codes, "mine": lambda images, records: [next(values) for _ in images]},
         model={"lora": lora},
-        data={"rewards": [{"name": "low", "weight": -2}, {"name": "mine", "weight": 0.5}]},
+        data={
+            "rewards": [{"name": "low", "weight": -2}, {"name": "mine", "weight": 0.5}],
+            "eval_prompts": "none.jsonl",  # is not read with `eval_steps: 0`
+        },
         trainer={"kl_weight": 0.1, "gradient_accumulation_steps": 2, "sample_steps": 1},
     )
     first, second = log_lines(tmp_path / "out")

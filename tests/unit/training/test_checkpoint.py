@@ -113,16 +113,18 @@ def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, run
     assert capsys.readouterr().out.count("is removed: save_total_limit is 2") == len(removed)
 
 
-DAMAGE = {
-    "trainer_state.json": b"{",
-    "data_state.json": b"",
-    "model.safetensors": b"\0" * 9,
-    "trained.safetensors": b"",
-    "optimizer.pt": None,
-}
+DAMAGE = [
+    ("trainer_state.json", b"{"),
+    ("data_state.json", b""),
+    ("model.safetensors", b"\0" * 9),
+    ("model.safetensors", None),  # an incomplete copy
+    ("trained.safetensors", b""),
+    ("trained.safetensors", None),
+    ("optimizer.pt", None),
+]
 
 
-@pytest.mark.parametrize("name, content", DAMAGE.items(), ids=DAMAGE)
+@pytest.mark.parametrize("name, content", DAMAGE, ids=str)
 def test_damaged_checkpoint_names_the_intact_one_before_it(tmp_path, name, content):
     # Its steps are lost, those before it are not: the sentence says how to take them.
     with pytest.raises(SystemExit):

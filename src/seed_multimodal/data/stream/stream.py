@@ -221,7 +221,8 @@ class Stream(Generic[Sample]):
         changes = changed_settings(saved, {"checksums": self.checksums, **self.identity})
         if changes:
             raise ConfigError(
-                f"The data cannot be resumed; changed settings: {'; '.join(changes)}."
+                "The data cannot be resumed: its settings, or contents of its files (checksums), "
+                f"changed: {'; '.join(changes)}."
             )
 
     def _redistribute(self, states: Sequence[State], source: int) -> None:
