@@ -262,19 +262,34 @@ def log_lines(folder, name="toy") -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
 
 
+def refuse_stages(folder):
+    """A stage of one process only, before it waits for others; and one whose processes log
+    different numbers at their second step, in other orders before."""
+    model, data = toy_model()
+    rank = dist.get_rank()
+
+    def loss(model, step) -> tuple[torch.Tensor, dict[str, float]]:
+        names = ["text", "image"] if rank else ["image", "text"]
+        numbers = {name: float(len(name)) for name in names[: 2 - step]}
+        return toy_loss(model, data, batch_indices(step), 0.0), numbers
+
+    settings = StageSettings(max_steps=3, precision="fp32", logging_steps=1)
+    single = StageTask("single", nn.Linear(1, 1), settings)
+    single.ddp_options = ONE_PROCESS
+    for task in (single, ToyTask("mixed", model, loss, settings)):
+        try:
+            train_stage(task, folder)
+        except SeedError as error:
+            print(f"refused: {error}", flush=True)
+
+
 def main() -> int:
     """Run the stages given as JSON objects, one after the other."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    # A stage of one process only is refused, before it waits for others.
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        try:
-            single = StageTask("single", nn.Linear(1, 1), StageSettings(max_steps=1))
-            single.ddp_options = ONE_PROCESS
-            train_stage(single, sys.argv[1])
-        except SeedError as error:
-            print(f"refused: {error}", flush=True)
+        refuse_stages(Path(sys.argv[1]))
     try:
         for text in sys.argv[2:]:
             train(Path(sys.argv[1]), **json.loads(text))

@@ -9,8 +9,10 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_settings, non_negative, positive, setting
 from seed_multimodal.training.config import RunTrainerSettings
 from seed_multimodal.training.hydra_task import RunSettings
+from seed_multimodal.training.meters import Meter
 
-LOGGED = ("loss", "grad", "lr", "kl", "drift", "reward", "flat_groups")  # beside the rewards
+# Numbers of the log beside the rewards.
+LOGGED = (*Meter.reserved, "kl", "drift", "flat_groups", "bad_samples")
 
 
 @dataclass
@@ -72,12 +74,15 @@ class RlDataSettings:
         check_settings(self, "data")
         if not self.rewards:
             raise ConfigError("data: rewards is empty; name one, such as {name: geneval, ...}.")
-        names = [*LOGGED, *(reward.name for reward in self.rewards)]
-        if len({*names}) < len(names):
-            raise ConfigError(
-                "data: rewards: each needs a name of its own, since a log has one number for each; "
-                f"{', '.join(LOGGED)} are taken."
-            )
+        names = list(LOGGED)
+        for name in ("reward", *[reward.name for reward in self.rewards]):
+            names += [name, f"{name}_std"]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    "data: rewards: each needs names of its own, since a log has one number for "
+                    f"NAME and one for NAME_std of each; {name} is taken twice."
+                )
 
 
 @dataclass(kw_only=True)

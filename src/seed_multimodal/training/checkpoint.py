@@ -380,19 +380,20 @@ def resume_remarks(folder: Path, saved: JsonObject, task: Task, world: int) -> l
     Raises CheckpointError: this run cannot resume from it.
     """
     identity = task.identity(world)
+    before = saved.get("identity", saved)  # earlier versions: one mapping
     for key, value in identity.fixed.items():
-        if saved.get(key) != value:
+        if before.get(key) != value:
             noun = key.replace("_", " ")
-            changes = changed_settings({noun: saved.get(key)}, {noun: value})
+            changes = changed_settings({noun: before.get(key)}, {noun: value})
             raise CheckpointError(
                 f"{folder}: changed since it was saved: {'; '.join(changes)}; use the same, or "
                 f"start from its weights ({task.start_hint}) in a new folder."
             )
     remarks = [
-        f"the checkpoint was saved with {saved.get(key)} {key.replace('_', ' ')}, this run has "
-        f"{value}."
+        f"the checkpoint was saved with {before.get(key)} {key.replace('_', ' ')}, this run "
+        f"has {value}."
         for key, value in identity.reported.items()
-        if saved.get(key) != value
+        if before.get(key) != value
     ]
     return [*remarks, settings_remark(saved["config"], task.config, task.quiet_keys)]
 

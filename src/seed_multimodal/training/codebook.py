@@ -20,10 +20,10 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.settings import fraction, non_negative, positive
 from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.meters import STEP_NAMES
 from seed_multimodal.training.task import RunView, StageTask
 
 USES_PER_CODE = 10  # mean number without which no code counts as dead
-STEP_NUMBERS = ("loss", "grad", "lr", "loss_scale")  # of every step, beside the model's
 
 
 @dataclass
@@ -164,7 +164,7 @@ class CodebookTask(StageTask):
 
     def losses(self) -> dict[str, float]:
         """The model's numbers in the last step."""
-        return {name: value for name, value in self.meter.last.items() if name not in STEP_NUMBERS}
+        return {name: value for name, value in self.meter.last.items() if name not in STEP_NAMES}
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:

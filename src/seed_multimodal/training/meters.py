@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.disk import JsonObject
+from seed_multimodal.training.distributed import TrainingError
 
 UNSMOOTHED = ("lr", "loss_scale")
+STEP_NAMES = ("loss", "grad", "lr", "loss_scale")  # of every step, beside the task's
 # Numbers of a log line that its text leaves out or formats itself.
-NOT_LISTED = (
+LINE_NAMES = (
     "step samples_per_s seconds_per_step eta_seconds peak_memory_mib wait_share tflops mfu".split()
 )
 MIN_WEIGHT = 1e-8  # of a step without targets
@@ -40,7 +42,10 @@ class Meter:
         samples: per step and process.
         smooth: the numbers since the last line, or smoothed.
         last: those of the last step.
+        reserved: names that are not free for a task's numbers.
     """
+
+    reserved: ClassVar[Collection[str]] = (*LINE_NAMES, *STEP_NAMES)
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
@@ -66,7 +71,7 @@ class Meter:
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
         """The line as text: (metrics, speed)."""
-        listed = [f"{key} {value:.4g}" for key, value in line.items() if key not in NOT_LISTED]
+        listed = [f"{key} {value:.4g}" for key, value in line.items() if key not in LINE_NAMES]
         return " ".join(listed), f"{line['samples_per_s']:.0f} samples/s"
 
     def state_dict(self) -> JsonObject:
@@ -90,8 +95,15 @@ class TokenMeter(Meter):
         peak: of one device, in TFLOP/s.
         total: sums over the run.
         timed: sums since the last line, without those of a resumed run's checkpoint.
-        last: loss, learning rate and gradient norm of the last line or step.
+        last: loss of the last line; learning rate, gradient norm and means of numbers that are not
+            among `SUMMED` of the last step.
     """
+
+    reserved = (
+        *Meter.reserved,
+        *"learning_rate grad_norm text_loss image_loss fill".split(),
+        *"tokens_per_s useful_tokens_per_s".split(),
+    )
 
     def __init__(self) -> None:
         super().__init__(samples=0)
@@ -101,11 +113,18 @@ class TokenMeter(Meter):
         self.timed = dict.fromkeys(SUMMED, 0.0)
 
     def add(self, sums: Mapping[str, float], weight: float, rates: Mapping[str, float]) -> None:
+        # 1. Numbers of the step itself, and what a subclass of the task adds.
+        missing = [key for key in SUMMED if key not in sums]
+        if missing:
+            raise TrainingError(f"`loss` must also return {', '.join(missing)} for this log.")
         self.last["learning_rate"] = rates["lr"]
         self.last["grad_norm"] = rates["grad"]
+        self.last |= {key: value for key, value in rates.items() if key not in ("lr", "grad")}
+        self.last |= {key: sums[key] / weight for key in sums if key not in SUMMED}
+
+        # 2. Sums since the last line, of the run, and since the last line in this process.
         step = {key: sums[key] for key in SUMMED}
         step["loss"] /= weight
-        # Sums since the last line, of the run, and since the last line in this process.
         for key, value in {**step, "steps": 1.0}.items():
             self.smooth[key] = self.smooth.get(key, 0.0) + value
         for key in self.total:
@@ -162,6 +181,15 @@ class TokenMeter(Meter):
         super().load_state_dict(state)
         self.total.update(state.get("total", {}))
         self.last.update(state.get("last", {}))
+
+
+def check_names(names: Collection[str], taken: Collection[str], source: str) -> None:
+    """Raise TrainingError if numbers of a source have names of other numbers of a log line."""
+    both = [name for name in names if name in taken]
+    if both:
+        raise TrainingError(
+            f"{source}: the log has another number of the name {', '.join(both)}; rename it."
+        )
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:

@@ -17,7 +17,8 @@ from seed_multimodal.device import peak_memory_mib
 from seed_multimodal.disk import replace_text, strict_json, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import TrainerSettings
-from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.distributed import ProcessGroup, TrainingError
+from seed_multimodal.training.meters import check_names
 from seed_multimodal.training.task import Task
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class RunLog:
         # Of the last line: step, time (without pauses) and seconds spent waiting for data.
         self.mark_step = step
         self.mark_time = time.monotonic()
-        self.mark_waited = self._status().get("wait_seconds")
+        status = self._status()
+        check_names(status, self.meter.reserved, f"[{task.name}] `parts`")
+        self.mark_waited = status.get("wait_seconds")
         self.board: SummaryWriter | None = None
         self.wandb: Any = None  # not a dependency
         if not group.first:
@@ -79,12 +82,14 @@ class RunLog:
         merged = merge(self.group.gather({**process_line, **status}))
 
         # 2. The line, with the speed since the last one.
+        numbers = self.meter.line(steps, seconds, self.group.world)
+        check_names(merged, numbers, f"[{self.task.name}] `parts`")
         self.mark_time = now
         self.mark_step = step
         self.write(
             {
                 "step": step,
-                **self.meter.line(steps, seconds, self.group.world),
+                **numbers,
                 "seconds_per_step": seconds / steps,
                 "eta_seconds": (self.settings.max_steps - step) * seconds / steps,
                 **merged,
@@ -134,9 +139,13 @@ class RunLog:
         return dict(zip(counts, map(int, sums), strict=True))
 
     def _status(self) -> dict[str, float]:
+        """The numbers of all parts. Raises TrainingError: two have a measure of the same name."""
         status: dict[str, float] = {}
         for part in self.task.parts:
-            status.update(part.status())
+            for name, value in part.status().items():
+                if name in status and name != "wait_seconds" and not isinstance(value, int):
+                    raise TrainingError(f"[{self.task.name}] two parts log {name}; rename one.")
+                status[name] = status.get(name, 0) + value
         return status
 
     def _text(self, line: Mapping[str, float]) -> str:

@@ -69,12 +69,13 @@ class Part(Protocol):
     def status(self) -> Mapping[str, float]:
         """Numbers of a log line.
 
-        Counts (int) are summed over processes and also in the run's record, measures (float)
-        averaged; `wait_seconds` is all time spent waiting for data, logged as `wait_share`.
+        Counts (int) are summed over processes and parts, and also in the run's record; measures
+        (float) of a name are of one part, and averaged over processes. `wait_seconds` is all time
+        spent waiting for data, summed over parts and logged as `wait_share`.
         """
 
     def state_dict(self) -> JsonObject:
-        """State of this process, JSON-serializable; its keys are not those of other parts."""
+        """State of this process, JSON-serializable."""
 
     def load_state_dict(self, states: Sequence[JsonObject]) -> None:
         """Restore from the states of all processes, by rank; their number may differ."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from seed_multimodal.training.distributed import (
     translate_errors,
 )
 from seed_multimodal.training.engine import Engine
-from seed_multimodal.training.meters import MIN_WEIGHT, Metrics, to_floats
+from seed_multimodal.training.meters import LINE_NAMES, MIN_WEIGHT, Metrics, check_names, to_floats
 from seed_multimodal.training.optimizers import Ema, averaged_weights
 from seed_multimodal.training.run_log import RunLog
 from seed_multimodal.training.task import RunView, StageTask, Task
@@ -153,9 +154,11 @@ class Trainer:
 
         # 3. Restore metrics and data positions.
         if checkpoint is not None:
-            task.meter.load_state_dict(saved)
-            for part in task.parts:
-                part.load_state_dict(process_states)
+            task.meter.load_state_dict(saved.get("meter", saved))  # earlier versions: one mapping
+            for index, part in enumerate(task.parts):
+                # Earlier versions saved the states of all parts as one.
+                states = [state.get("parts", {index: state})[index] for state in process_states]
+                part.load_state_dict(states)
             self.log_line(f"resumes from {checkpoint} (step {self.step}).")
 
         # 4. Open the logs.
@@ -247,7 +250,15 @@ class Trainer:
         with self.engine.attention():
             batches = list(task.batches(self.step))
         weights = sum(map(task.weight, batches))
-        n_batches, weight = self.group.sum([len(batches), weights])
+        n_micro_steps = self.settings.gradient_accumulation_steps
+        n_batches, weight, has_more = self.group.sum(
+            [len(batches), weights, len(batches) > n_micro_steps]
+        )
+        if has_more:
+            raise TrainingError(
+                f"[{task.name}] `batches` returned more micro-batches than "
+                f"gradient_accumulation_steps ({n_micro_steps}) at step {self.step + 1}."
+            )
         if not n_batches:
             return False
         weight = max(weight, MIN_WEIGHT)
@@ -257,13 +268,14 @@ class Trainer:
         norm = self.engine.clip()
         metrics = to_floats(sums if norm is None else {**sums, "grad": norm})
         grad = metrics.pop("grad", None)
+        names = self._logged_names(metrics)
 
         # 3. If a number is not finite in one process, all of them leave the weights unchanged and
         #    stop.
         error = self.engine.gradient_error(grad)
         if not math.isfinite(metrics["loss"]):
             error = f"The loss became {metrics['loss']}"
-        n_failed, *totals = self.group.sum([bool(error), *metrics.values()])
+        n_failed, *totals = self.group.sum([bool(error), *[metrics[name] for name in names]])
         rates = {"grad": math.nan if grad is None else grad, "lr": lr}
 
         # 4. Update the weights. DeepSpeed returns the gradient norm only then.
@@ -276,7 +288,8 @@ class Trainer:
                 f"{error or 'Another process had a non-finite number'} at step "
                 f"{self.step + 1}; {self.store.description()}."
             )
-        task.meter.add(dict(zip(metrics, totals, strict=True)), weight, rates)
+        total = dict(zip(names, totals, strict=True))
+        task.meter.add({name: total[name] for name in metrics}, weight, rates)
         self._check_gradient(rates["grad"])
         if self.ema is not None:
             self.ema.update(task.module, self.step)
@@ -303,10 +316,27 @@ class Trainer:
             with self.engine.accumulating(is_last):
                 with self.engine.autocast(), self.engine.attention():
                     loss, metrics = self.task.loss(self.engine.model, batch)
+                check_names(metrics, self.task.meter.reserved, f"[{self.task.name}] `loss`")
                 self.engine.backward(loss * scale, is_last)
             for key, value in {"loss": loss.detach(), **metrics}.items():
                 sums[key] = sums[key] + value if key in sums else value
         return sums
+
+    def _logged_names(self, metrics: Metrics) -> list[str]:
+        """Names of numbers in the order in which all processes sum them; collective.
+
+        Raises TrainingError: a process has others.
+        """
+        names = sorted(metrics)
+        checksum = zlib.crc32(" ".join(names).encode())
+        if self.group.sum([checksum]) != [checksum * self.group.world]:
+            processes = self.group.gather({"names": names})
+            listed = " / ".join(", ".join(process["names"]) for process in processes)
+            raise TrainingError(
+                f"[{self.task.name}] `loss` must return the same numbers in all processes, also "
+                f"for None; at step {self.step + 1} it returned {listed}."
+            )
+        return names
 
     def _after_step(self, save: bool) -> None:
         """Log, evaluate and save when due."""
@@ -352,6 +382,7 @@ class Trainer:
                     task.write_samples(self.view())
             if is_evaluated:
                 evaluation = task.evaluate(self.view())
+                check_names(evaluation, LINE_NAMES, f"[{task.name}] `evaluate`")
                 if evaluation:
                     self.evaluation = {"step": self.step, **evaluation}
                     self.log.write(self.evaluation)
@@ -371,17 +402,15 @@ class Trainer:
             "global_step": self.step,
             "kept": kept,
             "branch": self.store.branch,
-            **self.identity,
+            "identity": self.identity,
             "seconds": time.monotonic() - self.start_time,
             "frozen": self.frozen,
             "evaluation": self.evaluation,
-            **self.task.meter.state_dict(),
+            "meter": self.task.meter.state_dict(),
             "config": self.task.config,
         }
         with translate_errors(f"saving step {self.step}", self.store.description):
-            process_state: JsonObject = {}
-            for part in self.task.parts:
-                process_state.update(part.state_dict())
+            process_state = {"parts": [part.state_dict() for part in self.task.parts]}
             self.store.save(self.step, self.task, self.engine, self.ema, state, process_state)
         self.last_save_time = time.monotonic()
 

@@ -161,7 +161,10 @@ def test_stop_during_an_evaluation(run):
     [
         ({"model": {"lora": {"r": 4, "lora_dropout": 0.5}}}, "lora_dropout is 0.5"),
         ({"model": {"lora": {"r": 4, "bias": "all"}}, "trainer": {"kl_weight": 0.1}}, "bias"),
-        ({"data": {"rewards": [{"name": "drift"}]}}, "drift, reward"),
+        *[
+            ({"data": {"rewards": [{"name": "low"}, {"name": name}]}}, f"{name} is taken twice")
+            for name in "drift step samples_per_s reward_std bad_samples low low_std".split()
+        ],
         ({"model": {"seed": 3}}, "seed is 3"),
         ({"data": {"drawing": {"codes": 4}}}, "codes is not read"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "no DeepSpeed"),

@@ -2,20 +2,24 @@
 precision, errors, intervals, log, warnings, other checkpoints."""
 
 import time
+from collections import ChainMap
 from collections.abc import Sequence
 
 import loop_toy as toy
 import pytest
 import torch
+from tiny import read_json, write_json
 from torch import nn
 
+from seed_multimodal.data.stream.step_batches import ListedSamples, StepBatches
 from seed_multimodal.disk import folder_lock
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import TrainingError
+from seed_multimodal.training.meters import SUMMED, TokenMeter
 from seed_multimodal.training.optimizers import Ema, parameter_groups
 from seed_multimodal.training.schedules import learning_rate
-from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.task import Identity, StageTask
 from seed_multimodal.training.trainer import micro_step_seed, train_stage
 
 
@@ -206,7 +210,48 @@ def test_resume_with_other_micro_batches(tmp_path):
     toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)
 
 
-def test_states_of_parts_are_restored_and_a_second_run_waits(tmp_path):
+def as_earlier_version(folder):
+    """Checkpoints in which states of the meter, identity and parts are one mapping."""
+    for file in folder.rglob("trainer_state.json"):
+        state = read_json(file)
+        write_json(file, {**state.pop("identity", {}), **state.pop("meter", {}), **state})
+    for file in folder.rglob("data_state.json"):
+        write_json(
+            file, [dict(ChainMap(*state.get("parts", [state]))) for state in read_json(file)]
+        )
+
+
+class TwoSources(WeightedTask):
+    """Reads two data sets; compares settings of names that the trainer has, too."""
+
+    def __init__(self, **settings):
+        super().__init__(*[(2,)] * 6, further=True, **settings)
+        values = [list(range(n)) for n in (5, 7)]
+        self.parts = [StepBatches([ListedSamples(part)], 2, seed=0, log=None) for part in values]
+        self.seen = []
+
+    def batches(self, step):
+        self.seen += [part.at(step).tolist() for part in self.parts]
+        return super().batches(step)
+
+    def identity(self, world):
+        names = "seconds config frozen smooth global_step evaluation".split()
+        return Identity(dict.fromkeys(names, "own"), {})
+
+
+def test_states_of_parts_meter_and_identity_do_not_meet(tmp_path):
+    # Two data sets took each other's position, or the run could never be resumed.
+    tasks = [TwoSources(max_steps=steps) for steps in (3, 6, 6)]
+    for task, name in zip(tasks, ("resumed", "resumed", "whole"), strict=True):
+        train_stage(task, tmp_path / name)
+    first, second, whole = (task.seen for task in tasks)
+    assert first + second == whole
+    resumed, lines = (toy.log_lines(tmp_path / name) for name in ("resumed", "whole"))
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_states_of_parts_are_restored_and_a_second_run_waits(tmp_path, is_old):
     # Positions in data; two runs in one folder would mix.
     part = toy.ToyPart(dict)
     for steps, restored in ((2, None), (2, None), (4, 1), (6, 2)):
@@ -214,6 +259,8 @@ def test_states_of_parts_are_restored_and_a_second_run_waits(tmp_path):
         task.parts = [part]
         train_stage(task, tmp_path)
         assert part.restored == restored
+        if is_old:
+            as_earlier_version(tmp_path)
     start = WeightedTask(
         (2,), max_steps=1, learning_rate=0.0, start=str(tmp_path / "toy.checkpoints")
     )
@@ -222,6 +269,60 @@ def test_states_of_parts_are_restored_and_a_second_run_waits(tmp_path):
     with folder_lock(tmp_path / "toy.checkpoints", CheckpointError, name=".run.lock"):
         with pytest.raises(CheckpointError, match="toy.checkpoints"):
             toy.train(tmp_path, max_steps=9, further=True)
+
+
+LOSS_NAMES = [*"step lr loss grad samples_per_s eta_seconds perplexity".split()]
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_numbers_of_a_task_with_the_names_of_others(tmp_path, name):
+    # A metric `step` of 6.999 decided which lines of the log a resume removes.
+    task = WeightedTask((2,), max_steps=1)
+    loss = task.loss
+    task.loss = lambda model, batch: (loss(model, batch)[0], {name: 6.999})
+    task.parts = [toy.ToyPart(lambda: {"perplexity": 12.5})]
+    with pytest.raises(TrainingError, match=f"another number of the name {name}; rename"):
+        train_stage(task, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "parts, evaluation, named",
+    [
+        ([{"eta_seconds": 1.0}], {}, "`parts`: .*eta_seconds"),
+        ([{"perplexity": 1.0}, {"perplexity": 2.0}], {}, "two parts log perplexity"),
+        ([{"bad": 1}, {"bad": 2}], {"step": 7.0}, "`evaluate`: .*step"),
+    ],
+)
+def test_numbers_of_parts_and_evaluations_with_the_names_of_others(
+    tmp_path, parts, evaluation, named
+):
+    task = WeightedTask((2,), max_steps=1)
+    task.parts = [toy.ToyPart(lambda status=status: status) for status in parts]
+    task.eval_steps = 1
+    task.evaluate = lambda run: evaluation
+    with pytest.raises(TrainingError, match=named):
+        train_stage(task, tmp_path)
+
+
+def test_more_batches_than_micro_steps(tmp_path):
+    # The gradients of the rest would be of one process alone.
+    task = WeightedTask((2,), max_steps=1)
+    task.batches = lambda step: [torch.arange(2)] * 2
+    with pytest.raises(TrainingError, match=r"more micro-batches .*\(1\) at step 1"):
+        train_stage(task, tmp_path)
+
+
+def test_token_meter_logs_what_a_subclass_adds():
+    # A loss of its own, and fp16's scale; what its lines need is named where it is missing.
+    meter = TokenMeter()
+    sums = {**dict.fromkeys(SUMMED, 4.0), "z_loss": 6.0}
+    for _ in range(2):
+        meter.add(sums, 2.0, {"lr": 0.5, "grad": 1.0, "loss_scale": 8.0})
+    line = meter.line(2, 1.0, 1)
+    names = ["learning_rate", "grad_norm", "loss_scale", "z_loss", "loss"]
+    assert [line[name] for name in names] == [0.5, 1.0, 8.0, 3.0, 2.0]
+    with pytest.raises(TrainingError, match="must also return text_sum, positions"):
+        meter.add({name: 1.0 for name in SUMMED if name not in ("text_sum", "positions")}, 1.0, {})
 
 
 def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):

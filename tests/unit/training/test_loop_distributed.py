@@ -40,6 +40,10 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(tmp_pat
     process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both
     output = process.communicate(timeout=200)[0]
     assert output.count("refused: [single]") == 2, output  # a stage for one process
+    # Text and image would be one number, the mean of both.
+    assert output.count("at step 2 it returned image, loss / loss, text") == 2, output
+    mixed = toy.log_lines(folder, "mixed")
+    assert [(line["text"], line["image"]) for line in mixed] == [(4, 5)]
     compare_with_one(tmp_path, output)
     assert_stopped_together(folder, output)
     with pytest.raises(CheckpointError, match="samples per step: 8 -> 4"):
@@ -58,8 +62,11 @@ def compare_with_one(folder, output: str):
     single, double = (toy.saved(folder / run, "equal") for run in ("one", "two"))
     for part in ("model", "trained"):
         torch.testing.assert_close(double[part], single[part], rtol=1e-5, atol=1e-6)
-    assert [state["processes"] for state in (single, double)] == [1, 2]
-    assert [state["samples_per_step"] for state in (single, double)] == [16, 16]
+    identities = [state["identity"] for state in (single, double)]
+    assert identities == [
+        {"processes": 1, "samples_per_step": 16},
+        {"processes": 2, "samples_per_step": 16},
+    ]
 
     # Lines of the second stage follow those of the first.
     texts = [
