@@ -12,33 +12,21 @@ import torch
 from data_files import lines
 from llm_runs import log_lines
 from rl_runs import low_codes
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.rl import task as rl_task
 from seed_multimodal.rl.task import advantages, policy_losses, read_prompts
 
-NAN = math.nan
-HALF = 0.5**0.5
-FLAT = [[0.0, 0.0, 0.0]]
+TABLES = read_tables(__file__)
 
 
-@pytest.mark.parametrize(
-    "groups, spread, expected",
-    [
-        ([[3, 1], [10, 14]], False, [[1, -1], [-2, 2]]),
-        ([[3, 1], [10, 14]], True, [[HALF, -HALF], [-HALF, HALF]]),
-        ([[1e6, 1e6 + 4], [1e-3, -1e-3]], True, [[-HALF, HALF], [HALF, -HALF]]),
-        # A drawing without a reward does not count.
-        ([[NAN, 3, 1], [NAN, NAN, 5], [NAN] * 3], True, [[0, HALF, -HALF], *FLAT, *FLAT]),
-        # Rounding of a mean, over a standard deviation of 0, was a full step of noise.
-        ([[0.7] * 3, [28.3] * 3, [-1000.1] * 3, [1e-9] * 3], True, FLAT * 4),
-        ([[1e9, 1e9 + 1, 1e9], [0.0, 9e-7, 0.0]], False, FLAT * 2),
-    ],
-)
-def test_advantages(groups, spread, expected):
-    result = advantages(torch.tensor(groups, dtype=torch.float64), spread)
-    torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
-    assert result[torch.tensor(expected) == 0].eq(0).all()
+@pytest.mark.parametrize("case", TABLES["advantages"], ids=str)
+def test_advantages(case):
+    result = advantages(torch.tensor(case["groups"], dtype=torch.float64), case["spread"])
+    expected = torch.tensor(case["expected"], dtype=torch.float64)
+    torch.testing.assert_close(result, expected)
+    assert result[expected == 0].eq(0).all()
 
 
 def test_policy_losses():
@@ -156,21 +144,8 @@ def test_stop_during_an_evaluation(run):
     assert calls == [8, 32]
 
 
-@pytest.mark.parametrize(
-    "settings, named",
-    [
-        ({"model": {"lora": {"r": 4, "lora_dropout": 0.5}}}, "lora_dropout is 0.5"),
-        ({"model": {"lora": {"r": 4, "bias": "all"}}, "trainer": {"kl_weight": 0.1}}, "bias"),
-        *[
-            ({"data": {"rewards": [{"name": "low"}, {"name": name}]}}, f"{name} is taken twice")
-            for name in "drift step samples_per_s reward_std bad_samples low low_std".split()
-        ],
-        ({"model": {"seed": 3}}, "seed is 3"),
-        ({"data": {"drawing": {"codes": 4}}}, "codes is not read"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "no DeepSpeed"),
-    ],
-)
-def test_settings_that_nothing_reads(run, settings, named):
+@pytest.mark.parametrize("case", TABLES["unread"], ids=str)
+def test_settings_that_nothing_reads(run, case):
     # Answers would come from another network than the one that learns, or of other codes.
-    with pytest.raises(ConfigError, match=named):
-        run({"low": low_codes}, **settings)
+    with pytest.raises(ConfigError, match=case["named"]):
+        run({"low": low_codes}, **case["settings"])

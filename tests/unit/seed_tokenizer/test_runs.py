@@ -8,6 +8,7 @@ from operator import attrgetter
 import pytest
 import torch
 from lavis_runs import build, log_of, program
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.state_dicts import load_state_dict
@@ -34,31 +35,17 @@ def test_learning_rate_with_accumulation(yaml):
     assert len(set(rates[0])) > 3
 
 
-# Stage, option, attribute of the model, value.
-OPTIONS = [
-    ("stage1", "gather_gradient=True", "options.gather_gradient", True),
-    ("stage1", "label_smoothing=0.2", "options.label_smoothing", 0.2),
-    ("stage1", "embed_dim=12", "text_proj.out_features", 12),
-    ("stage1", "num_query_token=64", "config.qformer.causal_queries", 64),
-    ("stage2", "loss_weights={embed: 7}", "weights.embed", 7),
-    ("stage2", "corrupt=0.1", "options.corrupt", 0.1),
-    ("stage2", "nested=0.2", "options.nested", 0.2),
-    ("stage2", "ema_decay=0.9", "quantize.ema_decay", 0.9),
-    ("stage2", "normalize_codes=True", "quantize.normalize", True),
-    ("stage2", "num_query_token=16", "config.qformer.causal_queries", 16),
-    ("stage2", "codebook_sections=16", "quantize.sections", 16),
-    ("stage2", "frozen_dropout=False", "options.frozen_dropout", False),
-]
+TABLES = read_tables(__file__)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", TABLES["options"])
 def test_build_with_options_of_the_models(yaml, stage):
     # An option of the YAML that reaches no network would be ignored for a whole run.
-    rows = [row for row in OPTIONS if row[0] == stage]
-    options = [f"model.{option}" for _, option, _, _ in rows]
+    rows = TABLES["options"][stage]
+    options = [f"model.{row['option']}" for row in rows]
     model = build(yaml(stage, *(RANDOM if stage == "stage2" else ()), *options)).model
-    for _, option, attribute, value in rows:
-        assert attrgetter(attribute)(model) == value, option
+    for row in rows:
+        assert attrgetter(row["attribute"])(model) == row["value"], row
 
 
 @pytest.mark.slow
@@ -173,27 +160,13 @@ def test_train_with_codebook_options(yaml, run, tmp_path):
     assert torch.equal(saved["quantize.embedding.weight"], runner.model.quantize.embedding.weight)
 
 
-@pytest.mark.parametrize(
-    "stage, option, named",
-    [
-        ("stage2", "model.pretrained=log/nothing.pth", "log/nothing.pth"),
-        ("stage2", "model.n_embd=3", "'n_embed'"),
-        ("stage1", "model.qformer.causal_queries=16", "model.qformer.causal_queries"),
-        ("stage1", "model.max_txt_len=100", "model.qformer.max_positions"),
-        ("stage2", "model.decode_heads=12", "12 heads"),
-        ("lavit", "model.decoder.tokens=5", "model.decoder.tokens"),
-        ("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", "/nowhere/*.tar"),
-        ("stage1", "datasets.coco_caption.vis_processor.train.name=blip2_image", "blip2_image"),
-        ("stage1", "run.max_epok=1", "'max_epoch'"),
-        ("stage1", "run.accum_grad_iters=3", "run.accum_grad_iters"),
-        ("stage1", "model.arch=blip2_causal", "'blip2_casual'"),
-    ],
-)
-def test_main_with_wrong_settings_or_files(yaml, tmp_path, capsys, stage, option, named):
+@pytest.mark.parametrize("case", TABLES["wrong"], ids=str)
+def test_main_with_wrong_settings_or_files(yaml, tmp_path, capsys, case):
     # Exit code 2, one line on stderr, no checkpoint.
+    option = case["option"]
     start = () if option.startswith("model.pretrained") else RANDOM[:1]
-    assert program("train").main(yaml(stage, *start, option, name="wrong")) == 2
+    assert program("train").main(yaml(case["stage"], *start, option, name="wrong")) == 2
     error = capsys.readouterr().err
-    assert named in error
+    assert case["named"] in error
     assert error.count("\n") == 1, error
     assert not list(tmp_path.glob("wrong/*.pt*"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from yaml_tables import read_tables
 
 from seed_multimodal.data.stream.order import (
     Chunks,
@@ -73,35 +74,16 @@ def test_unread_with_records_that_wait():
     assert parts == [[Span(1, 2, [1]), Span(5, 7)], [Span(7, 8), Span(10, 12)], [Span(12, 16)]]
 
 
-@pytest.mark.parametrize(
-    "turns, delivered, available, source",
-    [
-        ("concat", [9, 0, 0], [True, True, True], 0),
-        ("concat", [9, 0, 0], [False, True, True], 1),
-        ("mux_longest", [1, 0, 0], [True, True, True], 1),
-        ("mux_longest", [1, 1, 1], [False, True, True], 1),
-        ("mux_longest", [2, 1, 1], [True, False, False], 0),
-        ("sample", [0, 0, 0], [False, True, False], 1),
-        ("sample", [0, 0, 0], [False, False, False], None),
-    ],
-)
-def test_choose(turns, delivered, available, source):
-    three = Order([1, 2, 1], [9, 9, 9], 0, [None] * 3, [1, 1, 1], turns)
-    assert three.choose(4, delivered, available) == source
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_choose(case):
+    three = Order([1, 2, 1], [9, 9, 9], 0, [None] * 3, [1, 1, 1], case["turns"])
+    assert three.choose(4, case["delivered"], case["available"]) == case["source"]
 
 
 def test_choose_by_weight():
     # A resumed run must choose as before, also after an update.
-    assert [uniform(5, index) < 0.5 for index in range(8)] == [
-        True,
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-        True,
-    ]
+    draws = [uniform(5, index) < 0.5 for index in range(8)]
+    assert "".join("01"[draw] for draw in draws) == "10101011"
     assert uniform(5, 0) != uniform(6, 0)
     chosen = [order().choose(number, [0, 0], [True, True]) for number in range(4000)]
     for start in range(0, 4000, 400):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.stream.packing import best_fit, make_row, split_long
@@ -89,24 +90,11 @@ def test_split_long_learns_each_token_once(segments, length):
         assert after_image or needs_the_row
 
 
-@pytest.mark.parametrize(
-    "segments, lengths",
-    [
-        ([14], [16]),  # it fits
-        ([3, 0, 4, 0], [14, 8]),  # the second image begins another piece, after the last text token
-        ([3, 0, 0, 5], [16, 6]),  # a piece after an image starts with the text
-        ([0, 30, 0], [16, 16, 14]),  # a text longer than a row is cut, right after its image
-        ([20, 0, 8], [16, 12, 9]),  # … and before one
-        ([15, 0, 2], [16, 10]),
-        ([0, 14, 0], [7, 14, 8]),  # a text that fits into a row is not cut
-        ([0, 0, 0, 0, 0], [13, 12, 7]),
-        ([40], [16, 16, 12]),
-    ],
-)
-def test_split_long_cuts_where_texts_and_images_end(segments, lengths):
-    ids = document(segments)
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_split_long_cuts_where_texts_and_images_end(case):
+    ids = document(case["segments"])
     pieces = split_long(ids, ids, 16, VOCABULARY)
-    assert [len(piece) for piece, _ in pieces] == lengths
+    assert [len(piece) for piece, _ in pieces] == case["lengths"]
 
 
 def test_split_long_of_an_image_longer_than_a_row():

@@ -2,6 +2,7 @@
 
 import pytest
 from repository import APPLICATION
+from yaml_tables import read_tables
 
 from seed_multimodal.compat.data_files import BUILDERS
 from seed_multimodal.config import load_yaml
@@ -12,25 +13,7 @@ DATA = APPLICATION / "configs" / "data"
 OURS = ("packing", "length", "rows", "too_long")  # keys that the original's files do not have
 TRAIN = "src.data.torchdata_train."
 CAPTION = f"{TRAIN}build_caption_datapipes_for_llm"
-# file -> of each source: decoder, max_length, batch_size, cycles, weight
-MIXTURES = {
-    "multi_torchdata_pretrain": [
-        ("pretrain.caption", 200, 116, 7, 0.5),
-        ("pretrain.caption", 140, 164, 2, 5.0),
-        ("pretrain.interleaved", 1024, 26, 3, 2.0),
-        ("pretrain.interleaved", 1024, 26, 1, 1.0),
-        ("pretrain.video", 200, 116, 5, 0.5),
-        ("pretrain.text", 1024, 26, 3, 1.0),
-    ],
-    "multi_torchdata_sft": [
-        ("sft.difference", 200, 160, 100, 0.15),
-        ("sft.story", 360, 80, 100, 0.08),
-        ("sft.edit", 100, 256, 30, 0.5),
-        ("sft.conversation", 512, 60, 100, 0.15),
-        ("sft.conversation", 1024, 32, 50, 0.2),
-        ("sft.qa", 100, 256, 30, 0.2),
-    ],
-}
+MIXTURES = read_tables(__file__)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -41,7 +24,7 @@ def test_read_data_settings_of_a_mixture(name):
         (source.decoder, source.max_length, source.batch_size, source.cycles, source.weight)
         for source in settings.sources
     ]
-    assert sources[:6] == MIXTURES[name]
+    assert sources[:6] == list(map(tuple, MIXTURES[name]))
     assert len({source.name for source in settings.sources}) == len(sources)
     assert (settings.concat_type, settings.packing, settings.length) == ("sample", True, 2048)
 
