@@ -15,6 +15,7 @@ from llm_runs import SIZES
 from tensors import equal
 from tiny.language import random_llm
 from torch.testing import assert_close
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import LLAMA_IDS
@@ -32,6 +33,7 @@ from seed_multimodal.training.llm.model import (
     save_llm_weights,
 )
 
+TABLES = read_tables(__file__)
 TEXT = 60
 CODES = 8
 TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4), special_ids=LLAMA_IDS)
@@ -142,27 +144,14 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases):
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
 
 
-# What is trained: base, settings, and parts of names of the parameters that change.
-ALL_BUT_EMBEDDINGS = ("layers", "norm", "lm_head")
-KINDS = {
-    "full tied": ("tied", {}, ("",)),
-    "new tokens": ("text", {}, ("",)),
-    "frozen embeddings": ("all", {"freeze_embeddings": True}, ALL_BUT_EMBEDDINGS),
-    "lora": ("text", {"lora": LORA}, (".lora_", "modules_to_save")),
-    "lora tied": ("tied", {"lora": LORA}, (".lora_", "modules_to_save", "embed_tokens")),
-    "dora": ("tied", {"lora": {**LORA, "use_dora": True}}, ("",)),
-    "4bit": ("all", {"lora": LORA, "quantization": "4bit"}, (".lora_", "modules_to_save")),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_trained_saved_and_loaded(kind, bases, tmp_path):
+@pytest.mark.parametrize("case", TABLES["kinds"].values(), ids=TABLES["kinds"])
+def test_trained_saved_and_loaded(case, bases, tmp_path):
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
     # What a user trains for weeks is what is saved, and what others load.
-    base, settings, changing = KINDS[kind]
+    base, settings = case["base"], case["settings"]
     model = build(bases[base], **settings)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     step(model)
@@ -173,7 +162,7 @@ def test_trained_saved_and_loaded(kind, bases, tmp_path):
         name for name, value in model.named_parameters() if not torch.equal(value, before[name])
     }
     assert changed and changed <= trained
-    assert all(any(part in name for part in changing) for name in trained)
+    assert all(any(part in name for part in case["changing"]) for name in trained)
     assert {model.get_parameter(name).dtype for name in trained} == {torch.float32}
     llama = find_llama(model)
     is_one_matrix = llama.lm_head.weight is llama.model.embed_tokens.weight
@@ -201,44 +190,17 @@ def test_trained_saved_and_loaded(kind, bases, tmp_path):
             assert_close(logits, model.eval()(input_ids=batch().input_ids).logits)
 
 
-# Fields of LoRA or of the model → whether they are trained; all others are refused.
-LORA_FIELDS = [
-    ({"bias": "all", "use_rslora": True}, True),
-    ({"use_dora": True, "target_modules": "all-linear"}, True),
-    ({"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}}, True),
-    ({"modules_to_save": [], "train_embeddings": True}, True),
-    ({"modules_to_save": ["lm_head"], "target_modules": ["embed_tokens", "q_proj"]}, True),
-    (
-        {
-            "modules_to_save": ["lm_head"],
-            "target_modules": ["q_proj"],
-            "layers_to_transform": [0],
-            "train_embeddings": True,
-        },
-        True,
-    ),
-    *(({"init_lora_weights": name}, False) for name in ("pissa_niter_4", "olora", "loftq", "eva")),
-    ({"lora_bias": True}, False),
-    ({"modules_to_save": ["lm_heads"]}, False),
-    ({"rank_pattern": {"q_prj": 2}}, False),
-    ({"trainable_token_indices": {"embed_tokens": [3]}, "modules_to_save": []}, False),
-    ({"layer_replication": [[0, 2], [1, 2]], "modules_to_save": []}, False),
-    ({"target_parameters": ["q_proj.weight"]}, False),
-    ({"modules_to_save": [], "target_modules": ["embed_tokens"], "train_embeddings": True}, False),
-]
-
-
 TIED = ("qwen2", "qwen3", "smollm3")
-LORA_ARCHITECTURES = [
-    *itertools.product(("llama", "qwen2"), LORA_FIELDS),
-    *((name, ({}, True)) for name in ("qwen3", "smollm3", "mistral", "phi3")),
+LORA_FIELDS = [
+    *itertools.product(("llama", "qwen2"), TABLES["trained"], [True]),
+    *itertools.product(("llama", "qwen2"), TABLES["refused"], [False]),
+    *((name, {}, True) for name in ("qwen3", "smollm3", "mistral", "phi3")),
 ]
 
 
-@pytest.mark.parametrize("architecture, row", LORA_ARCHITECTURES)
-def test_lora_fields_are_merged_as_trained_or_refused(architecture, row, tmp_path):
+@pytest.mark.parametrize("architecture, fields, is_trained", LORA_FIELDS)
+def test_lora_fields_are_merged_as_trained_or_refused(architecture, fields, is_trained, tmp_path):
     # A field that training follows and merging does not would serve another model.
-    fields, is_trained = row
     base = tmp_path / "base"
     sizes = {**SIZES, "initializer_range": 0.02, "tie_word_embeddings": architecture in TIED}
     random_llm(architecture, VOCAB_SIZE, **sizes).save_pretrained(base)
