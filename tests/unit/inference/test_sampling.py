@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.prompt import GenerationSettings
@@ -179,19 +180,7 @@ def log_softmax(*scores: float) -> torch.Tensor:
     return torch.tensor(scores).log_softmax(-1)
 
 
-DISTRIBUTIONS = [
-    ({}, SCORES),
-    ({"temperature": 2.0}, SCORES),  # greedy answers are not warped
-    ({"min_new_tokens": 2, "ids": [0]}, [1.0, 2.0, -torch.inf, -1.0]),
-    ({"min_new_tokens": 2, "ids": [0, 0]}, SCORES),
-    ({"repetition_penalty": 2.0, "ids": [1, 3]}, [1.0, 1.0, 4.0, -2.0]),
-    ({"seed": 0, "temperature": 2.0}, [0.5, 1.0, 2.0, -0.5]),
-    ({"seed": 0, "top_k": 2}, [-torch.inf, 2.0, 4.0, -torch.inf]),
-    ({"seed": 0, "top_p": 0.5}, [-torch.inf, -torch.inf, 4.0, -torch.inf]),
-]
-
-
-@pytest.mark.parametrize("options, expected", DISTRIBUTIONS)
+@pytest.mark.parametrize("options, expected", read_tables(__file__))
 def test_distributions_of_settings(options, expected):
     # The other answer of a batch, which is long enough, keeps its scores.
     sequences = [running(**options), running(**{**options, "ids": [0, 0]})]

@@ -11,6 +11,7 @@ from data_files import write
 from full_disk import file_size_limit
 from tiny import read_json, write_json
 from torch import nn
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError, SeedError
 from seed_multimodal.training.checkpoint import CheckpointStore, settings_remark
@@ -87,18 +88,14 @@ def test_remains_of_a_killed_run(run, tmp_path, remains):
     assert (folder / remains).exists() == (not remains.startswith("."))
 
 
-KEPT = {
-    "other steps": ([(4, 1, None), (6, 3, None)], [6, 4, 3, 2, 1]),
-    "ends": ([(4, 3, None), (7, 5, None), (8, 0, None)], [8, 7, 5, 4, 3]),
-    "a limit": ([(4, 1, None), (6, 3, 2)], [6, 4]),
-}
+TABLES = read_tables(__file__)
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-@pytest.mark.parametrize("runs, kept", KEPT.values(), ids=KEPT)
-def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, runs, kept, is_old):
+@pytest.mark.parametrize("case", TABLES["kept"].values(), ids=TABLES["kept"])
+def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, case, is_old):
     # With another `save_steps` those of the first run were removed, without a word.
-    for max_steps, save_steps, limit in runs:
+    for max_steps, save_steps, limit in case["runs"]:
         before = toy.steps(tmp_path)
         options = {"save_steps": save_steps, "save_total_limit": limit, "further": True}
         options["save_seconds"] = 1e-9  # at every step; each is replaced by the next
@@ -108,23 +105,12 @@ def test_kept_checkpoints_stay_whatever_later_settings_are(tmp_path, capsys, run
             assert state.pop("kept", True)
             if is_old:
                 write_json(file, state)
-    assert toy.steps(tmp_path) == kept
-    removed = set(before) - set(kept)
+    assert toy.steps(tmp_path) == case["steps"]
+    removed = set(before) - set(case["steps"])
     assert capsys.readouterr().out.count("is removed: save_total_limit is 2") == len(removed)
 
 
-DAMAGE = [
-    ("trainer_state.json", b"{"),
-    ("data_state.json", b""),
-    ("model.safetensors", b"\0" * 9),
-    ("model.safetensors", None),  # an incomplete copy
-    ("trained.safetensors", b""),
-    ("trained.safetensors", None),
-    ("optimizer.pt", None),
-]
-
-
-@pytest.mark.parametrize("name, content", DAMAGE, ids=str)
+@pytest.mark.parametrize("name, content", TABLES["damage"], ids=str)
 def test_damaged_checkpoint_names_the_intact_one_before_it(tmp_path, name, content):
     # Its steps are lost, those before it are not: the sentence says how to take them.
     with pytest.raises(SystemExit):
@@ -132,7 +118,7 @@ def test_damaged_checkpoint_names_the_intact_one_before_it(tmp_path, name, conte
     folder = tmp_path / "toy.checkpoints"
     (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
     damaged = folder / "checkpoint-8"
-    (damaged / name).unlink() if content is None else (damaged / name).write_bytes(content)
+    (damaged / name).unlink() if content is None else (damaged / name).write_text(content)
     sentence = f"{name}: .*checkpoint-4 is intact: remove {damaged} "
     with pytest.raises(CheckpointError, match=sentence):
         toy.train(tmp_path)
@@ -284,15 +270,8 @@ def test_save_shards_of_all_processes(tmp_path):
         store.save(2, task, Sharded(0), None, {}, {})
 
 
-@pytest.mark.parametrize(
-    "saved, current, remark",
-    [
-        (None, {"rate": 1}, ""),
-        ({"rate": 1, "quiet": {"a": 1}}, {"rate": 1, "quiet": {"a": 2}}, ""),
-        ({"rate": 1}, {"rate": 2}, "settings changed since the checkpoint: rate: 1 -> 2."),
-        (dict.fromkeys("abcdefghi", 1), dict.fromkeys("abcdefghi", 2), "h: 1 -> 2; 1 more."),
-    ],
-)
-def test_settings_remark(saved, current, remark):
-    text = settings_remark(saved, current, ["quiet"])
+@pytest.mark.parametrize("case", TABLES["remarks"], ids=str)
+def test_settings_remark(case):
+    remark = case["remark"]
+    text = settings_remark(case["saved"], case["current"], ["quiet"])
     assert text.endswith(remark) and bool(text) == bool(remark)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import read_json, write_json
 from torch import nn
+from yaml_tables import read_tables
 
 from seed_multimodal.data.stream.step_batches import ListedSamples, StepBatches
 from seed_multimodal.disk import folder_lock
@@ -134,22 +135,11 @@ def test_intervals_of_evaluations_samples_checkpoints_and_log_lines(tmp_path, ca
     assert [line["step"] for line in lines if "loss" in line] == [5, 8]
 
 
-@pytest.mark.parametrize(
-    "settings, named",
-    [
-        ({"max_steps": 0}, "max_steps 0"),
-        ({"learning_rate": 0.0}, "learning rate is 0"),
-        ({"warmup_steps": 500, "max_steps": 2}, "reaches 4e-05 of 0.01 in 2 steps"),
-        ({"warmup_steps": 9, "max_steps": 4}, "warm-up"),
-        ({"warmup_steps": 8, "max_steps": 4}, ""),
-        ({"lr_scheduler_type": "linear", "warmup_steps": 0}, ""),
-        ({"frozen": True}, "gradient was exactly 0 in 3 steps"),
-        ({"frozen": True, "max_steps": 2, "warmup_steps": 1}, "gradient was exactly 0 in 2 steps"),
-    ],
-)
-def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, settings, named):
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, case):
     # Once: else a wrong setting looks like a finished training.
-    toy.train(tmp_path, noise=0, **settings)
+    named = case["named"]
+    toy.train(tmp_path, noise=0, **case["settings"])
     output = capsys.readouterr().out
     assert output.count("warning") == bool(named and "max_steps 0" not in named)
     assert named in output

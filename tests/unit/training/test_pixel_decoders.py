@@ -17,11 +17,12 @@ from PIL import Image
 from tensors import equal
 from tiny.diffusion import TINY_AUTOENCODER, write_unclip
 from tiny.seed import write_code_decoder
-from tiny.training import APPLICATION, LAVIT, RECORDED, SEED, SEED_X
+from tiny.training import APPLICATION, LAVIT, SEED, SEED_X
+from yaml_tables import read_tables
 
+from seed_multimodal import errors
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.networks import latent_scale, spatial_factor
-from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.pixel_decoder.autoencoder import AutoencoderTask
 
@@ -31,30 +32,17 @@ STILL = {"learning_rate": 0.0}
 HELD_OUT = {"name": "scenes", "format": "nano", "options": {"number": 1}}
 
 
-# Name → family, arguments of its configuration.
-VARIANTS = {
-    "seed": (SEED, {}),
-    "seed-embedding": (SEED, {"model": {"reads": "embedding"}}),
-    "seed-recorded": (
-        SEED,
-        {"model": {"tokenizer": None, "reads": "ids", "recorded": RECORDED}},
-    ),
-    "seed-unet": (SEED, {"vae": "kl16", "denoiser": "UNet2DConditionModel"}),
-    "seed-sana": (SEED, {"vae": "dc", "denoiser": "SanaTransformer2DModel"}),
-    "seed-sd3": (SEED, {"vae": "kl16", "denoiser": "SD3Transformer2DModel"}),
-    "seed_x-1": (SEED_X, {"stage": 1}),
-    "seed_x-2": (SEED_X, {"stage": 2}),
-    "lavit-highres": (LAVIT, {"head": "highres"}),
-    "lavit-lowres": (LAVIT, {"head": "lowres"}),
-}
-NIGHTLY = ("seed-unet", "seed-sd3", "seed_x-1", "lavit-lowres")
+FAMILIES = {"SEED": SEED, "SEED_X": SEED_X, "LAVIT": LAVIT}
+TABLES = read_tables(__file__)
+VARIANTS = TABLES["variants"]
 
 
 class Run:
     """Runs of one variant on its tiny parts."""
 
     def __init__(self, variant: str, folder):
-        self.family, self.options = VARIANTS[variant]
+        self.family = FAMILIES[VARIANTS[variant]["family"]]
+        self.options = VARIANTS[variant]["options"]
         self.folder = folder
         self.parts = self.family.write_parts(folder / "parts")
 
@@ -98,7 +86,10 @@ def draw(detokenizer: Detokenizer, embeds, rows: list[int], **settings) -> np.nd
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in VARIANTS],
+    [
+        pytest.param(name, marks=pytest.mark.nightly if "nightly" in case else ())
+        for name, case in VARIANTS.items()
+    ],
 )
 def test_train_then_start_then_distil(run):
     # What a user does with one decoder, step by step.
@@ -190,43 +181,14 @@ def test_stage_2_of_seed_x_starts_from_the_adapter_of_stage_1(tmp_path):
     assert np.array_equal(np.asarray(first(embeds, **options)), np.asarray(drawn))
 
 
-# Variant, group, key, wrong value, what the error names.
-WRONG = [
-    ("seed-sana", "data", "encoder_size", 16, ConfigError, "tokenizer"),
-    ("seed-sana", "data", "resolution", 20, ConfigError, "8 pixels"),
-    ("seed-sana", "model", "tokenizer", "/nowhere", CheckpointError, "/nowhere"),
-    ("seed-sana", "model", "scheduler", {"_class_name": "Euler"}, CheckpointError, "_class_name"),
-    (
-        "seed-sana",
-        "model",
-        "denoiser",
-        {"_class_name": "SanaTransformer2DModel", "num_layer": 2},
-        ConfigError,
-        "num_layers",
-    ),
-    ("seed-recorded", "model", "recorded", {**RECORDED, "codes_per_image": 9}, DataError, "1 to 9"),
-    ("seed-recorded", "data", "held_out", HELD_OUT, DataError, "image_ids"),
-    ("seed_x-2", "data", "encoder_size", 32, ConfigError, "encoder_size"),
-    ("seed_x-2", "model", "tokens", 5, ConfigError, "5"),
-]
-
-
-@pytest.mark.parametrize("variant, group, key, value, error, named", WRONG)
-def test_train_with_a_wrong_setting(run, group, key, value, error, named):
-    with pytest.raises(error, match=named):
-        run("run", **{group: {key: value}}, trainer={"sample_steps": 2})
+@pytest.mark.parametrize("variant, changes, error, named", TABLES["wrong"])
+def test_train_with_a_wrong_setting(run, changes, error, named):
+    with pytest.raises(getattr(errors, error), match=named):
+        run("run", **changes, trainer={"sample_steps": 2})
     assert not (run.folder / "run" / "train.log.jsonl").exists(), "before the first step"
 
 
-# Schedulers that predict noise, a velocity and a flow.
-SCHEDULERS = [
-    ("DDIMScheduler", {}),
-    ("DDIMScheduler", {"prediction_type": "v_prediction"}),
-    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-]
-
-
-@pytest.mark.parametrize("name, settings", SCHEDULERS)
+@pytest.mark.parametrize("name, settings", TABLES["schedulers"])
 def test_student_of_as_many_steps_has_nothing_to_learn(tmp_path, name, settings):
     # Without guidance, its steps are the teacher's.
     import diffusers
@@ -288,23 +250,9 @@ def test_small_autoencoder_learns_a_large_one(tmp_path, vae):
     assert list((tmp_path / "run" / "samples").glob("step-40.png"))
 
 
-# Program, its groups, what they train or read.
-PUBLISHED = [
-    ("seed_x_detokenizer", "stage1", "key_value"),
-    ("seed_x_detokenizer", "stage2", "all"),
-    ("lavit_detokenizer", "highres", "all"),
-    ("lavit_detokenizer", "lowres", "all"),
-    ("seed_decoder", "sdxl", "codes"),
-    ("seed_decoder", "sana", "codes"),
-]
-TASKS = {"seed_x_detokenizer": SEED_X, "lavit_detokenizer": LAVIT, "seed_decoder": SEED}
-
-
-@pytest.mark.parametrize("program, name, part", PUBLISHED)
-def test_published_configurations_are_read(program, name, part):
+@pytest.mark.parametrize("program, family, groups, part", TABLES["published"])
+def test_published_configurations_are_read(program, family, groups, part):
     configs = APPLICATION / "configs" / program
-    groups = ["model", "data"] if program == "seed_decoder" else ["model", "data", "trainer"]
-    settings = TASKS[program].task_class.run_type.read(
-        compose([*(f"{group}={name}" for group in groups), "output_dir=x"], configs)
-    )
+    read = FAMILIES[family].task_class.run_type.read
+    settings = read(compose([*groups, "output_dir=x"], configs))
     assert part in vars(settings.model).values()

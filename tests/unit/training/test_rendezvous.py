@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from llm_runs import environment
 from real_processes import STARTED, free_port, nothing_stays_behind, run_process
+from yaml_tables import read_tables
 
 __all__ = ["nothing_stays_behind"]
 pytestmark = pytest.mark.process
@@ -25,22 +26,8 @@ def meet():
     return 0
 sys.exit(run_guarded("torchrun", False, meet))
 """
-# Who is started (node, NNODES, MASTER_ADDR), whether another program listens → what each prints.
 LOCAL = "127.0.0.1"
-CASES = {
-    "all": ([(0, 3, LOCAL), (1, 3, LOCAL), (2, 3, LOCAL)], False, ["met", "met", "met"]),
-    "only node 0": ([(0, 2, LOCAL)], False, ["node 1 did not come"]),
-    "only node 1": ([(1, 2, LOCAL)], False, ["node 0 did not come"]),
-    "one is missing": (
-        [(0, 3, LOCAL), (2, 3, LOCAL)],
-        None,
-        ["node 1 did not come", "ended before"],
-    ),
-    "other NNODES": ([(0, 2, LOCAL), (1, 3, LOCAL)], False, ["node 1 did not", "NNODES=2"]),
-    "unknown address": ([(1, 2, "no-such-host.invalid")], False, ["no-such-host.invalid"]),
-    "port in use": ([(0, 2, LOCAL)], True, ["cannot be opened"]),
-    "silent listener": ([(1, 2, LOCAL)], True, ["is not node 0 of this run"]),
-}
+CASES = read_tables(__file__)
 
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
@@ -55,17 +42,16 @@ def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_nodes_meet_or_name_who_is_missing(case):
-    nodes, is_used, expected = CASES[case]
     port = free_port()
     # Connections are accepted by the kernel, and nobody answers.
-    with socket.create_server((LOCAL, port)) if is_used else contextlib.nullcontext():
+    with socket.create_server((LOCAL, port)) if "is_used" in case else contextlib.nullcontext():
         processes = [
             start(["-c", MEET, address, str(port), str(node), str(count)], SEED_RDZV_MINUTES="0.05")
-            for node, count, address in nodes
+            for node, count, address in case["nodes"]
         ]
-        for process, text in zip(processes, expected, strict=True):
+        for process, text in zip(processes, case["prints"], strict=True):
             output, _ = process.communicate(timeout=60)
             last = output.splitlines()[-1]
             assert text in last and "Traceback" not in output, output
