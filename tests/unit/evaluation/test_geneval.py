@@ -6,6 +6,7 @@ import pytest
 from data_files import lines
 from PIL import Image
 from tiny import read_json
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.detection import GENEVAL_LIMITS, Detection
@@ -27,20 +28,14 @@ def test_rules_on_recorded_detections(case, tmp_path):
     assert rule_faults(prompt, kept_detections(detections, limit)) == case["faults"]
 
 
-BOX = (0, 0, 9, 9)  # with its edges 10 pixels a side
-OVERLAPS = {
-    # Box, its intersection over union with `BOX`.
-    "equal": (BOX, 1.0),
-    "half above": ((0, 0, 9, 4), 0.5),
-    "shifted": ((5, 0, 14, 9), 1 / 3),
-    "corner": ((9, 9, 18, 18), 1 / 199),
-    "beside": ((10, 0, 19, 9), 0.0),
-}
+BOX = (0, 0, 9, 9)
+OVERLAPS = read_tables(__file__)
 
 
-@pytest.mark.parametrize("box, overlap", OVERLAPS.values(), ids=OVERLAPS)
-def test_kept_detections_drops_what_overlaps_a_better_one(box, overlap):
+@pytest.mark.parametrize("case", OVERLAPS.values(), ids=OVERLAPS)
+def test_kept_detections_drops_what_overlaps_a_better_one(case):
     # Zero-shot detectors find an object several times: it would be counted so often.
+    box, overlap = tuple(case["box"]), case["overlap"]
     better = Detection("cup", 0.9, BOX)
     worse = Detection("cup", 0.8, box)
     other = Detection("bed", 0.7, box)

@@ -24,7 +24,7 @@ from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 NAMES = sorted(decoder_names())
 IMAGE = Image.new("RGB", (448, 448))
-OPTIONS = read_tables(__file__)
+TABLES = read_tables(__file__)
 ODD = (
     *(None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**40),
     *("", " ", "n/a", "a" * 5000, "\ud83d", "[" * 900),
@@ -80,26 +80,12 @@ def test_decode_without_a_field(tokenizer_of, records, name):
             get_decoder(name, tokenizer_of(name)).decode(fields, SeededRandom(0))
 
 
-BROKEN_RECORDS = [
-    ("sft.video_conversation", {"answer": "Answer: c"}, "answers"),
-    ("sft.edit", {"target_image_ids": [-1] * 32}, "target_image_ids"),
-    ("pretrain.interleaved", {"image_ids": [[9], None], "texts": [None, "a"]}, r"image_ids\[0\]"),
-    ("pretrain.video", {"image_ids": []}, "num_frames"),
-    ("sft.qa", {"image_ids": None, "image": "a.jpg"}, "tokenize the images first"),
-    (
-        "chat",
-        {"messages": [{"role": "user", "content": ["see", {"codes": [99999]}]}]},
-        r"messages\[0\]\.content\[1\]\.codes",
-    ),
-    ("seed_x.caption", {"metadata": "{"}, "metadata"),
-    ("lavit.caption", {"image": None, "image_ids": [1] * 17}, "codes"),
-]
-
-
-@pytest.mark.parametrize("name, change, named", BROKEN_RECORDS)
-def test_decode_of_a_broken_record(tokenizer_of, records, name, change, named):
-    with pytest.raises(BadRecord, match=named):
-        get_decoder(name, tokenizer_of(name)).decode(records(IMAGE)[name] | change, SeededRandom(0))
+@pytest.mark.parametrize("case", TABLES["broken"], ids=str)
+def test_decode_of_a_broken_record(tokenizer_of, records, case):
+    name = case["decoder"]
+    fields = records(IMAGE)[name] | case["fields"]
+    with pytest.raises(BadRecord, match=case["named"]):
+        get_decoder(name, tokenizer_of(name)).decode(fields, SeededRandom(0))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +137,12 @@ def test_read_of_records_with_odd_values(tokenizer_of, records, tmp_path, name):
     record = records("a.jpg")[name] | records("a.jpg", "optional").get(name, {})
     rng = random.Random(name)
     path = lines(tmp_path / "a.jsonl", [record, *(changed(record, rng) for _ in range(60))])
-    source = {"files": str(path), "decoder": name, "options": OPTIONS.get(name, {}), "cycles": 1}
+    source = {
+        "files": str(path),
+        "decoder": name,
+        "options": TABLES["options"].get(name, {}),
+        "cycles": 1,
+    }
     settings = read_data_settings({"sources": [source], "length": 4000})
     (opened,) = open_sources(settings, tokenizer_of(name))
     results = [opened.read(position) for position in range(61)]

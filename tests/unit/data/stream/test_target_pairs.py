@@ -6,6 +6,7 @@ import pytest
 import torch
 from data_files import lines
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import write_shard
@@ -24,19 +25,14 @@ def half(left: str, right: str) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize(
-    "view, size, target, ids",
-    [
-        (VIEW, (48, 32), (16, 16), [32, 48, 0, 4, 16, 16]),
-        (VIEW, (32, 48), (16, 16), [48, 32, 4, 0, 16, 16]),
-        (SEVERAL, (80, 30), (16, 24), [30, 80, 0, 9, 16, 24]),
-        (SEVERAL, (20, 60), (24, 16), [60, 20, 12, 0, 24, 16]),
-    ],
-)
-def test_target_and_encoder_image_show_the_same_crop(view, size, target, ids):
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_target_and_encoder_image_show_the_same_crop(case):
     # The crop is central and as large as possible, of the nearest ratio; what is outside is red.
-    image = Image.new("RGB", size, "red")
+    view = SEVERAL if case["sizes"] else VIEW
+    size = tuple(case["size"])
     width, height = size
+    target = tuple(case["target"])
+    image = Image.new("RGB", size, "red")
     crop_width = min(width, height * target[1] / target[0])
     crop_height = min(height, width * target[0] / target[1])
     left, top = (width - crop_width) / 2, (height - crop_height) / 2
@@ -48,8 +44,7 @@ def test_target_and_encoder_image_show_the_same_crop(view, size, target, ids):
     for shown in (pixels, encoder_pixels):
         assert (shown[2, 2:-2, 2:-2] > 240).all()
         assert (shown[0, 2:-2, 2:-2] < 15).all()
-    # Size of the file, top left of the crop, size of the drawing; heights first.
-    assert view.time_ids(size, target).tolist() == ids
+    assert view.time_ids(size, target).tolist() == case["ids"]
 
 
 def test_squashed_images_are_not_cropped():

@@ -257,12 +257,8 @@ def test_load_adapter_of_peft_0_4(bases, tmp_path):
     assert equal(published_weights(model), published_weights(again))
 
 
-# Base, settings, what the error names.
 WRONG = [
-    ("text", {"freeze_embeddings": True}, "freeze_embeddings"),
-    ("text", {"lora": {**LORA, "modules_to_save": ["norm"]}}, "embed_tokens"),
-    ("all", {"lora": {"lora_alfa": 1}}, "lora_alpha"),
-    ("all", {"quantization": "4bit"}, "4bit"),
+    *((case["base"], case["settings"], case["named"]) for case in TABLES["wrong"]),
     ("", {"sizes": SIZES, "attention": "flash"}, "trainer.precision"),
 ]
 
