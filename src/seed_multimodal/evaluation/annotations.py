@@ -172,9 +172,11 @@ def _fill(sample: Sample, record: Record, needed: Sequence[str]) -> None:
     if None in references:
         raise BadRecord("missing key", "references: one of them has no text.")
     texts = [_text(item, "references") for item in references]
-    sample.references = texts if "".join(texts).strip() else []
     is_vqa = "question_id" in fields and "question" not in fields
     sample.official = bool(texts) and are_objects and (is_vqa or is_vizwiz)
+    if not sample.official:  # an annotator's blank answer counts
+        texts = [text for text in texts if text.strip()]
+    sample.references = texts if "".join(texts).strip() else []
 
     # 5. What is missing.
     values = {**vars(sample), "question_id": key}

@@ -200,7 +200,7 @@ class Questions(Benchmark[Sample]):
 
         # 2. Scores.
         if not all(sample.references for sample in samples):
-            return Scores(results, {})
+            return Scores(results, {}, ["No question has references, so there is no accuracy."])
         return Scores(results, accuracies(samples, lines, self._accuracy))
 
     def _ask(self, samples: Sequence[Sample], images: Images, template: str = "{}") -> list[str]:

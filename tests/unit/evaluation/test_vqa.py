@@ -99,4 +99,5 @@ def test_score_writes_the_results_of_each_server(dataset, result, accuracy):
     [named] = questions(dataset).score([Sample("v.jpg", "", "v.jpg")], [{}]).results
     assert (named["question_id"], named["answer"]) == ("v.jpg", "")
     assert ("image" in named) == (dataset != "gqa")
-    assert questions(dataset).score([Sample(1, "")], [{}]).values == {}
+    unscored = questions(dataset).score([Sample(1, "")], [{}])
+    assert unscored.values == {} and "no accuracy" in unscored.notes[0]
