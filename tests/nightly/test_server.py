@@ -1,12 +1,9 @@
 """The server of the shipped systems under faults: equal answers, no 5xx, restarts."""
 
-import base64
 import collections
 import contextlib
-import io
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +19,7 @@ from repository import NANO, ROOT
 from served import CHAT, read, serving, user
 from systems import load
 
-from seed_multimodal.images.io import image_to_base64, image_to_bytes
+from seed_multimodal.images.io import image_to_base64
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(900)]
 PLAIN = [str(ROOT / "gradio_demo" / "seed_llama_flask.py")]
@@ -162,49 +159,26 @@ def test_schemathesis_finds_no_fault():
 
 
 def hostile_bodies() -> Iterator[bytes]:
-    """Decompression bombs, damaged files, large and deep bodies: bodies of `/generate`."""
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 255, (900, 900, 3), dtype=np.uint8))
-    files = [
-        image_to_bytes(Image.new("1", (5600, 5600))),
-        image_to_bytes(Image.new("P", (5600, 5600))),
-    ]
-    for kind in ("GIF", "WEBP", "TIFF", "PNG", "JPEG"):
-        output = io.BytesIO()
-        noise.save(output, kind)
-        content = bytearray(output.getvalue())
-        content[len(content) // 3] ^= 255
-        files += [bytes(content), bytes(content[: len(content) // 2])]
-    for file in files:
-        encoded = base64.b64encode(file).decode()
-        yield b'{"text": "<image>", "images": ["%s"], "max_new_tokens": 4}' % encoded.encode()
-    yield b"[" * 100_000
+    """Decompression bombs, and more than a request may have: bodies of `/generate`."""
+    for mode in ("1", "P"):
+        bomb = image_to_base64(Image.new(mode, (5600, 5600)))
+        yield b'{"text": "<image>", "images": ["%s"], "max_new_tokens": 4}' % bomb.encode()
     yield b'{"images": [[' + b"1," * 4_000_000 + b"1]]}"
     yield b" " * (66 << 20)
 
 
 def test_hostile_bodies_are_refused_and_visitors_answered():
-    with server(PLAIN, "--system", str(NANO), "--max_megapixels", "32") as (root, process):
+    # Damaged files: test_fuzz.py; clients that stall: unit/serving/test_server.py.
+    with server(PLAIN, "--system", str(NANO), "--max_megapixels", "30") as (root, process):
         url = f"{root}/generate"
         headers = {"Content-Type": "application/json"}
-
-        # 1. Clients that stall with half a body hold a connection each.
-        stalled = []
-        for _ in range(100):
-            sock = socket.create_connection(("127.0.0.1", int(root.rpartition(":")[2])))
-            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{")
-            stalled.append(sock)
-
-        # 2. Hostile bodies, and a visitor's question after each.
         question = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 4}
         for body in hostile_bodies():
             with contextlib.suppress(requests.ConnectionError):  # closed before the body's end
                 answer = requests.post(url, data=body, headers=headers, timeout=HANG_SECONDS)
-                assert answer.status_code < 500, answer.text[:300]
+                assert 400 <= answer.status_code < 500, answer.text[:300]
             assert requests.post(url, json=question, timeout=HANG_SECONDS).status_code == 200
         assert process.poll() is None
-        for sock in stalled:
-            sock.close()
 
 
 def test_conversations_together_equal_those_alone():

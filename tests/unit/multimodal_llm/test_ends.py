@@ -7,7 +7,6 @@ import sys
 import llm_runs as runs
 import pytest
 import torch
-import yaml
 from tiny import read_json
 
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -21,42 +20,21 @@ def evaluations(out) -> list[dict[str, float]]:
     return [line for line in runs.log_lines(out) if "eval_loss" in line]
 
 
-def once(folder, records: int = 60, **changes) -> dict:
-    """Data that are read once."""
-    data = {**runs.write_data(folder, runs.CODES, runs.PER_IMAGE, records), **changes}
-    for source in data["sources"]:
-        source["cycles"] = 1
-    return data
-
-
-@pytest.mark.slow
-def test_train_on_exhausted_data(train, tmp_path):
-    # The run ends by itself with a checkpoint and its last evaluation.
-    data = once(tmp_path / "data")
-    held_out = tmp_path / "held_out.yaml"
-    held_out.write_text(yaml.safe_dump(data))
-    options = ["trainer.max_steps=500", "trainer.eval_steps=10", "trainer.eval_batches=2"]
-    out = train("out", *options, f"eval_data={held_out}", data=data)
-    done = summary(out)
-    assert 10 < done["steps"] < 100
-    assert (out / f"checkpoint-{done['steps']}").is_dir()
-    assert [source["sequences"] for source in done["data"]["sources"].values()] == [60, 60]
-    steps = [line["step"] for line in evaluations(out)]
-    assert steps[0] == 10 and steps[-1] == done["steps"]
-    assert evaluations(out)[-1]["eval_loss"] < evaluations(out)[0]["eval_loss"]
-
-
 @pytest.mark.slow
 def test_train_on_data_that_end_inside_a_step(train, tmp_path):
     # The micro-batches that are left make a step of their size, whose loss is their mean.
     options = ("trainer.max_steps=50", "optim.learning_rate=0.0")
-    data = once(tmp_path / "data", 14)
+    data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, 14)
+    for source in data["sources"]:
+        source["cycles"] = 1
     whole = train("whole", *options, data=data)
     steps = len(runs.losses(whole))
     accumulate = f"trainer.gradient_accumulation_steps={steps - 1}"
     out = train("parts", *options, accumulate, "trainer.logging_steps=50", data=data)
-    assert max(runs.losses(out)) == summary(out)["steps"] == 2
-    assert summary(out)["tokens"] == summary(whole)["tokens"]
+    done = summary(out)
+    assert max(runs.losses(out)) == done["steps"] == 2
+    assert done["tokens"] == summary(whole)["tokens"]
+    assert [source["sequences"] for source in done["data"]["sources"].values()] == [14, 14]
 
 
 @pytest.mark.slow

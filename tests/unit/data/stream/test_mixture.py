@@ -31,21 +31,13 @@ def unpacked(config, cycles: tuple[int | None, ...] = ()) -> dict:
     return config | {"packing": False}
 
 
-def test_weights_hold(mixed, tokenizer, record_numbers):
-    # Weights 4 : 1 : 2; when the first source is exhausted, the others keep their ratio.
-    config = unpacked(mixed(seed=3), cycles=(6, None, None))
-    chosen = chosen_sources(tokenizer, record_numbers, config, 1400)
-    end = max(index for index, source in enumerate(chosen) if source == 0) + 1
-    assert chosen.count(0) == 6 * CAPTIONS
-    assert chosen[:end].count(0) / end == pytest.approx(4 / 7, abs=0.05)
-    assert chosen[:end].count(1) / end == pytest.approx(1 / 7, abs=0.05)
-    rest = chosen[end:]
-    assert rest.count(1) / len(rest) == pytest.approx(1 / 3, abs=0.05)
+def test_order_of_sources_depends_on_the_seed(mixed, tokenizer, record_numbers):
     # A resumed run must choose as before, also after an update.
+    config = unpacked(mixed(seed=3))
+    chosen = chosen_sources(tokenizer, record_numbers, config, 50)
     assert chosen[:12] == [0, 0, 0, 1, 0, 2, 0, 2, 0, 0, 0, 1]
-    # Another seed has another order.
     config["seed"] += 1
-    assert chosen_sources(tokenizer, record_numbers, config, 50) != chosen[:50]
+    assert chosen_sources(tokenizer, record_numbers, config, 50) != chosen
 
 
 @pytest.mark.process
