@@ -9,6 +9,7 @@ from PIL import Image
 from random_images import noise
 from tiny import read_json, write_json
 from tiny.vision import SIZES
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, DataError
@@ -23,13 +24,6 @@ from seed_multimodal.evaluation.detection import (
 
 CPU = torch.device("cpu")
 ENCODER = {**SIZES, "intermediate_size": 32}
-SWIN = {
-    "model_type": "swin",
-    "embed_dim": 8,
-    "depths": [1, 1, 1, 1],
-    "num_heads": [1, 1, 2, 2],
-    "window_size": 2,
-}
 IMAGE = noise(1, (60, 40))
 
 
@@ -73,22 +67,7 @@ def write_yolos(folder, _: Path):
 def write_mask2former(folder, _: Path):
     """A segmentation model, whose detections have masks."""
     pytest.importorskip("scipy")  # transformers imports it for the model's loss
-    write_detector(
-        folder,
-        "Mask2FormerForUniversalSegmentation",
-        64,
-        backbone_config={**SWIN, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=16,
-        dim_feedforward=16,
-        num_attention_heads=2,
-        num_queries=6,
-        id2label={0: "remote", 1: "sofa"},
-        encoder_layers=1,
-        decoder_layers=2,
-    )
+    write_detector(folder, "Mask2FormerForUniversalSegmentation", 64, **read_tables(__file__))
 
 
 DETECTORS = {

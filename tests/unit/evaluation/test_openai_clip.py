@@ -4,28 +4,13 @@ own word pieces."""
 import pytest
 import torch
 from torch import Tensor
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.clip import NAME, load_openai_clip
 
 WORDS = 49_408
-OPENAI_NAMES = {
-    "embeddings.patch_embedding": "conv1",
-    "embeddings.token_embedding": "token_embedding",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "embeddings.class_embedding": "class_embedding",
-    "pre_layrnorm": "ln_pre",
-    "post_layernorm": "ln_post",
-    "final_layer_norm": "ln_final",
-    "encoder.layers": "transformer.resblocks",
-    "layer_norm": "ln_",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.q_proj.": "attn.in_proj_",
-    "visual_projection.weight": "proj",
-    "text_projection.weight": "text_projection",
-}
+OPENAI_NAMES = read_tables(__file__)
 
 
 def as_openai(model) -> dict[str, Tensor]:

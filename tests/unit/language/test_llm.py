@@ -12,6 +12,7 @@ from tensors import equal
 from tiny import read_json, write_json
 from tiny.language import random_llm
 from torch import Tensor
+from yaml_tables import read_tables
 
 from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.errors import CheckpointError, SeedWarning
@@ -99,22 +100,12 @@ def test_check_vocab_size():
             check_vocab_size(n_rows, vocabulary, "model")
 
 
-@pytest.mark.parametrize(
-    "config, named",
-    [
-        ({"model_type": "no-such-model"}, "no-such-model"),
-        ({"vocab_size": 40194}, "40194"),
-        ({"intermediate_size": 48}, "down_proj"),
-        # Layers that carry a state through packed sequences, or see chunks.
-        ({"model_type": "qwen3_5_text"}, "linear_attention"),
-        ({"model_type": "llama4_text"}, "chunked_attention"),
-    ],
-)
-def test_load_llm_of_another_configuration(folder, config, named):
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_load_llm_of_another_configuration(folder, case):
     # Each would load, and answer nonsense.
     values = read_json(folder / "config.json")
-    write_json(folder / "config.json", {**values, **config})
-    with pytest.raises(CheckpointError, match=named):
+    write_json(folder / "config.json", {**values, **case["config"]})
+    with pytest.raises(CheckpointError, match=case["named"]):
         load_llm(folder)
 
 

@@ -14,20 +14,14 @@ from safetensors.torch import load_file, save_file
 from tiny import write_json
 from tiny.language import random_llm
 from torch import Tensor
+from yaml_tables import read_tables
 
 from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import load_llm
 from seed_multimodal.language.lora import merge_adapter
 
-LORA = {
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "task_type": "CAUSAL_LM",
-    "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm", "norm"],
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
+LORA = read_tables(__file__)
 N_TEXT = 330  # rows of a base without image tokens
 N_ALL = 356  # of the tokenizer
 SAMPLE = torch.arange(3, 353, 7)[None]

@@ -7,12 +7,14 @@ import pytest
 from repository import ROOT
 from systems import load
 from tiny import write_json
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.weights import find
 
+TABLES = read_tables(__file__)
 FOX = str(ROOT / "images" / "fox.png")
 
 
@@ -27,20 +29,12 @@ def no_weights(tmp_path, monkeypatch) -> Path:
 # ---- finding systems
 
 
-@pytest.mark.parametrize(
-    "name, system, llm",
-    [
-        ("NANO-X", "seed_x", "nano-x/llm"),
-        ("8b", "seed_llama", "seed_llama_8b_sft"),
-        ("AILab-CVC/SEED-X-17B", "seed_x", "seed_x_i/llm"),
-        ("rain1011/LaVIT-7B-v2", "lavit", "LaVIT-7B-v2/language_model"),
-    ],
-)
-def test_find_of_names(name, system, llm):
+@pytest.mark.parametrize("case", TABLES["names"], ids=str)
+def test_find_of_names(case):
     # Short names, hub names, in any case.
-    config = SystemConfig.find(name)
-    assert config.system == system
-    assert str(config.llm).endswith(f"pretrained/{llm}")
+    config = SystemConfig.find(case["name"])
+    assert config.system == case["system"]
+    assert str(config.llm).endswith(f"pretrained/{case['llm']}")
 
 
 def test_find_of_folders(tiny_folder, no_weights):
@@ -78,13 +72,7 @@ def test_find_of_what_is_no_system(tiny_folder, no_weights):
         SystemConfig.find(alone).require("llm", "tokenizer")
 
 
-@pytest.mark.parametrize(
-    "name, parts",
-    [
-        ("8b", ("AILab-CVC/seed-tokenizer-2", "eva_vit_g.pth", "-8b-sft", "unclip")),
-        ("seed-x", ("AILab-CVC/SEED-X-17B", "QwenViT", "seed fetch seed-x qwen-vit sdxl")),
-    ],
-)
+@pytest.mark.parametrize("name, parts", TABLES["parts"].items())
 def test_require_names_all_parts_of_an_original(name, parts, no_weights):
     # A newcomer learns at once all that has to be downloaded.
     with pytest.raises(CheckpointError) as caught:
@@ -93,19 +81,10 @@ def test_require_names_all_parts_of_an_original(name, parts, no_weights):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text, named",
-    [
-        ("{", r"system\.json"),
-        ('{"tokeniser": "x"}', "'tokeniser'"),
-        ('{"system": "seed_y"}', "system"),
-        ('{"system": "lavit", "grids": ["1x1"]}', "'grids'"),
-        ('{"system": "lavit", "generation": {"draw": 3}}', "generation: draw"),
-    ],
-)
-def test_find_of_a_wrong_system_json(tmp_path, text, named):
-    (tmp_path / "system.json").write_text(text)
-    with pytest.raises(ConfigError, match=named):
+@pytest.mark.parametrize("case", TABLES["wrong"], ids=str)
+def test_find_of_a_wrong_system_json(tmp_path, case):
+    (tmp_path / "system.json").write_text(case["text"])
+    with pytest.raises(ConfigError, match=case["named"]):
         SystemConfig.find(tmp_path)
 
 

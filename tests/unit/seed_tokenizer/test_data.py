@@ -7,18 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import image_to_bytes
 
-PROCESSORS = {
-    "vis_processor": {
-        "train": {"name": "blip2_image_train", "image_size": 32},
-        "eval": {"name": "blip_image_eval", "image_size": 32},
-    },
-    "text_processor": {"train": {"name": "blip_caption", "max_words": 3}},
-}
+TABLES = read_tables(__file__)
 
 
 def build(name, info: dict, valid: str = "val", **more) -> dict:
@@ -35,7 +30,7 @@ def build(name, info: dict, valid: str = "val", **more) -> dict:
     builder = registry.get_builder_class(name)
     config = OmegaConf.merge(
         OmegaConf.load(builder.default_config_path()).datasets[name],
-        {**PROCESSORS, **more, "build_info": info},
+        {**TABLES["processors"], **more, "build_info": info},
     )
     return builder(config).build_datasets()
 
@@ -94,14 +89,7 @@ def test_build_datasets_of_nano():
     assert torch.equal(nano["val:eval"].get(0)["image"], nano["val:eval"].get(0, 9)["image"])
 
 
-@pytest.mark.parametrize(
-    "info, more, named",
-    [
-        ({"storage": "x.tar", "imges": {}}, {}, "'images'"),
-        ({"storage": "/nowhere/*.tar"}, {}, "/nowhere/"),
-        ({"storage": "x.tar"}, {"vis_processr": {}}, "'vis_processor'"),
-    ],
-)
-def test_build_datasets_with_a_wrong_section(info, more, named):
-    with pytest.raises((ConfigError, DataError), match=named):
-        build("unsplash", info, **more)
+@pytest.mark.parametrize("case", TABLES["wrong"], ids=str)
+def test_build_datasets_with_a_wrong_section(case):
+    with pytest.raises((ConfigError, DataError), match=case["named"]):
+        build("unsplash", case["info"], **case["more"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensors import normal
 from torch import nn
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import SCHEDULES, OptimSettings
@@ -132,16 +133,7 @@ def test_schedules_are_those_of_transformers(name):
         schedule.step()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"name": "muon", "part_rates": {"0": 1e-3}},
-        {"lr_scheduler_type": "constant", "warmup_steps": 3},
-        {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
-        {"lr_scheduler_type": "inverse_sqrt", "min_lr_ratio": 0.1},
-        {"part_rates": {"9": 1e-3}},
-    ],
-)
+@pytest.mark.parametrize("settings", read_tables(__file__), ids=str)
 def test_setting_that_is_not_read_is_an_error(settings):
     # By its name, not by a training that ignores it.
     with pytest.raises(ConfigError, match=list(settings)[-1]):

@@ -13,6 +13,7 @@ from installed_package import install
 from pyarrow import parquet
 from real_processes import run_process
 from repository import ROOT
+from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.contents import expand_pattern
 from seed_multimodal.data.formats.images import find_image
@@ -141,26 +142,16 @@ def test_open_records_with_a_wrong_option(tmp_path, options, named):
         open_records(path, **options)
 
 
-@pytest.mark.parametrize(
-    "patterns, names",
-    [
-        (["a-{008..010}.tar"], ["a-008.tar", "a-009.tar", "a-010.tar"]),
-        (["{b,a-0?9}.tar"], ["b.tar", "a-009.tar"]),
-        (["odd[1].tar"], ["odd[1].tar"]),
-        (["none-*.tar"], "none-"),
-        (["a-{008..011}.tar"], "a-011.tar"),
-        (["a-08.tar"], "'a-008.tar'"),  # did you mean
-    ],
-)
-def test_expand_pattern(tmp_path, patterns, names):
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_expand_pattern(tmp_path, case):
     for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
         (tmp_path / name).touch()
-    expand = lambda: expand_pattern([tmp_path / p for p in patterns])  # noqa: E731
-    if isinstance(names, list):
-        assert expand() == [f"{tmp_path}/{name}" for name in names]
+    patterns = [tmp_path / pattern for pattern in case["patterns"]]
+    if "error" in case:
+        with pytest.raises(DataError, match=case["error"]):
+            expand_pattern(patterns)
         return
-    with pytest.raises(DataError, match=names):
-        expand()
+    assert expand_pattern(patterns) == [f"{tmp_path}/{name}" for name in case["names"]]
 
 
 def test_find_image(tmp_path, monkeypatch):

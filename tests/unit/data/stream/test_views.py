@@ -5,6 +5,7 @@ import torch
 from data_files import lines
 from llm_runs import COLOURS
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal.data.decoders.features import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.data.stream.config import read_data_settings
@@ -31,20 +32,9 @@ def test_next_of_several_edits(seedx_tokenizer, tmp_path):
     wide = Image.new("RGB", (112, 56), COLOURS["red"])
     wide.paste(COLOURS["blue"], (56, 0, 112, 56))
     wide.save(tmp_path / "wide.png")
-    turns = [
-        {"role": "user", "content": [{"image": "wide.png"}, "green"]},
-        {"role": "assistant", "content": [{"image": "green.png"}]},
-        {"role": "user", "content": "blue"},
-        {"role": "assistant", "content": ["It is.", {"image": "blue.png"}]},
-    ]
-    source = {
-        "files": str(lines(tmp_path / "lists/turns.jsonl", [{"messages": turns}])),
-        "decoder": "seed_x.chat",
-        "image_dir": str(tmp_path),
-        "batch_size": 1,
-        "max_length": 120,
-        "options": {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"]},
-    }
+    table = read_tables(__file__)
+    turns = lines(tmp_path / "lists/turns.jsonl", [{"messages": table["messages"]}])
+    source = {**table["source"], "files": str(turns), "image_dir": str(tmp_path)}
     settings = read_data_settings({"sources": [source], "packing": False})
     batch = next(LlmBatches(settings, seedx_tokenizer))
     views = batch.views
