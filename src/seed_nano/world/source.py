@@ -49,6 +49,8 @@ class NanoSource:
         DataError: an unknown split, or no drawings.
     """
 
+    files = ()  # scenes are computed
+
     def __init__(
         self,
         folder: str | Path | None = None,

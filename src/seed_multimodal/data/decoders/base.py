@@ -111,6 +111,7 @@ class Decoder:
     has_start: sequences begin with the tokenizer's start tokens.
     joins_segments: white space next to an image of a neighbouring segment is stripped, too.
     has_plain_texts: control words in texts stay text; else they become special tokens.
+    can_split: long sequences may be split into several.
     learns_turn_ends: with every prompt template; else with those that end answers with a token.
     """
 
@@ -119,6 +120,7 @@ class Decoder:
     has_start = True
     joins_segments = False
     has_plain_texts = False
+    can_split = False
     learns_turn_ends = False
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
     Result: ClassVar[type[TrainingSequence]] = TrainingSequence

@@ -103,6 +103,7 @@ class Interleaved(Decoder):
 
     name = "pretrain.interleaved"
     learns_all = True
+    can_split = True
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
@@ -195,6 +196,7 @@ class Text(Decoder):
 
     name = "pretrain.text"
     learns_all = True
+    can_split = True
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         text = self.require(fields, "text", str)

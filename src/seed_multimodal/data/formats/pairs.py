@@ -93,7 +93,8 @@ class Pairs:
         self._records = open_records(files, format=format, cache=cache, options=options)
         record_files = self._records.record_files
         # A registered format may name its keys.
-        self.keys = PairKeys(**getattr(record_files[0], "pair_keys", keys))
+        format_keys = getattr(record_files[0], "pair_keys", {})
+        self.keys = PairKeys(**{**format_keys, **keys})
         in_shards = any(isinstance(file, TarFile | ParquetFile) for file in record_files)
         self.shard_sizes = self._records.shard_sizes if in_shards else None
         self._check_usable()
@@ -154,7 +155,8 @@ class Pairs:
 def open_pairs(spec: Mapping[str, Any], captioned: bool = True) -> Pairs:
     """Open a configured source.
 
-    spec: `format`, `files`, `cache` and `PairKeys`, or options of a registered format.
+    spec: `format`, `files`, `cache` and `PairKeys`; of a registered format `format`, `files`,
+        `captioned`, and its options, also under `format_options`.
     captioned: default of this key.
 
     Raises ConfigError, DataError.
@@ -162,11 +164,15 @@ def open_pairs(spec: Mapping[str, Any], captioned: bool = True) -> Pairs:
     options = as_mapping(spec, "data")
     format = options.pop("format", "auto")
     files = options.pop("files", None)
+    format_options = options.pop("format_options", {})
     if format in registered_formats():
-        return Pairs(files, format, options=options)
-    keys = [key.name for key in fields(PairKeys)]
-    check_keys(options, ["files", "cache", *keys], f"data of format {format}")
-    return Pairs(files, format, **{"captioned": captioned, **options})
+        # It may have no captions either.
+        keys = {} if options.pop("captioned", captioned) else {"captioned": False}
+        return Pairs(files, format, options={**options, **format_options}, **keys)
+    names = [key.name for key in fields(PairKeys)]
+    check_keys(options, ["files", "cache", *names], f"data of format {format}")
+    keys = {"captioned": captioned, **options}
+    return Pairs(files, format, options=format_options, **keys)
 
 
 # ---- filters of web-scale pairs; as in the original, an unknown value never drops a sample

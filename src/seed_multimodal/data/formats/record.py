@@ -114,13 +114,20 @@ def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:
 
 
 class RecordFile(Protocol):
-    """The records of one file by index; `sizes`: number of records of each of its shards."""
+    """The records of one file by index.
+
+    sizes: number of records of each of its shards.
+    files: whose contents are compared when a run resumes; empty: there are none.
+    """
 
     @property
     def path(self) -> str | Path: ...
 
     @property
     def sizes(self) -> Sequence[int]: ...
+
+    @property
+    def files(self) -> Sequence[str]: ...
 
     def locate(self, row: int) -> Record:
         """A record, unread if possible."""

@@ -4,8 +4,8 @@ Indexes are read or built by the first `len()`; call it before forking workers s
 them.
 
 Other packages register formats by entry points of the group `seed_multimodal.formats`: a function
-`open_mine(path, **options)` returns a `record.RecordFile`, optionally with `pair_keys` for
-`pairs.PairKeys`; `path` may be None.
+`open_mine(path, …)`, whose further parameters are its options, returns a `record.RecordFile`,
+optionally with `pair_keys` for `pairs.PairKeys`; `path` may be None.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ def open_records(
     """
     patterns = [files] if isinstance(files, str | Path) else list(files or ())
     options = options or {}
-    option_names: list[str] = []  # ours have none
     if format in registered_formats():
         # It reads its own names, or none; its options are its opener's parameters after the path.
         opener = import_entry(registered_formats()[format])
-        _, *option_names = inspect.signature(opener).parameters
-        check_keys(options, option_names, f"options of format {format}")
+        _, *parameters = inspect.signature(opener).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            option_names = [parameter.name for parameter in parameters]
+            check_keys(options, option_names, f"options of format {format}")
         record_files = [opener(pattern, **options) for pattern in patterns or (None,)]
         for file in record_files:
             for attribute in ("path", "sizes", "locate"):
@@ -91,7 +92,7 @@ def open_records(
                         "RecordFile needs."
                     )
     else:
-        check_keys(options, option_names, f"options of format {format}")
+        check_keys(options, (), f"options of format {format}")  # ours have none
         record_files = [
             _OPENERS[kind](DataFile(path, **access)) for path, kind in find_files(patterns, format)
         ]
@@ -137,9 +138,11 @@ class FileRecords:
 
     @cached_property
     def checksum(self) -> int:
-        """Of sizes and evenly spread blocks of the files, or of a share of many; those that
-        registered formats read are not known."""
-        paths = [path for file in self.record_files for path in getattr(file, "files", ())]
+        """Of sizes and evenly spread blocks of the files, or of a share of many; 0: of none."""
+        files = [getattr(file, "files", None) for file in self.record_files]
+        if None in files and rank_and_world_size()[0] == 0:
+            log_line(f"{self.name}: has no `files` whose contents are compared at resume.")
+        paths = list(chain.from_iterable(filter(None, files)))
         checksum = 0
         n_checked = min(len(paths), CHECKED_FILES)
         for path in random.Random(0).sample(paths, n_checked):

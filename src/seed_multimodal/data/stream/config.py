@@ -57,9 +57,9 @@ class SourceSettings:
 class LlmDataSettings:
     """The mixture and the batch layout.
 
-    `too_long`: packed sequences longer than `length` are skipped, truncated, or split (texts and
-        interleaved documents, never inside an image; others are skipped); padded ones are
-        truncated. All are counted and logged.
+    `too_long`: packed sequences longer than `length` are skipped, truncated, or split (where
+        the decoder can: texts and documents, never inside an image; others are skipped); padded
+        ones are truncated. All are counted and logged.
     """
 
     sources: list[SourceSettings]

@@ -33,7 +33,6 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 USABLE_WITHIN = 100  # records tried before a source is rejected
-SPLIT_DECODERS = ("pretrain.text", "pretrain.interleaved")
 _TOO_LONG_REASONS = {
     "skip": "too long, skipped",
     "truncate": "too long, cut",
@@ -64,12 +63,11 @@ class OpenedSource:
         self.decoder = get_decoder(source.decoder, tokenizer, source.options)
         self.has_pixels = isinstance(self.decoder, FeatureDecoder)
 
-        # 2. Chunks, and what happens to a sequence that is too long for them; only texts and
-        #    interleaved documents can be split.
+        # 2. Chunks, and what happens to a sequence that is too long for them.
         self.rows, self.length = settings.chunk_shape(index)
         self.packing = settings.packing
         self.too_long = settings.too_long if settings.packing else "truncate"
-        if self.too_long == "split" and source.decoder not in SPLIT_DECODERS:
+        if self.too_long == "split" and not self.decoder.can_split:
             self.too_long = "skip"
 
         # 3. The records of an epoch, and their order; those of a single shard are shuffled among

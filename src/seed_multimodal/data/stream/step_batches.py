@@ -25,7 +25,7 @@ from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, RecordNote
 from seed_multimodal.data.formats.record import JsonObject, RecordFields, find_part
 from seed_multimodal.data.stream.order import DistinctOrder, EpochOrder, MixedOrder, Order
 from seed_multimodal.data.stream.stream import ReadResult, SourceProgress, Stream
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
@@ -49,7 +49,7 @@ class SampleDataset(Generic[Sample]):
         raise error
 
     def checksum(self) -> int:
-        """Of the files."""
+        """Of the files; 0: they are not compared when a run resumes."""
         return 0
 
 
@@ -141,7 +141,10 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
             raise DataError("The training set is empty.")
         shard_sizes = [dataset.shard_sizes for dataset in datasets]
         order: EpochOrder | MixedOrder | DistinctOrder
-        if len(weights) > 1:
+        is_mixed = len(weights) > 1
+        if is_mixed:
+            if not shuffle:
+                raise ConfigError("shuffle=False: data sets mixed by weight are always shuffled.")
             order = MixedOrder(sizes, weights, seed, shard_sizes=shard_sizes)
         else:
             shards = _joined_shards(sizes, shard_sizes)
@@ -150,7 +153,12 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
             order = DistinctOrder(order, batch_size * world)
 
         # 2. Their stream, in which a rank takes a batch of neighbouring positions at a time.
-        identity: JsonObject = {"seed": seed, "shuffle": shuffle, "records": sizes}
+        identity: JsonObject = {
+            "seed": seed,
+            "shuffle": shuffle,
+            "records": sizes,
+            "weights": list(weights) if is_mixed else [],
+        }
         self.stream: Stream[Any] = Stream(
             [JoinedSource(datasets, order, batch_size)],
             Order([1.0], [self.n_samples], seed, [None], [0], run=batch_size),

@@ -216,8 +216,12 @@ class Stream(Generic[Sample]):
             raise ConfigError(
                 f"The data state has {len(states)} ranks, but {states[0]['world']} were saved."
             )
-        # Earlier versions saved no checksums.
-        saved = {"checksums": states[0].get("checksums", self.checksums), **states[0]["data"]}
+        # Earlier versions saved no checksums, and no weights.
+        saved = {
+            "checksums": states[0].get("checksums", self.checksums),
+            "weights": self.identity.get("weights"),
+            **states[0]["data"],
+        }
         changes = changed_settings(saved, {"checksums": self.checksums, **self.identity})
         if changes:
             raise ConfigError(

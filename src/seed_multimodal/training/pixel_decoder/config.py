@@ -27,6 +27,7 @@ class ImageSource:
             after it).
         weight: relative share of draws.
         options: further arguments of `formats.pairs`.
+        format_options: of a registered format.
     """
 
     name: str
@@ -37,12 +38,13 @@ class ImageSource:
     condition_key: str | None = None
     weight: float = setting(1.0, above=0)
     options: dict[str, Any] = setting(factory=dict)
+    format_options: dict[str, Any] = setting(factory=dict)
 
     def open(self) -> Pairs:
         """Open the images. Raises as `open_pairs`."""
-        keys = ("files", "format", "image_root", "image_key", "condition_key")
-        settings = {key: getattr(self, key) for key in keys if getattr(self, key)}
-        return open_pairs(settings | self.options, captioned=False)
+        not_read = ("name", "weight", "options")
+        keys = {key: value for key, value in vars(self).items() if value and key not in not_read}
+        return open_pairs(keys | self.options, captioned=False)
 
 
 @dataclass
@@ -51,7 +53,7 @@ class ImageData:
 
     Attributes:
         batch_size: of a micro-step in each process.
-        resolution, sizes, keep_ratio, encoder_size: see `pairs_dataset.TargetView`.
+        resolution, sizes, keep_ratio, encoder_size: see `targets.TargetView`.
         max_bad_in_a_row: consecutive unusable images that stop the run.
         held_out: source of the sample images during training; None: the first source.
     """

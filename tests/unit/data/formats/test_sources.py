@@ -182,14 +182,25 @@ class Squares:
 
 def open_squares(path=None, number=4):
     return Squares(path, number)
+
+def open_bare(path, **options):
+    squares = Squares(path, **options)
+    squares.files, squares.pair_keys = [path], {"image_key": "image", "caption_key": "none"}
+    return squares
 """
 PROGRAM = """
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.training.pixel_decoder.config import ImageSource
 records = open_records(None, format="squares", options={"number": 3})
-print(len(records), records.read(2).fields["name"])
+print(len(records), records.read(2).fields["name"], records.checksum)
 pair = open_pairs({"format": "squares", "files": "mine"}).read(1)
 print(pair.captions, pair.image().mean(), pair.location)
+# Images alone, whose files are known.
+bare = {"format": "bare", "files": "squares.py", "format_options": {"number": 2}}
+pairs = ImageSource("mine", **bare).open()
+print(len(pairs), pairs.read(0).captions, pairs.checksum() > 0)
+print(open_pairs({**bare, "captioned": False}).read(1).captions)
 open_pairs({"format": "squares", "numbr": 3})
 """
 
@@ -197,11 +208,16 @@ open_pairs({"format": "squares", "numbr": 3})
 @pytest.mark.process
 def test_open_records_of_a_registered_format(tmp_path):
     (tmp_path / "squares.py").write_text(MODULE)
-    install(tmp_path, "squares", {"seed_multimodal.formats": {"squares": "squares:open_squares"}})
+    openers = {"squares": "squares:open_squares", "bare": "squares:open_bare"}
+    install(tmp_path, "squares", {"seed_multimodal.formats": openers})
     done = run_process(
         [sys.executable, "-c", PROGRAM],
         timeout=120,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"},
     )
-    assert done.stdout.splitlines() == ["3 square 2", "['square 1'] 1.0 mine: 1"], done.stderr
+    expected = ["3 square 2 0", "['square 1'] 1.0 mine: 1", "2 [] True", "[]"]
+    assert done.stdout.splitlines() == expected, done.stderr
+    # Other files would be trained on in silence.
+    assert "squares: has no `files`" in done.stderr
     assert "'numbr'" in done.stderr

@@ -8,6 +8,8 @@ from repository import NANO
 from tiny import write_json
 
 from seed_multimodal.cli.main import main
+from seed_multimodal.data.decoders import DECODERS
+from seed_multimodal.data.decoders.seed_llama_pretrain import Text
 from seed_multimodal.data.stream.config import read_data_settings, read_once
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError, DataError
@@ -130,6 +132,14 @@ def test_long_captions_are_not_split(tmp_path, tokenizer):
     assert sum(batch.sequences for batch in batches) == 1
     (entry,) = batches.report()["sources"]["s"]["skipped"].values()
     assert entry["count"] == 1
+
+
+def test_texts_of_a_decoder_of_another_package_are_split(tmp_path, tokenizer, monkeypatch):
+    # Its long texts would be left out.
+    monkeypatch.setitem(DECODERS, "mine", type("Mine", (Text,), {"name": "mine"}))
+    path = lines(tmp_path / "t.jsonl", [{"text": "many words follow " * 80}])
+    batches = batches_of(tokenizer, path, "mine", length=40, too_long="split")
+    assert sum(batch.sequences for batch in batches) > 2
 
 
 # ---- broken records
