@@ -37,7 +37,7 @@ def import_entry(entry: EntryPoint) -> Any:
     """The object of an entry point. Raises ConfigError: it cannot be imported."""
     try:
         return entry.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise ConfigError(
             f"{entry.value}: {entry.name} of {entry.group} cannot be imported ({error})."
         ) from error

@@ -70,10 +70,12 @@ class Limits(TypedDict, total=False):
 class SettingOptions(Limits, total=False):
     """Keywords of `setting`: limits, and how the flag of a command reads (`cli.common`).
 
+    may_change: when a run of `seed eval` resumes.
     help: a setting with a help text is a flag. flag: its names, instead of the setting's. const:
     the value of a flag that is followed by none.
     """
 
+    may_change: bool
     help: str
     metavar: str
     flag: str
@@ -318,12 +320,16 @@ def changed_settings(
     return changes
 
 
-def check_identity(folder: Path, identity: JsonObject, flag: str) -> None:
+def check_identity(folder: Path, identity: JsonObject, flag: str, begin: bool = True) -> None:
     """Write what determines a folder's content as its `settings.json`, or compare it with that.
+
+    begin: False: a folder without the file stays so.
 
     The first of several processes writes, all compare. Raises DataError: it changed.
     """
     file = folder / "settings.json"
+    if not begin and not file.exists():
+        return
     text = json.dumps(identity, indent=1, ensure_ascii=False, default=str)
     with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
         if not file.exists():

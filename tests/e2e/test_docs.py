@@ -157,9 +157,19 @@ def test_a_benchmark_as_its_page_writes_it(packages, tiny_folder, capsys):
     flags = f"--questions q.json --out out --device cpu --model {tiny_folder}".split()
     assert main(["eval", "numbers", *flags, "--tolerance", "1"]) == 0
     assert read_json(packages / "out/summary.json")["accuracy"]["value"] == 0.6667
+    # Only scores depend on the tolerance.
+    assert main(["eval", "numbers", *flags]) == 0
+    assert read_json(packages / "out/summary.json")["accuracy"]["value"] == 0.3333
 
     # A package that is broken, or none of a benchmark, leaves the other commands usable.
-    entries = {"gone": "my_package.gone:Gone", "path": "pathlib:Path"}
+    write(packages / "site/my_package/wrong.py", "1 / 0")
+    entries = {
+        "gone": "my_package.gone:Gone",
+        "wrong": "my_package.wrong:Wrong",
+        "path": "pathlib:Path",
+        "plain": "seed_multimodal.evaluation.benchmark:Benchmark",
+        **dict.fromkeys(("vqa", "suite"), "my_package.numbers:Numbers"),
+    }
     install(packages / "site", "broken", {"seed_multimodal.benchmarks": entries})
     build_parser().parse_args(["eval", "vqa", *flags])
     error = capsys.readouterr().err

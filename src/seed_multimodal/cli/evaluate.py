@@ -99,6 +99,9 @@ def add_commands(kinds: Commands) -> None:
 
     # Each benchmark; one of another package that is broken leaves the others usable.
     for command in (*BENCHMARKS, *registered("benchmarks")):
+        if command in kinds.choices:
+            log_line(f"Benchmark {command} of another package is left out: the name is taken.")
+            continue
         try:
             title = benchmark_class(command).title
         except ConfigError as error:

@@ -48,24 +48,24 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_identity, find_entry, positive, read_settings, setting
+from seed_multimodal.settings import check_identity, find_entry, read_settings, setting
 from seed_multimodal.weights.catalogue import weight_files
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
-_TABLES = read_table(__file__)
-BENCHMARKS: dict[str, str] = _TABLES["benchmarks"]  # the command of `seed eval` → its class
-# Settings that may change when a run resumes: places, amounts, and what only scores depend on. Of
-# the file of samples the contents count.
-MAY_CHANGE: list[str] = _TABLES["may_change"]
+# The command of `seed eval` → its class.
+BENCHMARKS: dict[str, str] = read_table(__file__)["benchmarks"]
 Line = JsonObject  # of a file of answers: a sample's id, and its answer or why there is none (bad)
 Images = Sequence[Image.Image | None]  # None: a caption without image
 
 
 @dataclass(kw_only=True)
-class RunSettings:
+class EvaluationSettings:
     """Settings of a benchmark and of the suite; those with a help text are flags.
+
+    Those that determine no answer (places, amounts, what only scores depend on) `may_change` when a
+    run resumes, also where a subclass declares them again.
 
     Attributes:
         options: of the system's methods, which override the family's.
@@ -73,14 +73,20 @@ class RunSettings:
         device: of a model that judges.
     """
 
-    out: Path
+    out: Path = setting(may_change=True)
     options: JsonObject = field(default_factory=dict)
     seed: int = 42
-    batch_size: int = positive(16)
-    device: str = "auto"
-    limit: int | None = setting(None, minimum=1, help="the first N samples only", metavar="N")
+    batch_size: int = setting(16, minimum=1, may_change=True)
+    device: str = setting("auto", may_change=True)
+    limit: int | None = setting(
+        None, minimum=1, may_change=True, help="the first N samples only", metavar="N"
+    )
     max_bad: int = setting(
-        20, minimum=1, help="end after so many bad samples in a row", flag="--max_bad"
+        20,
+        minimum=1,
+        may_change=True,
+        help="end after so many bad samples in a row",
+        flag="--max_bad",
     )
 
 
@@ -103,8 +109,9 @@ SampleT = TypeVar("SampleT", bound=Sample)
 
 
 @dataclass(kw_only=True)
-class Benchmark(RunSettings, Generic[SampleT]):
-    """A benchmark, whose fields are its settings; `run` calls its methods in the order below.
+class Benchmark(EvaluationSettings, Generic[SampleT]):
+    """A benchmark, whose fields are its settings; `run` calls its methods in the order below, of a
+    family's evaluator, too.
 
     Attributes:
         title: help of its command.
@@ -120,20 +127,22 @@ class Benchmark(RunSettings, Generic[SampleT]):
     options_of: ClassVar[str]
     draws = False
 
-    file: str | Path
-    truth: str | Path | None = None
-    images: str | Path | None = setting(None, help="folder of the images", metavar="DIR")
+    file: str | Path = setting(may_change=True)  # its contents count
+    truth: str | Path | None = setting(None, may_change=True)
+    images: str | Path | None = setting(
+        None, may_change=True, help="folder of the images", metavar="DIR"
+    )
     prompts: str = setting(
         "chat", choices=("chat", "plain"), help="plain: of pretrained SEED-LLaMA"
     )
 
-    def use(self, system: MultimodalSystem) -> None:
-        """Set the system that answers."""
-        self.system = system
-
     def samples(self) -> Sequence[SampleT]:
         """All samples. Raises DataError: no such file, or another layout."""
         raise NotImplementedError
+
+    def use(self, system: MultimodalSystem) -> None:
+        """Set the system that answers."""
+        self.system = system
 
     def prepare(self, samples: Sequence[SampleT]) -> None:
         """Load what answers need besides `self.system`."""
@@ -204,6 +213,9 @@ def benchmark_class(command: str) -> type[AnyBenchmark]:
         raise ConfigError(
             f"{entry.value}: benchmark {command} is no evaluation.benchmark.Benchmark."
         )
+    for name in ("title", "kind", "options_of"):
+        if not isinstance(getattr(kind, name, None), str):
+            raise ConfigError(f"{entry.value}: benchmark {command} has no {name}.")
     return kind
 
 
@@ -218,6 +230,7 @@ def open_benchmark(command: str, **settings: object) -> AnyBenchmark:
 def run(benchmark: AnyBenchmark, load: Callable[[], MultimodalSystem | None]) -> JsonObject | None:
     """Evaluate a system, also under torchrun; the same call resumes.
 
+    benchmark: its `options` get the family's.
     load: called after the samples were read; None: drawings of a folder are judged.
 
     Returns the summary to the process that finishes last, else None.
@@ -228,25 +241,27 @@ def run(benchmark: AnyBenchmark, load: Callable[[], MultimodalSystem | None]) ->
         CheckpointError, ConfigError: missing or wrong files, weights or settings.
     """
     # 1. The samples, then the system with its family's settings.
-    samples: Sequence[Sample] = benchmark.samples()[: benchmark.limit]
-    for index, sample in enumerate(samples):
-        sample.index = index
+    samples = _read_samples(benchmark)
     system = load()
     if system is not None:
         if benchmark.prompts == "plain":
             system.use_plain_prompts()
         family = find_family(system.config.system)
-        kind = type(benchmark)
+        options = {**family.evaluation.get(benchmark.options_of, {}), **benchmark.options}
         if benchmark.kind in family.evaluators:
-            kind = pkgutil.resolve_name(family.evaluators[benchmark.kind])
-        values = _settings(benchmark)
-        values["options"] = {**family.evaluation.get(benchmark.options_of, {}), **benchmark.options}
-        benchmark = kind(**values)
+            evaluator = pkgutil.resolve_name(family.evaluators[benchmark.kind])
+            # A benchmark of another package keeps its own rules.
+            if issubclass(evaluator, type(benchmark)):
+                benchmark = evaluator(**_settings(benchmark))
+                samples = _read_samples(benchmark)
+        benchmark.options = options
         benchmark.use(system)
-    benchmark.prepare(samples)
 
     # 2. Answers, of all processes together.
-    check_identity(benchmark.out, _identity(benchmark, system), "--out")
+    identity = _identity(benchmark, system)
+    check_identity(benchmark.out, identity, "--out", begin=False)
+    benchmark.prepare(samples)
+    check_identity(benchmark.out, identity, "--out")
     lines = _answer_share(benchmark, samples)
     if any(sample.key not in lines for sample in samples):
         log_line(
@@ -261,6 +276,13 @@ def run(benchmark: AnyBenchmark, load: Callable[[], MultimodalSystem | None]) ->
     finite_json(usable_lines, str(benchmark.out))
     scores = benchmark.score(usable, usable_lines) if usable else Scores([], {})
     return _write_summary(benchmark.out, [lines[sample.key] for sample in samples], scores)
+
+
+def _read_samples(benchmark: AnyBenchmark) -> Sequence[Sample]:
+    samples: Sequence[Sample] = benchmark.samples()[: benchmark.limit]
+    for index, sample in enumerate(samples):
+        sample.index = index
+    return samples
 
 
 def _write_summary(out: Path, lines: Sequence[Line], scores: Scores) -> JsonObject:
@@ -385,8 +407,11 @@ def _identity(benchmark: AnyBenchmark, system: MultimodalSystem | None) -> JsonO
     # 1. The settings, and the contents of the files that they name.
     file = benchmark.file
     content = read_all(file) if is_remote(file) or Path(file).is_file() else b""
-    settings = _settings(benchmark).items()
-    values = {name: value for name, value in settings if name not in MAY_CHANGE}
+    values = _settings(benchmark)
+    for kind in type(benchmark).__mro__:
+        for name, item in getattr(kind, "__dataclass_fields__", {}).items():
+            if item.metadata.get("may_change"):
+                values.pop(name, None)
     identity = {**values, "contents of the file of samples": _digest(content)}
     models: list[object] = list(values.values())
 

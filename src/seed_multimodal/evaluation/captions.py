@@ -41,7 +41,7 @@ class CaptionFile(Benchmark[Sample]):
         help="COCO's captions, Karpathy's file dataset_coco.json, or a list with image and "
         "caption; to draw also a list of texts, or a .txt",
     )
-    split: str = setting("test", help="of Karpathy's file (default: test)")
+    split: str = setting("test", may_change=True, help="of Karpathy's file (default: test)")
 
 
 @dataclass(kw_only=True)

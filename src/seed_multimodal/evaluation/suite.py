@@ -20,7 +20,7 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
 from seed_multimodal.evaluation.benchmark import (
     BENCHMARKS,
-    RunSettings,
+    EvaluationSettings,
     benchmark_class,
     open_benchmark,
     run,
@@ -59,7 +59,7 @@ class SuiteRow:
 
 
 @dataclass(kw_only=True)
-class SuiteSettings(RunSettings):
+class SuiteSettings(EvaluationSettings):
     """Settings of all runs; options: of drawings."""
 
     model: str

@@ -65,8 +65,12 @@ class Drawings(CaptionFile):
         None, minimum=1, help="drawings, of which CLIP keeps one (default: 4 or 1)"
     )
     clip: Path | None = setting(None, metavar="DIR", help="CLIP folder of transformers")
-    resolution: int = setting(512, minimum=1, help="of real images for FID (default: 512)")
-    inception: Path | None = setting(None, metavar="FILE", help="weights of FID's network")
+    resolution: int = setting(
+        512, minimum=1, may_change=True, help="of real images for FID (default: 512)"
+    )
+    inception: Path | None = setting(
+        None, may_change=True, metavar="FILE", help="weights of FID's network"
+    )
     original: bool = False
 
     def __post_init__(self) -> None:

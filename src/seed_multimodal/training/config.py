@@ -99,7 +99,7 @@ class TrainerSettings:
 
 @dataclass(kw_only=True)
 class RunTrainerSettings(TrainerSettings):
-    """Settings of the trainings with groups (`run.RunTask`).
+    """Settings of the trainings with groups (`hydra_task.RunTask`).
 
     Attributes:
         sample_steps: interval of samples in `samples/` (0: never; None: `save_steps`).

@@ -6,6 +6,8 @@ the scores are computed by hand.
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,11 @@ from tiny import read_json
 from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
+from seed_multimodal.errors import DataError
+from seed_multimodal.evaluation.annotations import Sample
+from seed_multimodal.evaluation.benchmark import run
+from seed_multimodal.evaluation.vqa import Questions
+from seed_multimodal.models.lavit.evaluate import LavitQuestions
 
 BENCHMARKS = read_tables(__file__)
 
@@ -64,3 +71,38 @@ def test_eval_refuses_numbers_that_are_not_finite(case, tiny_folder, capsys):
     assert evaluate(case, lines, tiny_folder) == 2
     assert "not finite" in capsys.readouterr().err
     assert not Path("out/summary.json").exists()
+
+
+@dataclass(kw_only=True)
+class Own(Questions):
+    """A benchmark of another package, whose `samples` sets what `answer` reads."""
+
+    resolution: int
+
+    def samples(self):
+        self.text = "a fox"
+        return [Sample(1, "item 1")]
+
+    def prepare(self, samples):
+        if self.resolution == 0:
+            raise DataError("no judge")
+
+    def answer(self, samples, images):
+        return [{"answer": self.text}]
+
+
+def test_run_keeps_a_benchmark_as_it_is(tiny_lavit):
+    # LaVIT's evaluator of this kind is none of this benchmark. A folder is begun when the judge is
+    # there; answers of two settings would be scored together, which is noticed before.
+    for resolution, error in ((0, "no judge"), (8, None), (9, "resolution: "), (0, "resolution: ")):
+        with pytest.raises(DataError, match=error) if error else nullcontext():
+            run(Own(out=Path("out"), resolution=resolution), lambda: tiny_lavit)
+    assert read_json(Path("out/results.json"))[0]["answer"] == "a fox"
+
+
+def test_run_reads_the_samples_of_an_evaluator(tiny_lavit, monkeypatch):
+    write_any(Path("q.json"), [{"image": "a.jpg", "question": "Which?", "question_id": 1}])
+    samples = [Sample(7, "item 7", problem="none")]
+    monkeypatch.setattr(LavitQuestions, "samples", lambda self: samples)
+    summary = run(Questions(file="q.json", out=Path("out")), lambda: tiny_lavit)
+    assert summary["bad_first"] == ["item 7: none"]

@@ -4,7 +4,7 @@
     records.read(12).fields
 
 record             `Record`, `BadRecords`, and the protocol `RecordFile` of readers
-sources            `open_records`: files, patterns and folders → `FileRecords`
+records            `open_records`: files, patterns and folders → `FileRecords`
 pairs              `open_pairs`: image-caption pairs
 tar, jsonl, parquet, images    a reader for each format; `shards` writes tars
 conversations      fields of a conversation → `messages`

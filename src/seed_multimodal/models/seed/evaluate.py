@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import GenerationError
-from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.text2image import Drawings
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.models.seed.pipeline import SeedLlama
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 
 def unconditional_codes(system: SeedLlama, options: JsonObject) -> list[int]:
@@ -33,10 +32,10 @@ def unconditional_codes(system: SeedLlama, options: JsonObject) -> list[int]:
 class SeedDrawings(Drawings):
     """Drawings of captions."""
 
-    def prepare(self, samples: Sequence[Sample]) -> None:
-        super().prepare(samples)
+    def use(self, system: MultimodalSystem) -> None:
+        super().use(system)
         # The original script's guidance is against the image without caption.
         if self.original:
-            assert isinstance(self.system, SeedLlama)
-            negative = unconditional_codes(self.system, self.options)
+            assert isinstance(system, SeedLlama)
+            negative = unconditional_codes(system, self.options)
             self.options = {**self.options, "negative_codes": negative}

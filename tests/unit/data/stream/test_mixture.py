@@ -107,11 +107,15 @@ def batches_of(tokenizer, path, decoder: str, **settings) -> LlmBatches:
         ("split", False, "cut", 8),  # as in the original
     ],
 )
-def test_report_of_long_sequences(tmp_path, tokenizer, too_long, packing, reason, sequences):
+def test_report_of_long_sequences(
+    tmp_path, tokenizer, monkeypatch, too_long, packing, reason, sequences
+):
+    # A decoder of texts of another package.
+    monkeypatch.setitem(DECODERS, "mine", type("Mine", (Text,), {"name": "mine"}))
     texts = [f"number {n} " + "many words follow " * (80 if n in (3, 5) else 1) for n in range(8)]
     path = lines(tmp_path / "t.jsonl", [{"text": text} for text in texts])
     options = {"length": 40, "too_long": too_long, "packing": packing}
-    batches = batches_of(tokenizer, path, "pretrain.text", **options)
+    batches = batches_of(tokenizer, path, "mine", **options)
     assert list(batches)
     report = batches.report()["sources"]["s"]
     assert (report["draws"], report["epochs"]) == (8, 1)
@@ -132,14 +136,6 @@ def test_long_captions_are_not_split(tmp_path, tokenizer):
     assert sum(batch.sequences for batch in batches) == 1
     (entry,) = batches.report()["sources"]["s"]["skipped"].values()
     assert entry["count"] == 1
-
-
-def test_texts_of_a_decoder_of_another_package_are_split(tmp_path, tokenizer, monkeypatch):
-    # Its long texts would be left out.
-    monkeypatch.setitem(DECODERS, "mine", type("Mine", (Text,), {"name": "mine"}))
-    path = lines(tmp_path / "t.jsonl", [{"text": "many words follow " * 80}])
-    batches = batches_of(tokenizer, path, "mine", length=40, too_long="split")
-    assert sum(batch.sequences for batch in batches) > 2
 
 
 # ---- broken records
