@@ -182,15 +182,15 @@ def test_resume_with_other_data(tmp_path):
         listed[0].load_state_dict([saved(listed[1])])
 
 
-@pytest.mark.parametrize("before", [(1, 1), ()])
-def test_resume_with_other_weights(before):
+def test_resume_with_other_weights():
     # Positions stand for other samples: some would be lost, others used twice.
     parts = [Numbers(range(9))] * 2
-    state = saved(batches_of(parts, 2, weights=before))
+    state = saved(batches_of(parts, 2, weights=(1, 1)))
+    resumed = batches_of(parts, 2, weights=(2, 1))
     with pytest.raises(ConfigError, match="weights"):
-        batches_of(parts, 2, weights=(2, 1)).load_state_dict([state])
+        resumed.load_state_dict([state])
     del state["batches"]["data"]["weights"]  # as of earlier versions
-    batches_of(parts, 2, weights=before).load_state_dict([state])
+    resumed.load_state_dict([state])
     # Mixed sets are always shuffled.
     with pytest.raises(ConfigError, match="shuffle"):
         batches_of(parts, 2, weights=(2, 1), shuffle=False)
