@@ -124,10 +124,9 @@ def test_the_extra_demo_brings_what_the_server_imports():
 # A package may import itself and those before it. Other modules of the root are below all packages,
 # or above.
 PACKAGES = (
-    "weights", "images", "nn", "language", "inference", "diffusion", "models.registry", "pipelines",
-    "models", "transformers", "data", "pretokenize", "training", "evaluation", "rl", "serving",
-    "cli", "compat",
-)  # fmt: skip
+    "weights images nn language inference diffusion models.registry pipelines models transformers "
+    "data pretokenize training evaluation rl serving cli compat"
+).split()
 ABOVE = ("__main__", "")  # "" is the package itself, which names its public objects
 # Beginnings of a family's modules that belong to a later package.
 LATER = {

@@ -258,7 +258,7 @@ def test_the_command_line_reads_text_pipes_and_standard_input(nano, tmp_path, mo
 # ---- files, at every door
 
 QUANTISED = PICTURE.quantize(64).convert("RGB")
-FORMATS = ["PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG", "PPM", "AVIF"]
+FORMATS = "PNG GIF BMP TIFF WEBP JPEG PPM AVIF".split()
 
 
 def upload(file) -> Image.Image:

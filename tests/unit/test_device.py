@@ -48,10 +48,7 @@ def test_choose_device(row, monkeypatch):
     assert ("(" in line) == ("auto" in row["asked"])
 
 
-@pytest.mark.parametrize(
-    "device, dtype",
-    [("meta", "auto"), ("xla", "auto"), ("cuda:1", "auto"), ("cpu", "float8")],
-)
+@pytest.mark.parametrize("device, dtype", TABLES["unknown"])
 def test_choose_device_of_an_unknown_name(monkeypatch, device, dtype):
     # Weights on "meta" would be dropped without an error.
     report_devices(monkeypatch, *TABLES["machines"]["GPU"])
@@ -110,17 +107,7 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder, tmp_path):
     assert dtypes_of(dtype="bf16", quantization="4bit") == [torch.uint8, BRAIN, BRAIN]
 
 
-@pytest.mark.parametrize(
-    "name, peak",
-    [
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA A10G", None),
-        ("NVIDIA H200 MIG 1g.18gb", None),
-        ("AMD Instinct MI300X", None),
-    ],
-)
+@pytest.mark.parametrize("name, peak", TABLES["peaks"].items())
 def test_peak_tflops_by_name(name, peak):
     # A wrong peak makes the logged utilization of a training wrong.
     assert peak_tflops_by_name(name) == peak

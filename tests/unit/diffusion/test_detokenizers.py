@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 
-FAMILIES = ("sd", "unclip", "unclip_layout", "codes", "sdxl", "sdxl_edit", "lavit", "lavit_sd")
+FAMILIES = "sd unclip unclip_layout codes sdxl sdxl_edit lavit lavit_sd".split()
 SEEDS = [1, 2, 3]
 
 

@@ -82,19 +82,13 @@ def test_answer_asks_vizwiz_first_whether_there_is_an_answer():
     assert plain.system.questions == [[PLAIN_QUESTION.format("q0")]]
 
 
-@pytest.mark.parametrize(
-    "dataset, result, accuracy",
-    [
-        ("vqav2", {"question_id": 1, "answer": "red"}, 50.0),
-        # GQA has one right answer, and a program of its own.
-        ("gqa", {"question_id": 1, "answer": "red", "questionId": 1, "prediction": "red"}, 100.0),
-    ],
-)
-def test_score_writes_the_results_of_each_server(dataset, result, accuracy):
+@pytest.mark.parametrize("dataset", TABLES["results"])
+def test_score_writes_the_results_of_each_server(dataset):
+    expected = TABLES["results"][dataset]
     samples = [Sample(1, "", "a.jpg", references=["red", "blue"])]
     scores = questions(dataset).score(samples, [{"answer": "red"}])
-    assert scores.results == [result]
-    assert scores.values["accuracy"] == accuracy
+    assert scores.results == [expected["result"]]
+    assert scores.values["accuracy"] == expected["accuracy"]
     # VizWiz's server names questions by their images; a test set has no accuracy.
     [named] = questions(dataset).score([Sample("v.jpg", "", "v.jpg")], [{}]).results
     assert (named["question_id"], named["answer"]) == ("v.jpg", "")

@@ -100,16 +100,10 @@ def filled(file, **trainer) -> tuple[dict, list[str]]:
     return resolve_deepspeed_config(config, settings, world=8, rows=3, hidden_size=64)
 
 
-@pytest.mark.parametrize(
-    "trainer, named",
-    [
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
-        ({"precision": "fp32"}, "bf16"),
-    ],
-)
-def test_fill_config_that_contradicts_the_trainer(trainer, named):
-    with pytest.raises(ConfigError, match=named):
-        filled(CONFIGS / "deepspeed" / "stage2_bf16_mefft.json", **trainer)
+@pytest.mark.parametrize("case", TABLES["contradictions"], ids=str)
+def test_fill_config_that_contradicts_the_trainer(case):
+    with pytest.raises(ConfigError, match=case["named"]):
+        filled(CONFIGS / "deepspeed" / "stage2_bf16_mefft.json", **case["trainer"])
 
 
 @pytest.mark.parametrize(
@@ -130,18 +124,11 @@ def test_fill_config_of_a_deepspeed_file(file):
     assert (offload == "cpu") == ("offload" in file.stem)
 
 
-@pytest.mark.parametrize(
-    "precision, torch_dtype, used",
-    [
-        ("bf16", None, "bf16"),  # that of the run: the original fp16 weights stay exact
-        ("bf16", "fp16", "fp16"),  # that of the file
-        ("fp32", "fp16", "fp32"),
-    ],
-)
+@pytest.mark.parametrize("precision, torch_dtype, used", TABLES["dtypes"])
 def test_dtype_of_the_base_is_that_of_the_run_or_the_file(precision, torch_dtype, used, files):
     model = {
         "_target_": "src.model.peft_model.get_peft_model_with_resize_embedding",
-        "model": {**BASE, **({"torch_dtype": torch_dtype} if torch_dtype else {})},
+        "model": {**TABLES["base"], **({"torch_dtype": torch_dtype} if torch_dtype else {})},
         "peft_config": LORA,
     }
     files["model"].write_text(yaml.safe_dump(model))
@@ -152,28 +139,12 @@ def test_dtype_of_the_base_is_that_of_the_run_or_the_file(precision, torch_dtype
     assert task.run.model.dtype == used
 
 
-BASE = {
-    "_target_": "src.model.llama_xformer.LlamaForCausalLM.from_pretrained",
-    "pretrained_model_name_or_path": "llama",
-}
 LORA = {"_target_": "peft.LoraConfig", "r": 2, "target_modules": ["q_proj"]}
-SEED = "src.model.peft_model.get_"
-SEED_X = "src.models.mllm.peft_models.get_"
-# Configurations of models, published and of builders that no published file names, and what is
-# read from them.
-MODELS = [
-    ("vicuna_7b_lora", {}, {"path": "pretrained/vicuna-7b-v1.1", "dtype": None}),
-    ("vicuna_7b_lora_pretrained", {"model_id": "log/x"}, {"adapter": "log/x", "lora": None}),
-    (
-        "",
-        {"_target_": f"{SEED}frozen_embedding_model", "model": BASE},
-        {"path": "llama", "freeze_embeddings": True, "lora": None},
-    ),
-]
 
 
-@pytest.mark.parametrize("file, config, expected", MODELS)
-def test_read_model_settings_of_the_originals(file, config, expected):
+@pytest.mark.parametrize("row", TABLES["models"], ids=str)
+def test_read_model_settings_of_the_originals(row):
+    file, config, expected = row.values()
     if file:
         published = load_yaml(CONFIGS / "model" / f"{file}.yaml")
         config = {**OmegaConf.to_container(published, resolve=True), **config}
@@ -183,18 +154,10 @@ def test_read_model_settings_of_the_originals(file, config, expected):
         assert {key: settings.lora[key] for key in TABLES["lora"]} == TABLES["lora"]
 
 
-@pytest.mark.parametrize(
-    "config, named",
-    [
-        ({}, "path"),
-        ({**BASE, "pretrained_model_name_or_path": "???"}, "pretrained_model_name_or_path"),
-        # Embeddings are not trained alone.
-        ({"_target_": f"{SEED_X}model_with_resize_embedding", "model": BASE}, "embeddings"),
-    ],
-)
-def test_read_model_settings_with_a_mistake(config, named):
-    with pytest.raises(ConfigError, match=named):
-        read_model_settings(config)
+@pytest.mark.parametrize("row", TABLES["mistakes"], ids=str)
+def test_read_model_settings_with_a_mistake(row):
+    with pytest.raises(ConfigError, match=row["named"]):
+        read_model_settings(row["config"])
 
 
 @pytest.mark.parametrize("row", TABLES["templates"], ids=str)

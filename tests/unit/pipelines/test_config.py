@@ -110,17 +110,7 @@ def test_commands_without_a_language_model(fixture, parts, has_codes, tmp_path, 
     assert str(folder / parts[0]) in capsys.readouterr().err
 
 
-DIFFUSION = "seed_tokenizer/diffusion_model"
-
-
-@pytest.mark.parametrize(
-    "fixture, missing, llm",
-    [
-        ("tiny_folder", f"{DIFFUSION}/unet/diffusion_pytorch_model.safetensors", "seed_llama"),
-        ("tiny_x_folder", "sdxl/vae/config.json", "llm"),
-        ("tiny_lavit_folder", "pixels/unet/config.json", "llm"),
-    ],
-)
+@pytest.mark.parametrize("fixture, missing, llm", TABLES["missing"])
 def test_missing_files_are_reported_before_weights_are_read(
     fixture, missing, llm, tmp_path, request
 ):

@@ -23,6 +23,8 @@ from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.task import Identity, StageTask
 from seed_multimodal.training.trainer import micro_step_seed, train_stage
 
+TABLES = read_tables(__file__)
+
 
 def plain_loop(precision: str) -> tuple[list[float], str]:
     """The same training in plain PyTorch, twelve steps."""
@@ -135,7 +137,7 @@ def test_intervals_of_evaluations_samples_checkpoints_and_log_lines(tmp_path, ca
     assert [line["step"] for line in lines if "loss" in line] == [5, 8]
 
 
-@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+@pytest.mark.parametrize("case", TABLES["unchanged"], ids=str)
 def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, case):
     # Once: else a wrong setting looks like a finished training.
     named = case["named"]
@@ -275,22 +277,13 @@ def test_numbers_of_a_task_with_the_names_of_others(tmp_path, name):
         train_stage(task, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "parts, evaluation, named",
-    [
-        ([{"eta_seconds": 1.0}], {}, "`parts`: .*eta_seconds"),
-        ([{"perplexity": 1.0}, {"perplexity": 2.0}], {}, "two parts log perplexity"),
-        ([{"bad": 1}, {"bad": 2}], {"step": 7.0}, "`evaluate`: .*step"),
-    ],
-)
-def test_numbers_of_parts_and_evaluations_with_the_names_of_others(
-    tmp_path, parts, evaluation, named
-):
+@pytest.mark.parametrize("case", TABLES["names"], ids=str)
+def test_numbers_of_parts_and_evaluations_with_the_names_of_others(tmp_path, case):
     task = WeightedTask((2,), max_steps=1)
-    task.parts = [toy.ToyPart(lambda status=status: status) for status in parts]
+    task.parts = [toy.ToyPart(lambda status=status: status) for status in case["parts"]]
     task.eval_steps = 1
-    task.evaluate = lambda run: evaluation
-    with pytest.raises(TrainingError, match=named):
+    task.evaluate = lambda run: case["evaluation"]
+    with pytest.raises(TrainingError, match=case["named"]):
         train_stage(task, tmp_path)
 
 

@@ -9,24 +9,13 @@ import loop_toy as toy
 import pytest
 import torch
 from real_processes import wait_until
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
 
 TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2".split()
-EQUAL = {
-    "name": "equal",
-    "batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "noise": 0,
-    "logging_steps": 1,
-}
-ENDLESS = {
-    "name": "endless",
-    "batch_size": 4,
-    "max_steps": 100_000,
-    "pause": 0.02,
-    "logging_steps": 100_000,
-}
+TABLES = read_tables(__file__)
+EQUAL, ENDLESS = TABLES["equal"], TABLES["endless"]
 
 
 @pytest.mark.process

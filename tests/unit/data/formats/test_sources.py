@@ -22,6 +22,7 @@ from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 
+TABLES = read_tables(__file__)
 ITEMS = [
     {"text": 'ä\n"]},{[', "n": -12.5e3},
     {"nested": [[1, 2], {"a": None}]},
@@ -132,17 +133,14 @@ def test_open_records_of_a_pickled_sample(tmp_path):
 # ---- which files are read
 
 
-@pytest.mark.parametrize(
-    "options, named",
-    [({"format": "jsnl"}, "'jsonl'"), ({"options": {"anon": True}}, "'anon'")],
-)
-def test_open_records_with_a_wrong_option(tmp_path, options, named):
+@pytest.mark.parametrize("case", TABLES["options"], ids=str)
+def test_open_records_with_a_wrong_option(tmp_path, case):
     path = lines(tmp_path / "a.jsonl", [{}])
-    with pytest.raises(ConfigError, match=named):
-        open_records(path, **options)
+    with pytest.raises(ConfigError, match=case["named"]):
+        open_records(path, **case["options"])
 
 
-@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+@pytest.mark.parametrize("case", TABLES["patterns"], ids=str)
 def test_expand_pattern(tmp_path, case):
     for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
         (tmp_path / name).touch()

@@ -6,6 +6,7 @@ import pytest
 from data_files import lines
 from repository import NANO
 from tiny import write_json
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.decoders import DECODERS
@@ -15,6 +16,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
+TABLES = read_tables(__file__)
 CAPTIONS, DOCUMENTS, TEXTS = 66, 30, 35  # records of the sets of `mixed`
 
 
@@ -64,14 +66,10 @@ def test_weights_hold_whatever_is_dropped(tmp_path, tokenizer, packing, workers)
     assert report["filtered"]["draws"] / filtered == pytest.approx(5 / 2, abs=0.2)
 
 
-@pytest.mark.parametrize(
-    "cycles, endless, never_drawn",
-    [((), "captions", "documents"), ((2,), "documents", "texts"), ((2, 1), None, None)],
-)
-def test_sources_one_after_another(
-    mixed, tokenizer, record_numbers, tmp_path, capsys, cycles, endless, never_drawn
-):
+@pytest.mark.parametrize("case", TABLES["turns"], ids=str)
+def test_sources_one_after_another(mixed, tokenizer, record_numbers, tmp_path, capsys, case):
     # Behind an endless source a run would learn from that alone, without a word.
+    cycles, endless, never_drawn = case.values()
     config = unpacked(mixed(concat_type="concat"), cycles)
     run = tmp_path / "run.yaml"
     write_json(run, {"tokenizer": str(NANO / "seed_tokenizer"), "data": config})
@@ -98,20 +96,11 @@ def batches_of(tokenizer, path, decoder: str, **settings) -> LlmBatches:
     return LlmBatches(read_data_settings({"sources": [source], **settings}), tokenizer)
 
 
-@pytest.mark.parametrize(
-    "too_long, packing, reason, sequences",
-    [
-        ("skip", True, "skipped", 6),
-        ("truncate", True, "cut", 8),
-        ("split", True, "split", 36),
-        ("split", False, "cut", 8),  # as in the original
-    ],
-)
-def test_report_of_long_sequences(
-    tmp_path, tokenizer, monkeypatch, too_long, packing, reason, sequences
-):
+@pytest.mark.parametrize("case", TABLES["long"], ids=str)
+def test_report_of_long_sequences(tmp_path, tokenizer, monkeypatch, case):
     # A decoder of texts of another package.
     monkeypatch.setitem(DECODERS, "mine", type("Mine", (Text,), {"name": "mine"}))
+    too_long, packing, reason, sequences = case.values()
     texts = [f"number {n} " + "many words follow " * (80 if n in (3, 5) else 1) for n in range(8)]
     path = lines(tmp_path / "t.jsonl", [{"text": text} for text in texts])
     options = {"length": 40, "too_long": too_long, "packing": packing}
