@@ -157,14 +157,7 @@ def test_questions_of_any_format(name, scheme, tmp_path, monkeypatch):
             assert image.tobytes() == noise(0).tobytes()
 
 
-DPG = {
-    "item_id": "a",
-    "text": "text",
-    "proposition_id": "1",
-    "dependency": "0",
-    "tuple": "entity (fox)",
-    "question_natural_language": "A fox?",
-}
+DPG = TABLES["dpg"]
 
 
 def write_dpg(path, rows: list[dict[str, str]]) -> Path:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import clip, detection, judges
@@ -16,6 +17,7 @@ from seed_multimodal.rl.rewards import checked_rewards, open_reward, weighted_su
 from seed_multimodal.training.distributed import TrainingError
 
 NAN = math.nan
+TABLES = read_tables(__file__)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +39,8 @@ def test_checked_rewards(values, expected):
 @pytest.mark.parametrize(
     "values, named",
     [
-        ([0.5, 0.5], "2 values for 3"),
-        (None, "NoneType"),
+        *TABLES["refused"],
         (torch.tensor(0.5), "float"),
-        ("123", "str"),
-        ({0: 1.0, 1: 2.0, 2: 3.0}, "dict"),
-        ([1, 2, NAN], "nan for drawing 3 of 3"),
-        ([1, "0.5", 2], "'0.5' for drawing 2"),
         (np.ones((3, 1)), r"\[1.0\] for drawing 1"),
         ([10**400, 1, 2], "drawing 1"),
     ],
@@ -94,21 +91,15 @@ class Stub(SimpleNamespace):
         return torch.tensor([[1.0, 0.0]] * len(images))
 
 
-DOG = {"prompt": "a dog.", "tag": "x", "include": [{"class": "dog", "count": 1}]}
-TWO = {**DOG, "include": [{"class": "dog", "count": 2}]}
-COUNTED = {**DOG, "tag": "counting"}
-
-
 @pytest.mark.parametrize(
     "name, expected", [("geneval", [1, 0, 0]), ("judge", [0.75] * 3), ("clip", [0.6] * 3)]
 )
 def test_built_in_rewards(name, expected, monkeypatch):
     for module, opened in ((detection, "load_detector"), (judges, "load_judge"), (clip, "Clip")):
         monkeypatch.setattr(module, opened, lambda *arguments: Stub())
-    records = [DOG, TWO, COUNTED]
+    records = TABLES["prompts"]
     reward = open_reward(RewardSettings(name, "model"), records, torch.device("cpu"))
     assert reward(["image"] * 3, records) == pytest.approx(expected)
     if name == "geneval":
-        red = {**DOG, "include": [{"class": "dog", "count": 1, "color": "red"}]}
         with pytest.raises(ConfigError, match="line 1: model does not know colours"):
-            open_reward(RewardSettings(name, "model"), [red], torch.device("cpu"))
+            open_reward(RewardSettings(name, "model"), [TABLES["red"]], torch.device("cpu"))

@@ -88,22 +88,14 @@ def test_decode_of_a_broken_record(tokenizer_of, records, case):
         get_decoder(name, tokenizer_of(name)).decode(fields, SeededRandom(0))
 
 
-@pytest.mark.parametrize(
-    "name, options, change",
-    [
-        ("pretrain.interleaved", {}, {"texts": ["both", "then", None]}),
-        ("sft.conversation", {}, {"question": "Image Descriptions Question: a?"}),
-        ("sft.interleaved", {}, {"response": ""}),
-        ("seed_x.caption", {"min_aspect_ratio": 0.6}, {"image": IMAGE.resize((900, 450))}),
-        ("seed_x.caption", {"min_resolution": 20}, {"image": IMAGE.resize((10, 40))}),
-        ("seed_x.caption", {"similarity_thr": 0.1}, {"similarity": 0.05}),
-    ],
-)
-def test_decode_drops_unusable_records(tokenizer_of, records, name, options, change):
+@pytest.mark.parametrize("case", TABLES["dropped"], ids=str)
+def test_decode_drops_unusable_records(tokenizer_of, records, case):
     # Dropped, not broken: data sets have many of them, and they end no run.
-    decoder = get_decoder(name, tokenizer_of(name), options)
+    name = case["decoder"]
+    decoder = get_decoder(name, tokenizer_of(name), case["options"])
     record = records(IMAGE)[name]
     assert not decoder.decode(record, SeededRandom(0)).drop_reason
+    change = {"image": IMAGE.resize(case["size"])} if "size" in case else case["fields"]
     assert decoder.decode(record | change, SeededRandom(0)).drop_reason
 
 

@@ -17,7 +17,7 @@ from seed_multimodal.data.formats.bad_records import BROKEN, RecordNote
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import ListedSamples, SampleDataset, StepBatches
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.models.seed.captions import BlipCaption
 
@@ -221,13 +221,3 @@ def test_bad_samples_are_skipped(tmp_path, no_workers_left):
     assert len(logged) == 2
     assert f"{path}: sample 004" in min(logged)
     assert f"{path}: sample 009" in max(logged)
-
-
-@pytest.mark.process
-def test_at_raises_from_workers(tmp_path, no_workers_left):
-    path = spoiled_shard(tmp_path, {5})
-    options = {"shuffle": False, "workers": 1, "max_bad_in_a_row": 1}
-    with StepBatches([dataset(tmp_path)], 2, seed=0, **options) as batches:
-        assert batches.at(1)["key"] == ["002", "003"]
-        with pytest.raises(DataError, match=f"{path}: sample 005"):
-            batches.at(2)
