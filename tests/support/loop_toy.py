@@ -22,6 +22,7 @@ from llm_runs import environment
 from safetensors.torch import load_file
 from tiny import read_json
 from torch import nn
+from yaml_tables import read_tables
 
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.errors import SeedError
@@ -122,21 +123,7 @@ def train(
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    choices = {
-        "max_steps": 12,
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-        "warmup_steps": 5,
-        "ema": 0.9,
-        "seed": 3,
-        "precision": "fp32",
-        "logging_steps": 4,
-        "max_grad_norm": 0.5,
-        # Checkpoints by steps alone.
-        "save_seconds": 1e9,
-        "curves": False,
-        **settings,
-    }
+    choices = {**read_tables(__file__), **settings}
     folder.mkdir(parents=True, exist_ok=True)
     losses = folder / f"losses.{rank}.txt"
 

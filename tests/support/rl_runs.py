@@ -10,14 +10,13 @@ import pytest
 import torch
 from data_files import lines
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.rl import rewards
 from seed_multimodal.rl.task import RlTask
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.trainer import train
-
-TRAINER = {"max_steps": 2, "precision": "fp32", "device": "cpu", "report_to": [], "curves": False}
 
 
 def codes_as_pixels(family, inputs, prompts, seeds, settings) -> list[Image.Image]:
@@ -40,17 +39,17 @@ def run(folder, system, functions: Mapping[str, Callable], **settings) -> RlTask
     settings: of each group; `evaluated`: number of prompts.
     """
     evaluated = [{"prompt": f"a bird {index}"} for index in range(settings.pop("evaluated", 0))]
+    defaults = read_tables(__file__)
     groups = {
         "model": {"system": str(system)},
         "data": {
             "prompts": str(lines(folder / "prompts.jsonl", [{"prompt": "a fish"}] * 3)),
             "eval_prompts": str(lines(folder / "eval.jsonl", evaluated)) if evaluated else None,
             "rewards": [{"name": name} for name in functions],
-            "batch_size": 2,
-            "group_size": 4,
+            **defaults["data"],
         },
-        "optim": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
-        "trainer": {**TRAINER, "sample_steps": 0, "eval_steps": int(bool(evaluated))},
+        "optim": defaults["optim"],
+        "trainer": {**defaults["trainer"], "eval_steps": int(bool(evaluated))},
     }
     config = {"output_dir": str(folder / "out"), **settings}
     for group, values in groups.items():

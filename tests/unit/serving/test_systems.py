@@ -12,6 +12,7 @@ from served import CHAT, PROMPTS, chat, generate, read, user
 from systems import load
 from yaml_tables import read_tables
 
+TABLES = read_tables(__file__)
 DRAW = "/v1/images/generations"
 RESPONSES = "/v1/responses"
 SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "num_beams": 2}
@@ -62,15 +63,7 @@ def test_generate_answers_or_refuses_any_text(family_client, text):
 # ---- families that hold conversations
 
 
-@pytest.mark.parametrize(
-    "name, question, force",
-    [
-        ("tiny", "Make it red.", True),
-        ("tiny_x", "Make it red.", True),
-        ("nano", "Where is the snowman?", False),
-        ("nano", "Remove the fox.", False),
-    ],
-)
+@pytest.mark.parametrize("name, question, force", TABLES["conversations"])
 def test_conversation_with_images_in_both_directions(client_of, request, name, question, force):
     # A drawn image is sent back (its codes, or for SEED-X the image itself), and what nano compares
     # before its answer.
@@ -144,7 +137,7 @@ def test_generate_leaves_out_an_image_of_an_answer_that_broke_off(client_of, tin
     assert any("left out" in note for note in answer["error_msg"])
 
 
-REFUSED = read_tables(__file__)
+REFUSED = TABLES["refused"]
 REFUSED["a long prompt"] = {
     **REFUSED["nothing to draw"],
     "text": "a fish " * 4000,

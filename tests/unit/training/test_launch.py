@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from real_processes import run_process
 from repository import ROOT
+from yaml_tables import read_tables
 
 SCRIPTS = sorted(
     [
@@ -90,23 +91,11 @@ def test_launch_divides_the_cores_of_the_job(launch):
     assert launch(SCRIPTS[0], {core}, OMP_NUM_THREADS="7")["OMP_NUM_THREADS"] == "7"
 
 
-NODE_0 = "local 10.0.0.1 dev lo src 10.0.0.1 uid 0"
-NODE_1 = "10.0.0.1 dev ib1 src 10.0.0.2 uid 0"
-FIRST_OF_TWO = {"NNODES": "2", "MASTER_ADDR": "first"}
-
-
-@pytest.mark.parametrize(
-    "variables, interface",
-    [
-        ({**FIRST_OF_TWO, "ROUTE": NODE_0}, "ib0"),
-        ({**FIRST_OF_TWO, "ROUTE": NODE_1}, "ib1"),
-        ({"HOST_NUM": "2", "CHIEF_IP": "own-name"}, "eth0"),
-        ({**FIRST_OF_TWO, "GLOO_SOCKET_IFNAME": "mine"}, "mine"),
-    ],
-)
-def test_launch_chooses_the_interface_of_gloo(variables, interface, launch):
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_launch_chooses_the_interface_of_gloo(case, launch):
     # That of the route between the nodes: gloo alone takes the hosts file's, and hangs.
-    assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
+    variables = launch(SCRIPTS[0], **case["variables"])
+    assert variables["GLOO_SOCKET_IFNAME"] == case["interface"]
 
 
 def test_retrieval_script_reads_its_variables(launch):
