@@ -163,9 +163,12 @@ def test_a_benchmark_as_its_page_writes_it(packages, tiny_folder, capsys):
 
     # A package that is broken, or none of a benchmark, leaves the other commands usable.
     write(packages / "site/my_package/wrong.py", "1 / 0")
+    numbers = packages / "site/my_package/numbers.py"
+    write(numbers.with_name("flag.py"), numbers.read_text().replace("tolerance:", "model:"))
     entries = {
         "gone": "my_package.gone:Gone",
         "wrong": "my_package.wrong:Wrong",
+        "flag": "my_package.flag:Numbers",
         "path": "pathlib:Path",
         "plain": "seed_multimodal.evaluation.benchmark:Benchmark",
         **dict.fromkeys(("vqa", "suite"), "my_package.numbers:Numbers"),

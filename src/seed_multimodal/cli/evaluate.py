@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -104,11 +104,11 @@ def add_commands(kinds: Commands) -> None:
             continue
         try:
             title = benchmark_class(command).title
-        except ConfigError as error:
-            log_line(str(error))
-            continue
-        parser = kinds.add_parser(command, help=title, description=title)
-        _add_benchmark(parser, command, f"outputs/eval_{command}", "nano")
+            parser = kinds.add_parser(command, help=title, description=title)
+            _add_benchmark(parser, command, f"outputs/eval_{command}", "nano")
+        except (ConfigError, ArgumentError) as error:  # a flag of ours is an ArgumentError
+            log_line(f"Benchmark {command} is left out: {error}")
+            kinds.choices.pop(command, None)
     for parser in kinds.choices.values():
         add_debug(parser)
 
