@@ -31,6 +31,7 @@ from seed_multimodal.models.lavit.modeling import (
     LavitTokenizerConfig,
     causal_mask,
     dropped_mask,
+    kept_rows,
 )
 from seed_multimodal.models.lavit.pipeline import LavitFamily
 from seed_multimodal.models.lavit.processing import (
@@ -102,7 +103,8 @@ def check_codes(model, image: Tensor, want: Tensors, ids: dict):
     block = merger.blocks[0]
     attended = block.token_causal_attn(block.norm0(features), causal)
     cross = block.token_cross_attn(block.norm1(features + attended), source, dropped)
-    rows, counts = model.rows(image, noise=noise)
+    merged = model.merge(features, selection.keep_BN)
+    rows, counts = kept_rows(merged, selection.keep_BN)
     want.close("token_nums", counts, EXACT)
     want.compare(
         log_probs=selection.log_probs_BN2,
@@ -110,7 +112,7 @@ def check_codes(model, image: Tensor, want: Tensors, ids: dict):
         merger_block0_causal_attn=attended,
         merger_block0_cross_attn=cross,
         merger_block0=block(features, source, causal, dropped),
-        merger=model.merge(features, selection.keep_BN),
+        merger=merged,
         to_quantizer=model.to_codebook(rows),
     )
     want.close("quantized", model.quantize_rows(rows)[1], (1e-6, 0))
@@ -132,7 +134,7 @@ def check_continuous(model, image: Tensor, want: Tensors, counts: list[int]):
     keep = model.select(features, noise=want["gumbel_noise"]).keep_BN
     want.close("keep", keep, EXACT)
     want.close("merger", model.merge(features, keep))
-    rows = model.continuous(image, noise=want["gumbel_noise"])
+    rows = model.project(features, keep)
     assert_same([*map(len, rows)], counts, "features: rows of each image")
     for index, row in enumerate(rows):
         recorded = want[f"{index}.first_64_columns"]

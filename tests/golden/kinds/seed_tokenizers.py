@@ -115,7 +115,7 @@ def check_seed1_decode(model: Seed1Tokenizer, quant: torch.Tensor, want: Tensors
     if (name := "blocks_text_in" + suffix) in want:
         want.close(name, up + model.pos_embed_text, SEED1_CLOSE)
     want.close("reverse_output" + suffix, model.reverse_queries(tokens), SEED1_DECODED)
-    want.close("embeds" + suffix, model.decode_embeddings(quant), SEED1_DECODED)
+    want.close("embeds" + suffix, model.project(tokens), SEED1_DECODED)
 
 
 @torch.no_grad()

@@ -74,8 +74,9 @@ def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path):
         assert replace(model.config, llm_width=TOKENIZER.llm_width) == TOKENIZER
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert (model.vit_proj is None) == (layout != "saved")
-    rows = second.continuous(pixels, mode="threshold")
-    assert_equal(understanding.continuous(pixels, mode="threshold"), rows)
+    features = understanding.patch_features(pixels)
+    keep = understanding.select(features, mode="threshold").keep_BN
+    assert_equal(understanding.project(features, keep), second.project(features, keep))
     assert generator.encoder is understanding.encoder  # in memory once
     if layout != "saved":
         assert load_tokenizer_pair(tmp_path)[1] is None

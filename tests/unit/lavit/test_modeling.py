@@ -78,4 +78,4 @@ def test_half_precision_with_an_fp32_residual_stream(dtype, pixels):
         assert computed.dtype == torch.float32
         assert (computed - expected).abs().max() < 0.05 * expected.abs().max()
         assert not torch.equal(computed, computed.to(dtype).float()), "the stream was rounded"
-    assert half.continuous(pixels, mode="threshold")[0].dtype == dtype
+    assert half.project(exact, keep)[0].dtype == dtype

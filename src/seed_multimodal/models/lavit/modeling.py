@@ -373,27 +373,12 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
         """Codes `[...]` int64 → their codebook rows `[..., C]`."""
         return self.quantize.lookup(codes)
 
-    def rows(
-        self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]
-    ) -> tuple[Tensor, Tensor]:
-        """Pixels → merged rows of all images' kept patches `[T, D]`, their counts `[B]` int64."""
-        features_BND = self.patch_features(pixels_B3HW)
-        keep_BN = self.select(features_BND, **selection).keep_BN
-        return kept_rows(self.merge(features_BND, keep_BN), keep_BN)
-
     def project(self, features_BND: Tensor, keep_BN: Tensor) -> list[Tensor]:
         """Features and kept patches → the language model's input of each image, by `vit_proj`."""
         assert self.vit_proj is not None
         rows_TD, counts_B = kept_rows(self.merge(features_BND, keep_BN), keep_BN)
         with self.precision():
             return list(self.vit_proj(rows_TD).split(counts_B.tolist()))
-
-    def continuous(
-        self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]
-    ) -> list[Tensor]:
-        """Pixels → the language model's input of each image `[n_b, llm_width]`, by `vit_proj`."""
-        features_BND = self.patch_features(pixels_B3HW)
-        return self.project(features_BND, self.select(features_BND, **selection).keep_BN)
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]) -> list[Tensor]:

@@ -206,11 +206,6 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
         with evaluating(self):
             return self.decoder_tokens(self.decode_task_layer(rows_BQd))
 
-    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
-        """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""
-        up_BQD = self.decode_task_layer(quant_BQd)
-        return self.project(self.decoder_tokens(up_BQD))
-
     def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
         """Output of `decode_task_layer` → output of the decoder's blocks `[B, 32, D]`."""
         raise NotImplementedError
