@@ -33,7 +33,8 @@ from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.device import copy_to
 from seed_multimodal.disk import replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.evaluation.tokenizer import save_neighbours
+from seed_multimodal.evaluation.tokenizer import COLUMNS, paired_sheet
+from seed_multimodal.images.sheet import Cell
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
@@ -238,6 +239,28 @@ def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
         **codebook_use(torch.tensor(totals[len(sums) :])),
         "bad_samples": batches.n_bad,
     }
+
+
+def save_neighbours(
+    file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None, preprocessing: ImageTransform
+) -> None:
+    """A sheet of held-out images above the images nearest to their decoded embeddings.
+
+    images: pixels `[B, 3, S, S]`, normalised by `preprocessing`.
+    matched: embeddings of codes and of images, `[B, E]` each; None: no sheet.
+    """
+    if matched is None:
+        return
+    # 1. The nearest image of each embedding that its codes give.
+    decoded = nn.functional.normalize(matched[0].detach(), dim=-1)
+    targets = nn.functional.normalize(matched[1].detach(), dim=-1)
+    nearest = (decoded @ targets.T).argmax(1).tolist()[:COLUMNS]
+
+    # 2. The sheet.
+    cells = [Cell(preprocessing.to_image(image)) for image in images[: len(nearest)]]
+    nearest_cells = [Cell(preprocessing.to_image(images[index])) for index in nearest]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    paired_sheet(cells, nearest_cells, "nearest to its codes", file.stem).save(file)
 
 
 @registry.register_runner("runner_seed")

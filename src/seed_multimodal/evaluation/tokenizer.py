@@ -43,7 +43,7 @@ from seed_multimodal.evaluation.retrieval import ranks, retrieval
 from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings, TokenizerSettings
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.pipelines.config import SystemConfig
@@ -199,7 +199,7 @@ def evaluate_tokenizer(settings: TokenizerSettings, log: Log) -> JsonObject:
         for image, captions in zip(encoded.images, encoded.captions, strict=False)
     ]
     rebuilt_cells = [Cell(image) for image in rebuilt[: len(cells)]]
-    sheet = _sheet(cells, rebuilt_cells, "from its codes", f"{report['n']} images")
+    sheet = paired_sheet(cells, rebuilt_cells, "from its codes", f"{report['n']} images")
 
     # 5. Its files, with LAVIS's lines, one for each route.
     text = finite_json(report, str(folder), indent=1)
@@ -385,29 +385,7 @@ def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, int | Estimate]:
     }
 
 
-def save_neighbours(
-    file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None, preprocessing: ImageTransform
-) -> None:
-    """A sheet of held-out images above the images nearest to their decoded embeddings.
-
-    images: pixels `[B, 3, S, S]`, normalised by `preprocessing`.
-    matched: embeddings of codes and of images, `[B, E]` each; None: no sheet.
-    """
-    if matched is None:
-        return
-    # 1. The nearest image of each embedding that its codes give.
-    decoded = F.normalize(matched[0].detach(), dim=-1)
-    targets = F.normalize(matched[1].detach(), dim=-1)
-    nearest = (decoded @ targets.T).argmax(1).tolist()[:COLUMNS]
-
-    # 2. The sheet.
-    cells = [Cell(preprocessing.to_image(image)) for image in images[: len(nearest)]]
-    nearest_cells = [Cell(preprocessing.to_image(images[index])) for index in nearest]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(cells, nearest_cells, "nearest to its codes", file.stem).save(file)
-
-
-def _sheet(images: list[Cell], others: list[Cell], label: str, title: str) -> Image.Image:
+def paired_sheet(images: list[Cell], others: list[Cell], label: str, title: str) -> Image.Image:
     """Rows of images, each above a row of what belongs to them."""
     rows: list[Row] = []
     for start in range(0, len(images), COLUMNS):
