@@ -14,19 +14,20 @@ With several views of an image, caption and qa records also have `views`, of whi
 image itself; in chats only images of the user have views.
 
 A type reads a record of the input as its output record with `SourceImage`s. These are replaced by
-codes (a list of lists: of several views; None: unreadable and optional), then `join` finishes it.
+codes (a list of lists: of several views; None: unreadable and optional), then `joined` finishes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from seed_multimodal.config import read_table
 from seed_multimodal.data.decoders.seed_llama_pretrain import is_interleaved
 from seed_multimodal.data.formats.conversations import (
     REPAIRED,
@@ -54,7 +55,7 @@ from seed_multimodal.data.formats.record import (
 )
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
-from seed_multimodal.language.prompts import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
+from seed_multimodal.language import prompts
 from seed_multimodal.pretokenize.frames import Frame
 from seed_multimodal.pretokenize.inputs import InputSettings
 from seed_multimodal.settings import check_keys, nearest
@@ -150,9 +151,12 @@ class Sample:
 
 
 def joined(record: JsonObject) -> JsonObject:
-    """`image_ids`, if any, as one list; with several views of the only image also `views`."""
+    """`image_ids`, if any, as one list, except of a document; with several views of the only image
+    also `views`."""
     if "image_ids" not in record:
         return record
+    if "texts" in record:
+        return _without_lost_images(record)
     views = record["image_ids"][0]
     if isinstance(views[0], list):
         return {**record, "image_ids": views[0], "views": views}
@@ -166,12 +170,10 @@ class RecordType:
     name: str
     # The output record with `SourceImage`s, in a decode worker.
     read: Callable[[Sample], JsonObject]
-    # Content -> key; `ask`: a fixed question, `suffix`: appended to each question.
+    # This and the next two: see `record_types.yaml`.
     fields: dict[str, str]
-    # The first is the default.
-    presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})
-    views: bool = False  # input images may have several views
-    join: Callable[[JsonObject], JsonObject] = joined
+    presets: dict[str, dict[str, str]]
+    views: bool = False
 
     def keys(self, overrides: str | Mapping[str, str]) -> dict[str, str]:
         """The keys of a preset, or of a mapping over the type's defaults.
@@ -182,7 +184,8 @@ class RecordType:
         if isinstance(overrides, Mapping):
             check_keys(overrides, self.fields, "fields")
         elif overrides in self.presets:
-            overrides = self.presets[overrides]
+            preset = self.presets[overrides].items()
+            overrides = {name: getattr(prompts, value, value) for name, value in preset}
         else:
             raise ConfigError(
                 f"fields: {overrides!r} is not a preset of {self.name} data"
@@ -395,53 +398,15 @@ def _read_chat(sample: Sample) -> JsonObject:
     return {"messages": messages, **system}
 
 
-_TEXTS = {"question": "question", "answer": "answer", "ask": "", "suffix": ""}
+_READERS = {
+    "caption": _read_caption,
+    "qa": _read_qa,
+    "video": _read_video,
+    "edit": _read_edit,
+    "story": _read_story,
+    "interleaved": _read_interleaved,
+    "chat": _read_chat,
+}
 RECORD_TYPES = {
-    record_type.name: record_type
-    for record_type in (
-        RecordType("caption", _read_caption, {"image": "", "caption": ""}, views=True),
-        # The original tool reads JourneyDB; its other variants were comments in the source.
-        RecordType(
-            "qa",
-            _read_qa,
-            {"image": "", **_TEXTS},
-            {
-                "journeydb": {"ask": DESCRIBE_PROMPT, "answer": "caption"},
-                "describe": {"ask": DESCRIBE_PROMPT},
-                "vqa": {"suffix": QA_SUFFIX},
-                "plain": {},
-            },
-            views=True,
-        ),
-        RecordType(
-            "video",
-            _read_video,
-            {"video": "video", **_TEXTS},
-            {
-                "plain": {},
-                "caption": {"question": "", "answer": "caption"},
-                "qa": {"suffix": QA_SUFFIX},
-                "describe": {"ask": DESCRIBE_VIDEO_PROMPT, "answer": "caption"},
-            },
-        ),
-        RecordType(
-            "edit",
-            _read_edit,
-            {
-                "source": "source_image",
-                "target": "target_image",
-                "instruction": "instruction",
-                "instruction_gpt": "instruction_gpt",
-                "response": "response",
-            },
-        ),
-        RecordType("story", _read_story, {"images": "images", "captions": "captions"}),
-        RecordType(
-            "interleaved",
-            _read_interleaved,
-            {"images": "images", "texts": "texts"},
-            join=_without_lost_images,
-        ),
-        RecordType("chat", _read_chat, {}, views=True),
-    )
+    name: RecordType(name, _READERS[name], **table) for name, table in read_table(__file__).items()
 }

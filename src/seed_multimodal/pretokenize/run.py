@@ -42,7 +42,12 @@ from seed_multimodal.pretokenize.inputs import (
     list_shards,
     read_input_settings,
 )
-from seed_multimodal.pretokenize.record_types import RECORD_TYPES, RecordType, replace_images
+from seed_multimodal.pretokenize.record_types import (
+    RECORD_TYPES,
+    RecordType,
+    joined,
+    replace_images,
+)
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_identity, check_settings, non_negative, positive, setting
 
@@ -133,7 +138,7 @@ def run(settings: RunSettings) -> int:
         ):
             progress.unit_scale = True  # show fractions of shards with two digits
             bad = BadRecords(settings.max_bad, progress.write_line, "skipped: ")
-            writer = _RecordWriter(record_type, encoder, batch_size, bad, progress)
+            writer = _RecordWriter(encoder, batch_size, bad, progress)
             for task in tasks:
                 writer.write_shard(queue.path(task.shard), chain([task], tasks))
                 queue.release(task.shard)
@@ -225,7 +230,6 @@ def _list_sizes(shards: list[Shard]) -> dict[str, int]:
 class _RecordWriter:
     """Writes shards from decoded tasks, which arrive in shard order."""
 
-    record_type: RecordType
     encoder: Encoder
     batch_size: int
     bad: BadRecords
@@ -270,7 +274,7 @@ class _RecordWriter:
                 continue
             record = replace_images(sample.record, EncodedViews, partial(_view_codes, codes))
             # Metadata of LAION has numbers that are not finite.
-            record = self.record_type.join(record)
+            record = joined(record)
             content = strict_json(record, ensure_ascii=False, separators=(",", ":"))
             shard.add(f"{sample.index:07d}", {"json": content.encode("utf-8", "replace")})
             counts["samples"] += 1
