@@ -314,9 +314,7 @@ def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Ke
     folder = benchmark.out
     rank, world_size = rank_and_world_size()
     file = folder / f"samples-{rank}.jsonl"
-    from seed_multimodal.data.stream.order import Chunks  # imports torch
-
-    share = [samples[index] for index in Chunks(0, len(samples), 1, rank, world_size)]
+    share = samples[rank::world_size]
     lock_name = f".{file.name}.lock"
     with folder_lock(folder, DataError, "answering with this rank", name=lock_name):
         # Samples that failed are tried again.

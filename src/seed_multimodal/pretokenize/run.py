@@ -23,7 +23,6 @@ import torch
 
 from seed_multimodal.data.formats.bad_records import BROKEN, REPAIRED, BadRecords, RecordNote
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
-from seed_multimodal.data.stream.order import Chunks
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import (
     read_json_object,
@@ -99,10 +98,7 @@ def run(settings: RunSettings) -> int:
     shards = list_shards(source, settings.block)
     job, n_jobs = settings.shard
     index, count = job + n_jobs * rank, n_jobs * world
-    shares = []
-    for offset in range(count):
-        positions = Chunks(0, len(shards), 1, (index + offset) % count, count)
-        shares.append([shards[position] for position in positions])
+    shares = [shards[(index + offset) % count :: count] for offset in range(count)]
     queue = ShardQueue(save_dir, [*chain.from_iterable(shares)], len(shares[0]))
     n_missing = sum(map(queue.is_missing, shards))
     log_line(

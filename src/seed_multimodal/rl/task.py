@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.config import project_path
-from seed_multimodal.data.stream.order import Chunks, sample_seed
+from seed_multimodal.data.stream.order import sample_seed
 from seed_multimodal.data.stream.step_batches import ListedSamples, StepBatches
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
@@ -314,7 +314,7 @@ class RlTask(LanguageModelTask):
                 return {}
             # The same seeds for any number of processes.
             end = min(n_prompts, start + n_drawn)
-            rows = list(Chunks(start, end, 1, self.group.rank, self.group.world))
+            rows = range(start + self.group.rank, end, self.group.world)
             records = [self.eval_records[row] for row in rows]
             seeds = [sample_seed(0, 0, row) for row in rows]
             rewards.append(self.draw_and_score(records, seeds)[1])

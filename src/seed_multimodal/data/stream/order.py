@@ -23,7 +23,7 @@ block    `SHUFFLE_BLOCK` samples
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -78,11 +78,6 @@ class Chunks:
     def full(self) -> int:
         """Positions of a process in full rounds of runs."""
         return max(0, self.limit - self.first) // (self.world * self.run) * self.run
-
-    def __iter__(self) -> Iterator[int]:
-        """The remaining positions."""
-        while (span := self.take()) is not None:
-            yield span.start
 
     @property
     def ended(self) -> bool:

@@ -31,8 +31,8 @@ def order(**options) -> Order:
 
 def test_chunks_of_neighbours():
     # A process has full runs; before the end of the data single positions, so that none waits.
-    assert [*Chunks(3, 17, 2, rank=1, world=3)] == [5, 6, 11, 12, 16]
-    assert [*Chunks(0, 7, 1, rank=0, world=2)] == [0, 2, 4, 6]
+    assert Chunks(3, 17, 2, 1, 3).take_all(9) == [Span(5, 7), Span(11, 13), Span(16, 17)]
+    assert [span.start for span in Chunks(0, 7, 1, 0, 2).take_all(9)] == [0, 2, 4, 6]
     # At least four runs of each process in an epoch.
     assert [order().chunks(1, 0, world, 0).run for world in (1, 2, 3, 99)] == [10, 7, 5, 1]
     assert order().chunks(0, 0, 1, 0).run == 1
