@@ -110,19 +110,19 @@ def setting(
     return dataclasses.field(default=default, metadata=options)
 
 
-def positive(default: object = dataclasses.MISSING) -> Any:
+def positive(default: object = dataclasses.MISSING, **options: Any) -> Any:
     """A `setting` that is a number from 1 on."""
-    return setting(default, minimum=1)
+    return setting(default, minimum=1, **options)
 
 
-def non_negative(default: object = dataclasses.MISSING) -> Any:
+def non_negative(default: object = dataclasses.MISSING, **options: Any) -> Any:
     """A `setting` that is a number from 0 on."""
-    return setting(default, minimum=0)
+    return setting(default, minimum=0, **options)
 
 
-def fraction(default: float) -> Any:
+def fraction(default: float | None, **options: Any) -> Any:
     """A `setting` from 0 to 1."""
-    return setting(default, minimum=0, maximum=1)
+    return setting(default, minimum=0, maximum=1, **options)
 
 
 # ---- reading

@@ -52,7 +52,7 @@ from seed_multimodal.nn.pretrained import (
     reading_files,
 )
 from seed_multimodal.progress import import_library
-from seed_multimodal.settings import check_value, read_settings, setting
+from seed_multimodal.settings import check_value, positive, read_settings, setting
 from seed_multimodal.state_dicts import load_checkpoint, missing_weights
 from seed_multimodal.weights.find import find_folder
 
@@ -100,7 +100,7 @@ NETWORKS = (
 class DrawingSettings:
     """Defaults may be set by a folder's `seed_decode.json`."""
 
-    num_inference_steps: int = setting(20, minimum=1, maximum=1000)
+    num_inference_steps: int = positive(20, maximum=1000)
     guidance_scale: float = 10.0  # up to 1: one run of the denoiser
     height: int | None = setting(None, minimum=8, maximum=16_384)  # in pixels
     width: int | None = setting(None, minimum=8, maximum=16_384)

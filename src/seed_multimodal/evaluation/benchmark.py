@@ -76,17 +76,13 @@ class EvaluationSettings:
     out: Path = setting(may_change=True)
     options: JsonObject = field(default_factory=dict)
     seed: int = 42
-    batch_size: int = setting(16, minimum=1, may_change=True)
+    batch_size: int = positive(16, may_change=True)
     device: str = setting("auto", may_change=True)
-    limit: int | None = setting(
-        None, minimum=1, may_change=True, help="the first N samples only", metavar="N"
+    limit: int | None = positive(
+        None, may_change=True, help="the first N samples only", metavar="N"
     )
-    max_bad: int = setting(
-        20,
-        minimum=1,
-        may_change=True,
-        help="end after so many bad samples in a row",
-        flag="--max_bad",
+    max_bad: int = positive(
+        20, may_change=True, help="end after so many bad samples in a row", flag="--max_bad"
     )
 
 

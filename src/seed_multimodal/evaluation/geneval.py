@@ -28,7 +28,7 @@ from seed_multimodal.evaluation.benchmark import Line, Scores
 from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, estimate
 from seed_multimodal.evaluation.metrics import grouped, mean_of_means
 from seed_multimodal.evaluation.text2image import find_clip
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import fraction, setting
 
 if TYPE_CHECKING:
     from seed_multimodal.evaluation.detection import ColourClassifier, Detection, Detector, Limits
@@ -247,15 +247,9 @@ class GenEval(JudgedDrawings[ObjectPrompt]):
         help="folder of a detector of transformers (OWLv2, Mask2Former, DETR …), or nano",
     )
     clip: Path | None = setting(None, metavar="DIR", help="CLIP that names the colours of objects")
-    threshold: float | None = setting(
-        None, minimum=0, maximum=1, help="score of detections that count"
-    )
-    counting_threshold: float | None = setting(
-        None, minimum=0, maximum=1, help="of prompts that count objects"
-    )
-    max_overlap: float | None = setting(
-        None, minimum=0, maximum=1, help="of detections of a class (1: any)"
-    )
+    threshold: float | None = fraction(None, help="score of detections that count")
+    counting_threshold: float | None = fraction(None, help="of prompts that count objects")
+    max_overlap: float | None = fraction(None, help="of detections of a class (1: any)")
 
     def samples(self) -> list[ObjectPrompt]:
         return read_object_prompts(self.file)

@@ -21,7 +21,7 @@ from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap
 from seed_multimodal.images.io import open_image, save_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive, setting
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHEET_COLUMNS = 8
@@ -88,8 +88,8 @@ class JudgedDrawings(Benchmark[PromptT]):
     image_folder: Path | None = setting(
         None, metavar="DIR", help="judge these drawings; no model is loaded"
     )
-    num_images: int | None = setting(
-        None, minimum=1, metavar="N", help="drawings of a prompt (default: the paper's)"
+    num_images: int | None = positive(
+        None, metavar="N", help="drawings of a prompt (default: the paper's)"
     )
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from seed_multimodal.evaluation.benchmark import (
     run,
 )
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
-from seed_multimodal.settings import check_value, read_settings, setting
+from seed_multimodal.settings import check_value, positive, read_settings, setting
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -73,7 +73,7 @@ class SuiteSettings(EvaluationSettings):
     clip_text: str | None = setting(
         None, metavar="DIR", help="CLIP whose embeddings the tokenizer decodes to"
     )
-    best_of: int = setting(1, minimum=1, help="drawings, of which CLIP keeps one")
+    best_of: int = positive(1, help="drawings, of which CLIP keeps one")
     judge: Path | None = setting(None, metavar="MODEL", help="detector of GenEval")
 
 

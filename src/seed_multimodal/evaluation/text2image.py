@@ -13,7 +13,7 @@ from seed_multimodal.evaluation.annotations import Sample, read_captions
 from seed_multimodal.evaluation.benchmark import Images, Line, Scores
 from seed_multimodal.evaluation.captions import CaptionFile
 from seed_multimodal.images.io import save_image
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive, setting
 
 if TYPE_CHECKING:
     from seed_multimodal.evaluation.clip import Clip
@@ -61,13 +61,9 @@ class Drawings(CaptionFile):
     kind = options_of = "text2image"
     draws = True
 
-    best_of: int | None = setting(
-        None, minimum=1, help="drawings, of which CLIP keeps one (default: 4 or 1)"
-    )
+    best_of: int | None = positive(None, help="drawings, of which CLIP keeps one (default: 4 or 1)")
     clip: Path | None = setting(None, metavar="DIR", help="CLIP folder of transformers")
-    resolution: int = setting(
-        512, minimum=1, may_change=True, help="of real images for FID (default: 512)"
-    )
+    resolution: int = positive(512, may_change=True, help="of real images for FID (default: 512)")
     inception: Path | None = setting(
         None, may_change=True, metavar="FILE", help="weights of FID's network"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative, positive, setting
 
 DATA = (
     "a folder of images (captions in .txt), a list (.json, .jsonl, .parquet), a pattern of .tar "
@@ -21,7 +21,7 @@ class MeasuredImages:
     """The images that are measured, and what measures them."""
 
     data: str = setting(help=DATA)
-    limit: int | None = setting(None, minimum=1, help="look at LIMIT images, drawn by --seed")
+    limit: int | None = positive(None, help="look at LIMIT images, drawn by --seed")
     split: str | None = setting(None, help="of a registered format (default: val)")
     image_root: str | None = setting(None, help="folder of the images that a list names")
     image_key: str | None = setting(None, help="field of a list with the image")
@@ -30,8 +30,8 @@ class MeasuredImages:
     clip: str | None = setting(
         None, help="CLIP vision encoder of the target embedding (none: without)"
     )
-    batch: int = setting(64, minimum=1, flag="--batch-size", help="images at a time (default: 64)")
-    seed: int = setting(0, minimum=0, help="of the images that are drawn, and of drawings")
+    batch: int = positive(64, flag="--batch-size", help="images at a time (default: 64)")
+    seed: int = non_negative(0, help="of the images that are drawn, and of drawings")
     device: str = "auto"
     dtype: str = "auto"
 
@@ -62,7 +62,7 @@ class TokenizerSettings(MeasuredImages):
     decoder: str | None = setting(
         None, help="diffusers folder that rebuilds images (none: without)"
     )
-    rebuild: int = setting(128, minimum=0, help="rebuild so many images (default: 128)")
+    rebuild: int = non_negative(128, help="rebuild so many images (default: 128)")
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ class PrefixSettings(MeasuredImages):
     probe: str | None = setting(
         None, help="labelled images that train a linear probe, as --data (nano: its split train)"
     )
-    probe_images: int = setting(2000, minimum=1, help="so many of them (default: 2000)")
+    probe_images: int = positive(2000, help="so many of them (default: 2000)")
 
     def probe_pairs(self) -> JsonObject:
         """The same of the images of the probe."""

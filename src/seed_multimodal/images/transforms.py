@@ -103,7 +103,7 @@ class ImageTransform:
     image_size: int = positive(224)
     keep_ratio: bool = False
     interpolation: str = setting("bilinear", choices=tuple(INTERPOLATIONS))
-    shorter_side: int | None = setting(None, minimum=1)
+    shorter_side: int | None = positive(None)
     mean: Channels = CLIP_MEAN
     std: Channels = setting(CLIP_STD, above=0)
 

@@ -59,15 +59,15 @@ class GenerationSettings:
 
     max_new_tokens: int = positive(512)
     min_new_tokens: int = non_negative(0)
-    temperature: float = setting(1.0, minimum=0, maximum=MAX_TEMPERATURE)
+    temperature: float = non_negative(1.0, maximum=MAX_TEMPERATURE)
     top_p: float = fraction(0.5)
     top_k: int = non_negative(50)  # 0: off
-    num_beams: int = setting(1, minimum=1, maximum=1000)
+    num_beams: int = positive(1, maximum=1000)
     length_penalty: float = 1.0
     early_stopping: bool = False
     repetition_penalty: float = setting(1.0, above=0)
-    guidance: float = setting(1.0, minimum=0, maximum=1000)
-    num_return_sequences: int = setting(1, minimum=1, maximum=1000)
+    guidance: float = non_negative(1.0, maximum=1000)
+    num_return_sequences: int = positive(1, maximum=1000)
     do_sample: bool = True
     seed: int | None = setting(None, **SEEDS)
     images: str = setting("auto", choices=("auto", "forced", "never"))

@@ -27,7 +27,7 @@ from seed_multimodal.disk import JsonObject, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.models.registry import families, find_family
-from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
+from seed_multimodal.settings import check_keys, check_value, nearest, positive, read_settings
 from seed_multimodal.weights.catalogue import (
     ADAPTER_CONFIG,
     SHIPPED_SYSTEMS,
@@ -122,9 +122,9 @@ class SystemConfig:
     generation: JsonObject = field(default_factory=dict)  # defaults of generation
     tasks: TaskPrompts = DEFAULT_TASKS
     # after how many codes a stream shows an image
-    previews: tuple[int, ...] = setting((), minimum=1)
+    previews: tuple[int, ...] = positive(())
     # denoising steps of the image that a stream shows; None: as of a drawing
-    preview_inference_steps: int | None = setting(None, minimum=1)
+    preview_inference_steps: int | None = positive(None)
     notice: str = ""  # what people should know of the weights; logged with the device
     known_words: Path | None = None  # JSON file of the words that it learned
     known_images: KnownImages | None = None  # None: images are not compared with the training's

@@ -69,7 +69,7 @@ class RunSettings:
     shard: tuple[int, int] = (0, 1)
     image_transform: str | None = None  # YAML file; None: the tokenizer's transform
     # samples decoded and images encoded per batch
-    batch_size: int | None = setting(None, minimum=1)
+    batch_size: int | None = positive(None)
     workers: int = non_negative(4)  # decode processes
     # views per image (kinds caption, qa and chat), augmented from `seed`
     views: int = positive(1)

@@ -65,7 +65,7 @@ class RlDataSettings:
     batch_size: int = positive(12)
     group_size: int = setting(8, minimum=2)
     temperature: float = setting(1.0, above=0)
-    rewarded_codes: int | None = setting(None, minimum=1)
+    rewarded_codes: int | None = positive(None)
     drawing: dict[str, Any] = field(default_factory=dict)
     seed: int = non_negative(0)
 

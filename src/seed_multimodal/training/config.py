@@ -77,7 +77,7 @@ class TrainerSettings:
     gradient_accumulation_steps: int = positive(1)
     precision: str = setting("bf16", choices=PRECISIONS)
     max_grad_norm: float = non_negative(1.0)
-    ema: float = setting(0.0, minimum=0, below=1)
+    ema: float = non_negative(0.0, below=1)
     seed: int = non_negative(42)
     device: str = "auto"
     dataloader_num_workers: int = non_negative(2)
@@ -89,7 +89,7 @@ class TrainerSettings:
     curves: bool = True
     save_seconds: float = non_negative(0.0)
     save_steps: int = non_negative(1000)
-    save_total_limit: int | None = setting(None, minimum=1)
+    save_total_limit: int | None = positive(None)
     save_frozen: bool = True
     async_save: bool = True
     resume: str = "auto"
@@ -105,7 +105,7 @@ class RunTrainerSettings(TrainerSettings):
         sample_steps: interval of samples in `samples/` (0: never; None: `save_steps`).
     """
 
-    sample_steps: int | None = setting(None, minimum=0)
+    sample_steps: int | None = non_negative(None)
 
 
 @dataclass(kw_only=True)
@@ -159,8 +159,8 @@ class OptimSettings:
     name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))
     learning_rate: float = non_negative(1.5e-4)
     part_rates: dict[str, float] = setting(factory=dict)
-    adam_beta1: float = setting(0.9, minimum=0, below=1)
-    adam_beta2: float = setting(0.95, minimum=0, below=1)
+    adam_beta1: float = non_negative(0.9, below=1)
+    adam_beta2: float = non_negative(0.95, below=1)
     adam_epsilon: float = fraction(1e-5)
     weight_decay: float = non_negative(0.05)
     lr_scheduler_type: str = setting("cosine", choices=tuple(SCHEDULES))

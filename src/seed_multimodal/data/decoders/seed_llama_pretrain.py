@@ -110,7 +110,7 @@ class Interleaved(Decoder):
         # Share of documents in which every image is swapped with the element after it.
         reverse_ratio: float = setting(0.5, minimum=-1, maximum=1)
         # A document ends before the next image, or after the text that follows the last.
-        max_images: int | None = setting(None, minimum=1)
+        max_images: int | None = positive(None)
 
     options: Options
 

@@ -48,9 +48,9 @@ class SourceSettings:
     options: JsonObject = setting(factory=dict)  # of the decoder
     image_dir: str | None = None  # folder of the listed images; None: that of the list
     weight: float = setting(1.0, above=0)
-    cycles: int | None = setting(None, minimum=1)  # epochs of the source; None: endless
-    max_length: int | None = setting(None, minimum=1)  # of padded micro-batches, like `batch_size`
-    batch_size: int | None = setting(None, minimum=1)  # None: `rows` x `length` positions
+    cycles: int | None = positive(None)  # epochs of the source; None: endless
+    max_length: int | None = positive(None)  # of padded micro-batches, like `batch_size`
+    batch_size: int | None = positive(None)  # None: `rows` x `length` positions
 
 
 @dataclass

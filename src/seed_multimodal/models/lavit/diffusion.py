@@ -39,7 +39,7 @@ from seed_multimodal.diffusion.networks import (
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.models.lavit.decoder import CodeDecoder, DecodedCodes
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative, positive, setting
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_file, find_folder
@@ -58,11 +58,11 @@ class LavitSettings(DrawingSettings):
             (top, left).
     """
 
-    num_inference_steps: int = setting(25, minimum=1, maximum=1000)
+    num_inference_steps: int = positive(25, maximum=1000)
     guidance_scale: float = 7.0
     ratio: str | None = setting(None, choices=tuple(RATIOS))
-    original_size: tuple[int, int] | None = setting(None, minimum=1)
-    crops_coords_top_left: tuple[int, int] = setting((0, 0), minimum=0)
+    original_size: tuple[int, int] | None = positive(None)
+    crops_coords_top_left: tuple[int, int] = non_negative((0, 0))
 
 
 @dataclass(eq=False)

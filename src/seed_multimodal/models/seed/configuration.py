@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import AnyVisionConfig
-from seed_multimodal.settings import fraction, non_negative, positive, setting
+from seed_multimodal.settings import fraction, non_negative, positive
 
 AlignmentTarget = Literal["clip", "encoder"]
 
@@ -30,7 +30,7 @@ class QFormerConfig:
     cross_attention_freq: int = positive(2)  # every so many layers read the image
     max_positions: int = positive(512)  # of the text
     dropout: float = fraction(0.1)
-    causal_queries: int | None = setting(None, minimum=0)
+    causal_queries: int | None = non_negative(None)
 
 
 @dataclass(frozen=True)

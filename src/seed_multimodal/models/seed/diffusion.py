@@ -26,7 +26,7 @@ from seed_multimodal.diffusion.conditioner import Generators, seeded_noise
 from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, context_dim
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, Reads
 from seed_multimodal.models.seed.single_file import SUFFIXES, load_single_file
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import non_negative, positive
 from seed_multimodal.weights.catalogue import download_advice
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ SD_ADVICE = (
 class StableDiffusionSettings(DrawingSettings):
     """Defaults of the original SEED-1."""
 
-    num_inference_steps: int = setting(50, minimum=1, maximum=1000)
+    num_inference_steps: int = positive(50, maximum=1000)
     guidance_scale: float = 7.5
 
 
@@ -102,7 +102,7 @@ class StableDiffusionDetokenizer(Detokenizer[StableDiffusionSettings]):
 class UnclipSettings(DrawingSettings):
     """noise_level: noise that is added to the embedding, in steps of the noising schedule."""
 
-    noise_level: int = setting(0, minimum=0, maximum=999)
+    noise_level: int = non_negative(0, maximum=999)
 
 
 @dataclass(eq=False)

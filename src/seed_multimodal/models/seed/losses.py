@@ -295,7 +295,7 @@ class Stage2TrainingOptions:
             uniform, so that early codes carry the most; the rows after them are zeros.
     """
 
-    ema_decay: float | None = setting(None, minimum=0, maximum=0.999999)
+    ema_decay: float | None = non_negative(None, maximum=0.999999)
     freeze_qformer: bool = True
     frozen_dropout: bool = True
     corrupt: float = fraction(0.0)

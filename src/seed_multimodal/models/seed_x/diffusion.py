@@ -33,7 +33,7 @@ from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import positive
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_folder
 
@@ -45,7 +45,7 @@ class SdxlSettings(DrawingSettings):
     image_guidance_scale: of the second stage; below 1 there is no guidance at all.
     """
 
-    num_inference_steps: int = setting(50, minimum=1, maximum=1000)
+    num_inference_steps: int = positive(50, maximum=1000)
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.5
 

@@ -79,7 +79,7 @@ class ResamplerConfig:
     grid_size: int = positive()  # its square is the number of queries
     embed_dim: int = positive()  # width of the queries
     num_heads: int = positive()
-    kv_dim: int | None = setting(None, minimum=1)  # of the features; None: as wide, not projected
+    kv_dim: int | None = positive(None)  # of the features; None: as wide, not projected
     norm_eps: float = setting(1e-5, above=0)
 
 
@@ -163,7 +163,7 @@ class QwenVitConfig(VisionConfig):
     output_dim: int = positive(4096)
     n_queries: int = positive(256)
     position_grid: int = positive(16)
-    pool_heads: int | None = setting(None, minimum=1)
+    pool_heads: int | None = positive(None)
     patch_pos: bool = False
 
     @property
