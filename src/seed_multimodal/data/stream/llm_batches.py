@@ -55,7 +55,6 @@ class LlmBatch:
     attention_mask: Tensor | None  # None when packed: position ids mark the boundaries
     tokens: int  # non-padding positions
     learned: int  # targets after the shift
-    sequences: int
     squares: int  # sum of squared sequence lengths (cost of attention)
     views: BatchViews | None = None  # images that are input or target features (SEED-X)
 
@@ -194,7 +193,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             mask,
             tokens=sum(lengths),
             learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-            sequences=len(pieces),
             squares=sum(n_tokens**2 for n_tokens in lengths),
             views=views,
         )

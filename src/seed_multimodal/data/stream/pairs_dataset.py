@@ -32,7 +32,7 @@ class SourceDataset(SampleDataset[Sample]):
 
     def get(self, index: int, epoch: int = 0) -> Sample:
         """One sample. Raises one of `RECORD_FAULTS`."""
-        return self.sample(self.source.read(index), index, sample_seed(self.seed, epoch, index))
+        return self.sample(self.source.read(index), sample_seed(self.seed, epoch, index))
 
     def broken(self, index: int, error: Exception) -> RecordNote:
         """A sample whose `get` raised one of `RECORD_FAULTS`."""
@@ -42,8 +42,8 @@ class SourceDataset(SampleDataset[Sample]):
         """Of the files."""
         return self.source.checksum()
 
-    def sample(self, pair: Pair, index: int, seed: int) -> Sample:
-        """The sample of the pair at `index`; its randomness comes only from `seed`."""
+    def sample(self, pair: Pair, seed: int) -> Sample:
+        """The sample of a pair; its randomness comes only from `seed`."""
         raise NotImplementedError
 
 
@@ -53,7 +53,6 @@ class CaptionedImage(TypedDict):
     image: Tensor  # output of the image transform
     caption: str
     key: str
-    index: int  # in the source
 
 
 class PairDataset(SourceDataset[CaptionedImage]):
@@ -76,7 +75,7 @@ class PairDataset(SourceDataset[CaptionedImage]):
         self.image_transform = image_transform
         self.text_transform = text_transform
 
-    def sample(self, pair: Pair, index: int, seed: int) -> CaptionedImage:
+    def sample(self, pair: Pair, seed: int) -> CaptionedImage:
         """See `SourceDataset`."""
         # 1. A caption.
         generator = torch.Generator().manual_seed(seed)
@@ -91,4 +90,4 @@ class PairDataset(SourceDataset[CaptionedImage]):
         else:
             with seeded(seed):
                 image = self.image_transform(open_image(pair.image, name=pair.location).image)
-        return {"image": image, "caption": caption, "key": pair.key, "index": index}
+        return {"image": image, "caption": caption, "key": pair.key}

@@ -129,7 +129,6 @@ class TargetSample(TypedDict):
     encoder_image: Tensor  # uint8 [3, S, S]; with recorded codes these, int64 [n]
     time_ids: Tensor  # [6]
     key: str
-    index: int  # in the source
     conditioned: bool  # whether it is an edit
     condition: NotRequired[Tensor]  # the image before the edit, uint8 [3, H, W]; zeros if none
 
@@ -141,7 +140,6 @@ class TargetBatch(TypedDict):
     encoder_image: Tensor  # uint8 [B, 3, S, S], or recorded codes int64 [B, n]
     time_ids: Tensor  # [B, 6]
     key: list[str]
-    index: Tensor  # [B]
     conditioned: Tensor  # bool [B]
     condition: NotRequired[Tensor]  # uint8 [B, 3, H, W]
 
@@ -167,7 +165,7 @@ class TargetPairs(SourceDataset[TargetSample]):
         self.recorded = recorded
         self.reads_condition = reads_condition
 
-    def sample(self, pair: Pair, index: int, seed: int) -> TargetSample:
+    def sample(self, pair: Pair, seed: int) -> TargetSample:
         """See `SourceDataset`; deterministic."""
         # 1. The target and the encoder's input.
         image = open_image(pair.image, name=pair.location).image
@@ -181,7 +179,6 @@ class TargetPairs(SourceDataset[TargetSample]):
             "encoder_image": encoder_image,
             "time_ids": self.view.time_ids(image.size, size),
             "key": pair.key,
-            "index": index,
             "conditioned": pair.condition is not None,
         }
 

@@ -314,6 +314,7 @@ class Stage2Base(SeedTokenizer):
     """
 
     weights: Stage2Weights | Seed1Stage2Weights
+    distil_weight: float  # factor of the embeddings' error
     options: Stage2TrainingOptions
 
     def __init__(
@@ -416,11 +417,6 @@ class Stage2Base(SeedTokenizer):
             target=target,
         )
 
-    @property
-    def distil_weight(self) -> float:
-        """Factor of the embeddings' error."""
-        raise NotImplementedError
-
     def target_of(self, images: Tensor | None, input_ids: Tensor | None) -> Tensor:
         """The frozen target encoder's output for images or captions, without gradient."""
         raise NotImplementedError
@@ -508,13 +504,10 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
     ) -> None:
         super().__init__(config, options)
         self.weights = weights or Stage2Weights()
+        self.distil_weight = self.weights.distil_image
         if clip_model is not None:
             clip_model.requires_grad_(False).train()
         self.clip_model = clip_model
-
-    @property
-    def distil_weight(self) -> float:
-        return self.weights.distil_image
 
     @torch.no_grad()
     def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
@@ -572,6 +565,7 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width))
         self.blocks = decode_blocks(config)
         self.weights = weights or Seed1Stage2Weights()
+        self.distil_weight = self.weights.distil_text
         if text_encoder is not None and text_encoder.config.hidden_size != config.text_features_dim:
             raise ConfigError(
                 f"The text encoder's features are {text_encoder.config.hidden_size} wide, the "
@@ -580,10 +574,6 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
         if text_encoder is not None:
             text_encoder.requires_grad_(False).eval()
         self.text_encoder = text_encoder
-
-    @property
-    def distil_weight(self) -> float:
-        return self.weights.distil_text
 
     @torch.no_grad()
     def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:

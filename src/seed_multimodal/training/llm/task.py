@@ -411,6 +411,5 @@ def blank_batch() -> LlmBatch:
         attention_mask=torch.ones_like(ids),
         tokens=0,
         learned=0,
-        sequences=0,
         squares=0,
     )

@@ -122,7 +122,7 @@ def test_long_captions_are_not_split(tmp_path, tokenizer):
     captions = [{"image_ids": [1] * 32, "text": text} for text in ("short", "long " * 99)]
     path = lines(tmp_path / "c.jsonl", captions)
     batches = batches_of(tokenizer, path, "pretrain.caption", length=60, too_long="split")
-    assert sum(batch.sequences for batch in batches) == 1
+    assert len([*batches]) == 1
     (entry,) = batches.report()["sources"]["s"]["skipped"].values()
     assert entry["count"] == 1
 
