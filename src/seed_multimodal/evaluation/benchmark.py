@@ -48,7 +48,7 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_identity, find_entry, read_settings, setting
+from seed_multimodal.settings import check_identity, find_entry, positive, read_settings, setting
 from seed_multimodal.weights.catalogue import weight_files
 
 if TYPE_CHECKING:
