@@ -159,7 +159,7 @@ class TokenizerTask(CodebookTask):
         epoch = run.step // runner.steps_per_epoch - 1
         with writing(runner.output_dir):
             runner.save_epoch(epoch, run.weights())
-            runner.log_stats({"epoch": epoch, **self.losses()}, "train")
+            runner.log_stats({"epoch": epoch, **self.meter.metrics()}, "train")
 
     def evaluate(self, run: RunView) -> dict[str, float]:
         """Held-out losses and samples at the end of an epoch, as `valid/SPLIT/NAME`."""

@@ -322,7 +322,9 @@ class RlTask(LanguageModelTask):
         return {f"eval_{name}": value for name, value in means.items()}
 
     def write_samples(self, run: RunView) -> None:
-        """Some groups of the last step with their rewards."""
+        """Some groups of the last step with their rewards; nothing if this run made no step."""
+        if not self.answers:
+            return
         group_size = self.run.data.group_size
         rows: list[Row] = []
         for start in range(0, len(self.answers), group_size)[:SHEET_GROUPS]:
@@ -334,8 +336,9 @@ class RlTask(LanguageModelTask):
         contact_sheet(rows, f"step {run.step}", cell=96).save(folder / f"step-{run.step}.png")
 
     def finish(self, run: RunView) -> Mapping[str, object]:
+        numbers = self.meter.metrics().items()
         return {
-            "rewards": self.means,
+            "rewards": {name: value for name, value in numbers if name not in ("kl", "drift")},
             "evaluation": run.evaluation,
             "checkpoint": str(run.checkpoint),
         }

@@ -76,7 +76,7 @@ class CheckpointStore:
 
     Attributes:
         last_step, last_folder: of the checkpoint written or resumed from last.
-        writing: of a checkpoint in this process, for which `finish` waits.
+        writing: of a checkpoint in this process, for which `wait` waits.
         branch: the checkpoint of another run that this run was started from by `resume`, or "".
     """
 
@@ -172,7 +172,7 @@ class CheckpointStore:
 
         Raises TrainingError: this or the previous one could not be written.
         """
-        self.finish()
+        self.wait()
         states = {DATA_STATE: self.group.gather(process_state), TRAINER_STATE: trainer_state}
         self._step = step
         if isinstance(engine, ZeroEngine):
@@ -185,7 +185,7 @@ class CheckpointStore:
                 self.writing.set_result(None)
             except TrainingError as error:
                 self.writing.set_exception(error)
-            self.finish()
+            self.wait()
         elif self.group.first:
             # Copies, since a thread may write while the next steps update the weights.
             trained: dict[str, Tensor] = {}
@@ -203,9 +203,9 @@ class CheckpointStore:
 
             self.writing = self._pool.submit(self._write, step, fill, states)
         if not self.settings.async_save:
-            self.finish()
+            self.wait()
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait in all processes until the checkpoint is written; collective.
 
         Raises TrainingError: writing failed.

@@ -20,7 +20,6 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.settings import fraction, non_negative, positive
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.meters import STEP_NAMES
 from seed_multimodal.training.task import RunView, StageTask
 
 USES_PER_CODE = 10  # mean number without which no code counts as dead
@@ -159,12 +158,8 @@ class CodebookTask(StageTask):
 
     def finish(self, run: RunView) -> Mapping[str, object]:
         """With the metrics of the last step."""
-        latest = {name: round(value, 6) for name, value in self.losses().items()}
+        latest = {name: round(value, 6) for name, value in self.meter.metrics().items()}
         return {**super().finish(run), **latest}
-
-    def losses(self) -> dict[str, float]:
-        """The model's numbers in the last step."""
-        return {name: value for name, value in self.meter.last.items() if name not in STEP_NAMES}
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:

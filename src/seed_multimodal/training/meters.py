@@ -22,6 +22,11 @@ MIN_WEIGHT = 1e-8  # of a step without targets
 Metrics = Mapping[str, Tensor | float]  # scalars to log
 # A language model's metrics, summed over micro-steps and processes.
 SUMMED = "loss text_sum text_count image_sum image_count tokens positions squares".split()
+# A language model's log has other names of rates, and further numbers.
+RATE_NAMES = {"lr": "learning_rate", "grad": "grad_norm"}
+TOKEN_NAMES = (
+    "learning_rate grad_norm text_loss image_loss fill tokens_per_s useful_tokens_per_s".split()
+)
 
 
 class TokenFlops(NamedTuple):
@@ -74,13 +79,17 @@ class Meter:
         listed = [f"{key} {value:.4g}" for key, value in line.items() if key not in LINE_NAMES]
         return " ".join(listed), f"{line['samples_per_s']:.0f} samples/s"
 
+    def metrics(self) -> dict[str, float]:
+        """The task's numbers in the last step."""
+        return {name: value for name, value in self.last.items() if name not in STEP_NAMES}
+
     def state_dict(self) -> JsonObject:
-        finite = {key: value for key, value in self.smooth.items() if math.isfinite(value)}
-        return {"smooth": finite}
+        return {"smooth": _finite(self.smooth), "last": _finite(self.last)}
 
     def load_state_dict(self, state: JsonObject) -> None:
         """Inverse of `state_dict`."""
         self.smooth.update(state.get("smooth", {}))
+        self.last.update(state.get("last", {}))
 
 
 class TokenMeter(Meter):
@@ -99,11 +108,7 @@ class TokenMeter(Meter):
             among `SUMMED` of the last step.
     """
 
-    reserved = (
-        *Meter.reserved,
-        *"learning_rate grad_norm text_loss image_loss fill".split(),
-        *"tokens_per_s useful_tokens_per_s".split(),
-    )
+    reserved = (*Meter.reserved, *TOKEN_NAMES)
 
     def __init__(self) -> None:
         super().__init__(samples=0)
@@ -117,10 +122,9 @@ class TokenMeter(Meter):
         missing = [key for key in SUMMED if key not in sums]
         if missing:
             raise TrainingError(f"`loss` must also return {', '.join(missing)} for this log.")
-        self.last["learning_rate"] = rates["lr"]
-        self.last["grad_norm"] = rates["grad"]
-        self.last |= {key: value for key, value in rates.items() if key not in ("lr", "grad")}
-        self.last |= {key: sums[key] / weight for key in sums if key not in SUMMED}
+        means = {key: sums[key] / weight for key in sums if key not in SUMMED}
+        for key, value in {**rates, **means}.items():
+            self.last[RATE_NAMES.get(key, key)] = value
 
         # 2. Sums since the last line, of the run, and since the last line in this process.
         step = {key: sums[key] for key in SUMMED}
@@ -175,12 +179,11 @@ class TokenMeter(Meter):
 
     def state_dict(self) -> JsonObject:
         """Sums since the last log line and of the run, and the last loss."""
-        return {**super().state_dict(), "total": dict(self.total), "last": self.last}
+        return {**super().state_dict(), "total": dict(self.total)}
 
     def load_state_dict(self, state: JsonObject) -> None:
         super().load_state_dict(state)
         self.total.update(state.get("total", {}))
-        self.last.update(state.get("last", {}))
 
 
 def check_names(names: Collection[str], taken: Collection[str], source: str) -> None:
@@ -190,6 +193,10 @@ def check_names(names: Collection[str], taken: Collection[str], source: str) -> 
         raise TrainingError(
             f"{source}: the log has another number of the name {', '.join(both)}; rename it."
         )
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:

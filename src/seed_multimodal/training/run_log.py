@@ -64,7 +64,7 @@ class RunLog:
         if "wandb" in settings.report_to:
             self.wandb = _open_wandb(settings, output_dir, task.name)
 
-    def finish(self, step: int) -> None:
+    def write_line(self, step: int) -> None:
         """Write a log line about the remaining steps, if any."""
         if step == self.mark_step:
             return

@@ -42,7 +42,8 @@ class RunView:
 
     Attributes:
         step: completed steps.
-        model: the engine's module, whose forward passes are collective.
+        model: `Engine.model`, whose forward passes are collective: the task's module, in
+            DistributedDataParallel or DeepSpeed's engine if the run has one.
         autocast: context in the run's precision.
         weights: as `Engine.weights`.
         stop_requested: whether a process received SIGTERM or Ctrl-C; collective. Long evaluations
@@ -103,8 +104,8 @@ class Task:
         parts: what has a state besides these.
         learning_rate: rate of an optimizer step (from 0); multiplied by a group's `lr_scale`.
         peak_rate: the highest one of the schedule.
-        after_step: called after each optimizer step with the number of completed ones; may change
-            weights if equally in all processes.
+        after_step: called after each optimizer step, before the weights are averaged, with the
+            number of completed ones; may change weights if equally in all processes.
         record_file, checkpoint_folder: name of the completed run's record, and of the checkpoints'
             folder ("": the run's itself).
         sample_steps, eval_steps: steps between samples and between evaluations (0: none); there is
@@ -159,23 +160,30 @@ class Task:
         return 1.0
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
-        """Loss of a micro-batch by `model` (the engine's `module`), and numbers to log.
+        """Loss of a micro-batch by `model` (`RunView.model`), and numbers to log.
 
         All are sums of what `weight` counts: a step's are the sums over its micro-batches in all
-        processes, divided by the sum of the weights. torch's generators are seeded from (seed,
-        step, index in the step, rank) before each call.
+        processes, divided by the sum of the weights. In a step, all processes return numbers of
+        the same names, none of which is among the meter's `reserved`.
 
-        batch: of `batches`; None: this process has fewer than others.
+        torch's generators are seeded from (seed, step, index in the step, rank): for the first
+        micro-batch before `batches`, for others before the call.
+
+        batch: of `batches`; None: this process has fewer than others, and returns a loss of 0 that
+            is computed by `model` (DistributedDataParallel needs its backward pass) and the same
+            numbers as of a batch.
         """
         raise NotImplementedError
 
     # ---- results
 
     def write_samples(self, run: RunView) -> None:
-        """Called in the first process when samples are due; as `evaluate`."""
+        """Called in the first process alone when samples are due; nothing in it is collective, such
+        as `run.stop_requested`. Weights and modes as in `evaluate`."""
 
     def evaluate(self, run: RunView) -> Mapping[str, float]:
-        """Evaluation numbers to log; with the averaged weights if the run averages.
+        """Evaluation numbers to log; called in all processes, with the averaged weights if the run
+        averages, in eval mode and without gradients.
 
         The time of the call does not count in the speed.
         """

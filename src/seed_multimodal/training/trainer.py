@@ -1,7 +1,7 @@
 """The training loop.
 
-Randomness of a step is determined by (seed, step, process), so a killed and resumed run has
-bit-equal losses (on a CPU).
+Random numbers of torch's generators in a step are determined by (seed, step, process), so a killed
+and resumed run has bit-equal losses (on a CPU). Python's and numpy's generators are not seeded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from seed_multimodal.disk import (
     writing,
 )
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,
     check_all_saved,
@@ -164,7 +164,7 @@ class Trainer:
         # 4. Open the logs.
         self.start_time = time.monotonic() - saved.get("seconds", 0.0)
         self.evaluation: Mapping[str, float] = saved.get("evaluation", {})  # the latest one
-        self.sampled_step: int | None = None
+        self.sampled_step: int | None = saved.get("sampled_step")
         self.log = RunLog(task, self.step, output_dir, group, self.device)
         stack.callback(self.log.close)
         self.zero_gradients = 0  # in the first steps
@@ -190,7 +190,7 @@ class Trainer:
                         writing is not None and writing.done(),
                     )
                     if is_written:
-                        self.store.finish()
+                        self.store.wait()
                     if stopped or data_ended or self.step >= self.settings.max_steps:
                         break
                     data_ended = not self._train_step()
@@ -283,7 +283,7 @@ class Trainer:
             rates |= self.engine.update()
             error = self.engine.gradient_error(rates["grad"])
         if n_failed or error:
-            self.store.finish()
+            self.store.wait()
             raise TrainingError(
                 f"{error or 'Another process had a non-finite number'} at step "
                 f"{self.step + 1}; {self.store.description()}."
@@ -291,8 +291,6 @@ class Trainer:
         total = dict(zip(names, totals, strict=True))
         task.meter.add({name: total[name] for name in metrics}, weight, rates)
         self._check_gradient(rates["grad"])
-        if self.ema is not None:
-            self.ema.update(task.module, self.step)
         return True
 
     def _seed(self, index: int) -> None:
@@ -328,24 +326,26 @@ class Trainer:
         Raises TrainingError: a process has others.
         """
         names = sorted(metrics)
-        checksum = zlib.crc32(" ".join(names).encode())
-        if self.group.sum([checksum]) != [checksum * self.group.world]:
-            processes = self.group.gather({"names": names})
-            listed = " / ".join(", ".join(process["names"]) for process in processes)
-            raise TrainingError(
-                f"[{self.task.name}] `loss` must return the same numbers in all processes, also "
-                f"for None; at step {self.step + 1} it returned {listed}."
-            )
+        for process in self.group.gather({"names": names}):
+            if process["names"] != names:
+                raise TrainingError(
+                    f"[{self.task.name}] `loss` must return the same numbers in all processes, "
+                    f"also for None; at step {self.step + 1} one has {', '.join(names)}, another "
+                    f"{', '.join(process['names'])}."
+                )
         return names
 
     def _after_step(self, save: bool) -> None:
         """Log, evaluate and save when due."""
+        # The average has what the task changes.
+        if self.task.after_step is not None:
+            self.task.after_step(self.step + 1)
+        if self.ema is not None:
+            self.ema.update(self.task.module, self.step)
         self.step += 1
         is_last = self.step >= self.settings.max_steps
-        if self.task.after_step is not None:
-            self.task.after_step(self.step)
         if is_last or self.step % self.settings.logging_steps == 0:
-            self.log.finish(self.step)
+            self.log.write_line(self.step)
 
         # The time of evaluations and checkpoints is no training time.
         start = time.monotonic()
@@ -360,7 +360,7 @@ class Trainer:
 
     def _evaluate(self, is_last: bool) -> bool:
         """The task's samples and evaluation when due, once a step, of the averaged weights if the
-        run averages; logs the evaluation. Whether one was due.
+        run averages, in eval mode and without gradients; logs the evaluation. Whether one was due.
 
         is_last: no step follows.
         """
@@ -375,6 +375,8 @@ class Trainer:
         with (
             translate_errors(activity, self.store.description),
             averaged_weights(self.ema, task.module),
+            evaluating(self.engine.model),
+            torch.no_grad(),
         ):
             if is_sampled:
                 self.sampled_step = self.step
@@ -406,6 +408,7 @@ class Trainer:
             "seconds": time.monotonic() - self.start_time,
             "frozen": self.frozen,
             "evaluation": self.evaluation,
+            "sampled_step": self.sampled_step,
             "meter": self.task.meter.state_dict(),
             "config": self.task.config,
         }
@@ -456,7 +459,7 @@ class Trainer:
                 "so nothing was trained; see `seed data check`."
             )
         if data_ended:
-            self.log.finish(self.step)
+            self.log.write_line(self.step)
             self.log_line(f"all sources are exhausted after step {self.step}; the run ends.")
 
         # 2. The evaluation, if the last step had none (it may have been stopped).
@@ -464,10 +467,10 @@ class Trainer:
             self._evaluate(is_last=True)
 
         # 3. The checkpoint. Wait first: one of this step may still be in writing.
-        self.store.finish()
+        self.store.wait()
         if self.store.last_step != self.step and (self.step or stopped):
             self._save(kept=not stopped)
-        self.store.finish()
+        self.store.wait()
         if not stopped:
             self.store.keep_last()
 

@@ -56,6 +56,15 @@ def test_resume_with_another_weight_decay(train, two_steps, capsys):
         )
 
 
+def test_samples_of_a_resumed_run_are_of_the_same_prompts(train):
+    # Of a model that does not change they are the same, so what differs is what was learned.
+    still = ["optim.learning_rate=0.0", "trainer.sample_steps=1"]
+    for steps in (1, 2):
+        out = train("out", f"trainer.max_steps={steps}", *still)
+    first, second = ((out / "samples" / f"step-{step}.txt").read_text() for step in (1, 2))
+    assert first == second
+
+
 @pytest.fixture
 def base(tmp_path) -> Path:
     return runs.write_base(tmp_path / "base")

@@ -12,6 +12,7 @@ import torch
 from data_files import lines
 from llm_runs import log_lines
 from rl_runs import low_codes
+from tiny import read_json
 from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError, DataError
@@ -84,6 +85,20 @@ def test_log_of_steps(run, tmp_path, lora):
     assert task.means["mine_std"] == pytest.approx(np.std(range(16), ddof=1))
     assert task.means["reward"] == pytest.approx(23.5 / 2 - 2 * task.means["low"])
     assert len([*(tmp_path / "out" / "samples").glob("step-[12].png")]) == 2
+
+
+def test_repeated_command_keeps_its_results(run, tmp_path):
+    # It made no step, and wrote an empty sheet and no rewards over those of the run.
+    rewards = []
+    sheets = []
+    for _ in range(2):
+        run({"low": low_codes}, trainer={"sample_steps": 1})
+        rewards.append(read_json(tmp_path / "out" / "summary.json")["rewards"])
+        sheets.append((tmp_path / "out" / "samples" / "step-2.png").read_bytes())
+    assert rewards[0] == rewards[1] and rewards[0].keys() == {
+        "low", "low_std", "reward", "reward_std", "flat_groups"
+    }  # fmt: skip
+    assert sheets[0] == sheets[1]
 
 
 def test_rewards_that_do_not_apply(run):

@@ -232,7 +232,7 @@ def test_save_in_the_background_or_not(tmp_path, async_save):
     store = CheckpointStore(tmp_path / "new", group, settings, print)
     store.save(1, task, engine, None, {}, {})
     assert store.last_step == (None if async_save else 1)
-    store.finish()
+    store.wait()
     assert store.last_step == 1 and store.writing is None
     # A folder that cannot be made is an error with its reason, and nothing more to finish.
     store.folder = tmp_path / "new" / "checkpoint-1" / "optimizer.pt"
@@ -240,8 +240,8 @@ def test_save_in_the_background_or_not(tmp_path, async_save):
         TrainingError, match=r"step 2 cannot be written: .*checkpoint-1\) is intact"
     ):
         store.save(2, task, engine, None, {}, {})
-        store.finish()
-    store.finish()
+        store.wait()
+    store.wait()
     assert store.last_step == 1
 
 

@@ -46,8 +46,8 @@ def plain_loop(precision: str) -> tuple[list[float], str]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        average.update(model, step)
         toy.move_bias(model)
+        average.update(model, step)  # with what the task changed
     average.swap(model)
     return losses, sum(p.double().sum().item() for p in model.parameters()).hex()
 
@@ -89,14 +89,17 @@ class WeightedTask(StageTask):
         return len(batch)
 
     def loss(self, model, batch):
+        assert model.training and torch.is_grad_enabled()
         x = toy.toy_model()[1][[] if batch is None else batch]
         return (model(x) - x.sum(1, keepdim=True)).square().sum(), {"rows": float(len(x))}
 
     def write_samples(self, run):
+        assert not (run.model.training or torch.is_grad_enabled())
         self.calls.append(("sample", run.step))
 
     def evaluate(self, run):
         self.calls.append(("evaluate", run.step))
+        assert not (run.model.training or torch.is_grad_enabled())
         assert run.model is self.module and run.evaluation.get("step", 0) < run.step
         return {"eval_loss": float(run.step)}
 
@@ -130,6 +133,11 @@ def test_intervals_of_evaluations_samples_checkpoints_and_log_lines(tmp_path, ca
     evaluated = [step for call, step in task.calls if call == "evaluate"]
     assert evaluated == [3, 6, 8]
     assert [step for call, step in task.calls if call == "sample"] == [4, 8]
+    # The end again makes none of them a second time.
+    (tmp_path / "toy.done.json").unlink()
+    task.calls.clear()
+    train_stage(task, tmp_path)
+    assert not task.calls
     assert toy.steps(tmp_path) == [8, 4]
     assert "is removed" not in capsys.readouterr().out  # none was written between
     lines = toy.log_lines(tmp_path)

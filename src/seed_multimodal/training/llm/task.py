@@ -10,6 +10,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -180,9 +181,6 @@ class LlmTask(LanguageModelTask):
             self.sample_steps = 0
         self.meter = TokenMeter()
 
-        # What is sampled without evaluation data, the same batch every time.
-        self.first_batch: LlmBatch | None = None
-
     @staticmethod
     def load_tokenizer(folder: str | Path) -> TextTokenizer:
         """The tokenizer of a folder, by its files."""
@@ -240,10 +238,7 @@ class LlmTask(LanguageModelTask):
 
     def batches(self, step: int) -> Sequence[LlmBatch]:
         read = itertools.islice(self.data, self.settings.gradient_accumulation_steps)
-        batches = [self.prepare_batch(batch) for batch in read]
-        if self.first_batch is None and batches:
-            self.first_batch = batches[0]
-        return batches
+        return [self.prepare_batch(batch) for batch in read]
 
     def weight(self, batch: LlmBatch) -> float:
         """The weighted number of learned tokens; 1 if micro-batches have equal weights."""
@@ -327,43 +322,36 @@ class LlmTask(LanguageModelTask):
         """Mean losses of the evaluation data of all processes; empty without targets, or if the run
         is stopped."""
         sums = torch.zeros(len(LossParts._fields), dtype=torch.float64)
-        run.model.eval()
         # This process's batches; a signal in any process ends the evaluation in all.
-        with torch.no_grad():
-            for batch in self.evaluation_batches:
-                if run.stop_requested():
-                    self._log("the evaluation is skipped, since the run is stopped.")
-                    run.model.train()
-                    return {}
-                with run.autocast():
-                    parts = self.loss_parts(run.model, self.prepare_batch(batch))
-                # Summed on the CPU, since Apple GPUs have no fp64.
-                sums += torch.stack([part.float() for part in parts]).cpu().double()
-        run.model.train()
+        for batch in self.evaluation_batches:
+            if run.stop_requested():
+                self._log("the evaluation is skipped, since the run is stopped.")
+                return {}
+            with run.autocast():
+                parts = self.loss_parts(run.model, self.prepare_batch(batch))
+            # Summed on the CPU, since Apple GPUs have no fp64.
+            sums += torch.stack([part.float() for part in parts]).cpu().double()
         all_sums = torch.tensor(self.group.sum(sums.tolist()), dtype=torch.float64)
         return self.evaluation_line(LossParts(*all_sums))
 
-    @torch.no_grad()
-    def write_samples(self, run: RunView) -> None:
-        """Write answers to the same prompts every time, to `samples/` and TensorBoard.
-
-        Nothing without evaluation data when this process's training data have ended.
-        """
-        batch = self.first_batch
+    @cached_property
+    def sampled_batch(self) -> LlmBatch:
+        """The first batch of the evaluation's or of all training data, also in a resumed run."""
         if self.evaluation_batches:
-            batch = self.prepare_batch(self.evaluation_batches[0])
-        if batch is None:
-            return
+            return self.evaluation_batches[0]
+        with LlmBatches(self.run.data, self.tokenizer) as data:
+            return next(data)
 
+    def write_samples(self, run: RunView) -> None:
+        """Write answers to the same prompts every time, to `samples/` and TensorBoard."""
+        batch = self.prepare_batch(self.sampled_batch)
         llama = find_llama(self.llm)
         file = self.run.output_dir / "samples" / f"step-{run.step}.txt"
-        self.module.eval()
         with run.autocast():
             # A forward pass shows the embeddings, including those of images.
             with record_embeds(llama) as embeds:
                 self.loss_parts(self.module, batch)
             text = write_samples(file, llama, self.tokenizer, batch, embeds[0])
-        self.module.train()
         if run.board is not None:
             run.board.add_text("samples", text, run.step)
 

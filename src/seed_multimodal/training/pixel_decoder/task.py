@@ -385,17 +385,14 @@ class PixelTask(RunTask):
             mse = mse + share * losses["mse"]
         return loss, {"mse": mse}
 
-    @torch.no_grad()
     def write_samples(self, run: RunView) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
         # 1. Draw them.
         drawings: list[Image.Image] = []
         originals: list[Image.Image] = []
-        self.module.eval()
         for images in self.sample_batches:
             drawings += self.draw_samples(images)
             originals += map(to_image, images.batch["image"])
-        self.module.train()
 
         # 2. Write one sheet with both.
         rows = [Row("image", list(map(Cell, originals))), Row("drawn", list(map(Cell, drawings)))]
