@@ -38,11 +38,13 @@ class RewardSettings:
         name: `geneval`, `judge`, `clip`, or one that another package registers.
         model: folder or name of its detector, image-text model or CLIP.
         weight: factor of its values in the sum of all rewards.
+        options: further arguments of what opens it.
     """
 
     name: str
     model: str = ""
     weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

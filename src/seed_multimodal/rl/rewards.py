@@ -4,12 +4,14 @@
     reward(images, records)    # [1.0, 0.0, ...], one number for each image
 
 Other packages register theirs by an entry point of the group `seed_multimodal.rewards`: a function
-(model, records, device) -> reward. `records` are all that will be asked for. A reward may return
+(model, records, device, **options) -> reward. `records` are all that will be asked for, those of
+the evaluation, too. A reward may return
 None for an image that it does not apply to.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import reprlib
 import sys
@@ -23,7 +25,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.rl.config import RewardSettings
-from seed_multimodal.settings import nearest
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.training.distributed import TrainingError
 
 Records = Sequence[JsonObject]
@@ -36,16 +38,24 @@ QUESTION = "Does this image show {}?"
 def open_reward(settings: RewardSettings, records: Records, device: torch.device) -> Reward:
     """The reward of these settings. Raises ConfigError, CheckpointError: no such reward or model;
     DataError: records that it cannot read."""
+    # 1. What opens it; its options are parameters after those that all have.
+    name = settings.name
     entries = registered("rewards")
-    if settings.name in entries:
-        reward = import_entry(entries[settings.name])(settings.model, records, device)
-        if not callable(reward):
-            raise ConfigError(f"data: rewards: {settings.name} opens {reward!r}, not a function.")
-        return reward
-    if settings.name not in BUILT_IN:
-        suggestion = nearest(settings.name, [*BUILT_IN, *entries])
-        raise ConfigError(f"data: rewards: {settings.name!r} is unknown{suggestion}.")
-    return BUILT_IN[settings.name](settings.model, records, device)
+    if name in entries:
+        opener = import_entry(entries[name])
+    elif name in BUILT_IN:
+        opener = BUILT_IN[name]
+    else:
+        suggestion = nearest(name, [*BUILT_IN, *entries])
+        raise ConfigError(f"data: rewards: {name!r} is unknown{suggestion}.")
+    option_names = list(inspect.signature(opener).parameters)[3:]
+    check_keys(settings.options, option_names, f"data: rewards: options of {name}")
+
+    # 2. The function.
+    reward = opener(settings.model, records, device, **settings.options)
+    if not callable(reward):
+        raise ConfigError(f"data: rewards: {name} opens {reward!r}, not a function.")
+    return reward
 
 
 def checked_rewards(name: str, values: object, n: int) -> Tensor:
@@ -102,8 +112,8 @@ def geneval_reward(model: str, records: Records, device: torch.device) -> Reward
 
     detector = load_detector(model, device)
     prompts = [
-        object_prompt(number, f"data: prompts, line {number}", record)
-        for number, record in enumerate(records, 1)
+        object_prompt(index, f"data: prompt {record['prompt']!r}", record)
+        for index, record in enumerate(records)
     ]
     check_classes(detector, prompts)
     for prompt in prompts:

@@ -5,7 +5,7 @@ A step, always on-policy:
     batches      prompts -> groups of drawings by the engine, which shares the trained module
                  -> pixels -> rewards -> advantages: the distance from the group's mean
     loss         the answers' log-probabilities in the distribution from which they were sampled,
-                 weighted by their advantages, and the distance from the start (`policy_losses`)
+                 weighted by their advantages, and the distance from the start (`RlTask.objective`)
 
 Prompts and seeds follow from the step, so a killed and resumed run is bit-equal (on a CPU).
 """
@@ -276,12 +276,11 @@ class RlTask(LanguageModelTask):
                 start_log_probs = token_log_probs(start, requests)
 
         # 2. The loss; tokens whose codes were not drawn do not count.
-        losses, distances = policy_losses(
+        losses, distances = self.objective(
             log_probs,
             start_log_probs,
             [answer.advantage for answer in batch.answers],
             [len(request.ids[: self.run.data.rewarded_codes]) for request in requests],
-            self.settings.kl_weight,
         )
 
         # 3. What is logged; `drift`: how far the engine's probabilities are from these.
@@ -290,6 +289,34 @@ class RlTask(LanguageModelTask):
         )
         drift = (sampled.to(log_probs) - log_probs.detach()).abs().max()
         return losses.mean(), {**batch.means, "kl": distances.detach().mean(), "drift": drift}
+
+    def objective(
+        self,
+        log_probs: Tensor,
+        start_log_probs: Tensor | None,
+        advantages: Sequence[float],
+        lengths: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and distance from the start of each answer `[N]`, means over its first `lengths`
+        tokens; a subclass may define another objective.
+
+        log_probs, start_log_probs: `[N, T]`, of the model and of the start (None: no distance).
+        """
+        # 1. The ratio to the sampled distribution is 1; its gradient is that of the logarithm.
+        ratios = (log_probs - log_probs.detach()).exp()
+        losses = -log_probs.new_tensor(advantages)[:, None] * ratios
+
+        # 2. The distance from the start, by the estimator of low variance that is never negative.
+        distances = torch.zeros_like(log_probs)
+        if start_log_probs is not None:
+            gaps = start_log_probs - log_probs
+            distances = gaps.exp() - gaps - 1
+            losses = losses + self.settings.kl_weight * distances
+
+        # 3. Means over the tokens that count.
+        counts = log_probs.new_tensor(lengths)
+        is_used = torch.arange(log_probs.shape[1], device=log_probs.device) < counts[:, None]
+        return (losses * is_used).sum(1) / counts, (distances * is_used).sum(1) / counts
 
     @contextmanager
     def start_model(self) -> Iterator[nn.Module]:
@@ -362,34 +389,6 @@ def advantages(rewards: Tensor, spread: bool) -> Tensor:
         counts = rewards.isfinite().sum(1, keepdim=True)
         gaps = gaps * ((counts - 1) / gaps.square().sum(1, keepdim=True)).sqrt()
     return gaps.masked_fill(flat_groups(rewards)[:, None], 0.0)
-
-
-def policy_losses(
-    log_probs: Tensor,
-    start_log_probs: Tensor | None,
-    advantages: Sequence[float],
-    lengths: Sequence[int],
-    kl_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """Loss and distance from the start of each answer `[N]`, means over its first `lengths` tokens.
-
-    log_probs, start_log_probs: `[N, T]`, of the model and of the start (None: no distance).
-    """
-    # 1. The ratio to the sampled distribution is 1; its gradient is that of the logarithm.
-    ratios = (log_probs - log_probs.detach()).exp()
-    losses = -log_probs.new_tensor(advantages)[:, None] * ratios
-
-    # 2. The distance from the start, by the estimator of low variance that is never negative.
-    distances = torch.zeros_like(log_probs)
-    if start_log_probs is not None:
-        gaps = start_log_probs - log_probs
-        distances = gaps.exp() - gaps - 1
-        losses = losses + kl_weight * distances
-
-    # 3. Means over the tokens that count.
-    counts = log_probs.new_tensor(lengths)
-    is_used = torch.arange(log_probs.shape[1], device=log_probs.device) < counts[:, None]
-    return (losses * is_used).sum(1) / counts, (distances * is_used).sum(1) / counts
 
 
 def read_prompts(path: str) -> Records:

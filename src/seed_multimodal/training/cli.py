@@ -148,8 +148,7 @@ def hydra_arguments(command: CommandLine, file: Path) -> tuple[list[str], list[s
     # 1. The configuration, and options of Hydra.
     folder, name = file.parent, file.stem
     options: list[str] = []
-    overrides: list[str] = []
-    choices: dict[str, str] = {}
+    settings: list[str] = []
     arguments = iter(command.arguments)
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -159,28 +158,36 @@ def hydra_arguments(command: CommandLine, file: Path) -> tuple[list[str], list[s
                 folder = Path(value)
             else:
                 name = value.removesuffix(".yaml")
-        elif key in GROUPS:
-            choices[key] = value
         elif argument.startswith("-") or not (equals or argument.startswith("~")):
             options.append(argument)
         else:
-            is_key = key[0] not in "+~" and "@" not in key and not re.match("hydra[./]", key)
-            overrides.append(f"++{argument}" if is_key else argument)
+            settings.append(argument)
     file = folder / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError(f"{file}: no such configuration file (--config-path, --config-name).")
 
-    # 2. The files of groups: of the original's flags, unless they are chosen.
-    if command.original:
-        original = "original" if name == "train" else f"{name}_original"
-        for group in ("optim", "trainer"):
-            if (folder / group / f"{original}.yaml").is_file():
-                choices.setdefault(group, original)
+    # 2. Settings, and the files of groups: those of all trainings and of the configuration.
     # The key of a group in the configuration's defaults: `clm_models@model`.
     keys: dict[str, str] = {}
     for entry in read_yaml(file).get("defaults", []):
         if isinstance(entry, Mapping):
             keys.update((str(key).rpartition("@")[2], str(key)) for key in entry)
+    choices: dict[str, str] = {}
+    overrides: list[str] = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key in GROUPS or key in keys:
+            choices[key] = value
+        else:
+            is_key = key[0] not in "+~" and "@" not in key and not re.match("hydra[./]", key)
+            overrides.append(f"++{setting}" if is_key else setting)
+
+    # 3. Files of the original's flags, unless they are chosen.
+    if command.original:
+        original = "original" if name == "train" else f"{name}_original"
+        for group in ("optim", "trainer"):
+            if (folder / group / f"{original}.yaml").is_file():
+                choices.setdefault(group, original)
     for group, choice in choices.items():
         key = keys.get(group, f"+{FOLDERS.get(group, group)}@{group}")
         if choice.lower() not in ("", "none", "null"):

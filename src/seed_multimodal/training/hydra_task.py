@@ -17,7 +17,7 @@ from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject, replace_text, strict_json, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
-from seed_multimodal.settings import check_keys, check_value, read_settings
+from seed_multimodal.settings import check_keys, check_value
 from seed_multimodal.training.agreement import agree
 from seed_multimodal.training.config import ConfigNode, OptimSettings, RunTrainerSettings
 from seed_multimodal.training.distributed import (
@@ -79,8 +79,8 @@ class RunSettings:
         for key, values in settings.items():
             if key in cls.readers:
                 settings[key] = cls.readers[key](values, key)
-            elif key in required:
-                settings[key] = read_settings(groups[key][0], values, key)
+            else:
+                settings[key] = check_value(groups[key][0], values, key)
         return cls(output_dir=Path(str(config["output_dir"])), config=config, **settings)
 
 

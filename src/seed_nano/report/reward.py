@@ -42,11 +42,11 @@ def open_reward(model: str, records: Records, device: torch.device) -> Reward:
     if not (folder / "config.json").is_file():
         folder = find_judge(model)
     judge = Judge.from_pretrained(folder).to(device)
-    for number, record in enumerate(records, 1):
+    for record in records:
         labels = record.get("labels")
         is_named = isinstance(labels, dict) and labels.keys() >= judge.config.labels.keys()
         if not isinstance(labels, list) and not is_named:
-            raise DataError(f"data: prompts, line {number}: has no labels for the judge.")
+            raise DataError(f"data: prompt {record['prompt']!r}: has no labels for the judge.")
 
     def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
         shares: list[float] = matches(judge, images, records).mean(1).tolist()

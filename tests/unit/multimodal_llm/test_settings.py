@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import llm_runs as runs
@@ -17,11 +18,11 @@ from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.cli import main
+from seed_multimodal.training.cli import CommandLine, hydra_arguments, main
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.config import LlmTrainerSettings, read_model_settings
-from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.training.zero_engine import resolve_deepspeed_config
 
 CONFIGS = APPLICATION / "configs"
@@ -158,6 +159,42 @@ def test_read_model_settings_of_the_originals(row):
 def test_read_model_settings_with_a_mistake(row):
     with pytest.raises(ConfigError, match=row["named"]):
         read_model_settings(row["config"])
+
+
+@dataclass(kw_only=True)
+class SampledRunSettings(LlmRunSettings):
+    sampling: OptimSettings | None = None
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"learning_rat": 1.0}, "did you mean 'learning_rate'"),
+        ({"learning_rate": -3}, "at least 0"),
+    ],
+)
+def test_optional_group_is_checked(files, values, named):
+    # It was handed to the task as it stood.
+    config = runs.compose(runs.overrides(files, "x"))
+    assert SampledRunSettings.read(config).sampling is None
+    config["sampling"] = {"learning_rate": 0.5}
+    assert SampledRunSettings.read(config).sampling.learning_rate == 0.5
+    config["sampling"] = values
+    with pytest.raises(ConfigError, match=f"sampling: .*{named}"):
+        SampledRunSettings.read(config)
+
+
+def test_groups_are_those_of_the_configuration(tmp_path):
+    # A file of a group that another package adds is chosen as those of ours.
+    file = tmp_path / "train.yaml"
+    file.write_text("defaults: [{clm_models@sampling: hot}, {model: small}]")
+    (tmp_path / "clm_models").mkdir()
+    (tmp_path / "clm_models" / "cold.yaml").write_text("t: 0")
+    arguments = ["sampling=cold", "sampling.t=1", "--cfg", "model=none"]
+    options, overrides, _ = hydra_arguments(CommandLine(arguments), file)
+    assert (options, overrides) == (
+        ["--cfg"], ["++sampling.t=1", "clm_models@sampling=cold", "~model"]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("row", TABLES["templates"], ids=str)

@@ -70,6 +70,20 @@ def test_open_reward_without_a_function(monkeypatch):
         open_reward(RewardSettings("mine"), [], torch.device("cpu"))
 
 
+def test_options_of_a_reward(monkeypatch):
+    # Own settings beside `model`; those that its opener does not take are refused by name.
+    def opener(model, records, device, *, scale):
+        return lambda images, records: [scale * len(model)] * len(images)
+
+    monkeypatch.setattr(rewards, "registered", lambda group: {"mine": "module:open_reward"})
+    monkeypatch.setattr(rewards, "import_entry", lambda entry: opener)
+    settings = RewardSettings("mine", "nano", options={"scale": 0.5})
+    assert open_reward(settings, [], torch.device("cpu"))(["image"], []) == [2.0]
+    for name, options in (("mine", {"scal": 1}), ("clip", {"records": 1})):
+        with pytest.raises(ConfigError, match=f"options of {name}: unknown key"):
+            open_reward(RewardSettings(name, options=options), [], torch.device("cpu"))
+
+
 class Stub(SimpleNamespace):
     """A model that answers the same to anything."""
 
@@ -101,5 +115,5 @@ def test_built_in_rewards(name, expected, monkeypatch):
     reward = open_reward(RewardSettings(name, "model"), records, torch.device("cpu"))
     assert reward(["image"] * 3, records) == pytest.approx(expected)
     if name == "geneval":
-        with pytest.raises(ConfigError, match="line 1: model does not know colours"):
+        with pytest.raises(ConfigError, match="prompt .*: model does not know colours"):
             open_reward(RewardSettings(name, "model"), [TABLES["red"]], torch.device("cpu"))

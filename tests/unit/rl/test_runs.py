@@ -15,7 +15,10 @@ from seed_multimodal.errors import SeedError
 
 @pytest.mark.parametrize(
     "name, message",
-    [("nano", "line 1: has no labels"), ("genevall", ".genevall. is unknown .did you mean")],
+    [
+        ("nano", "prompt 'a fish': has no labels"),
+        ("genevall", ".genevall. is unknown .did you mean"),
+    ],
 )
 def test_reward_that_cannot_be_opened(tmp_path, name, message):
     with pytest.raises(SeedError, match=message):

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,7 @@ from tiny import read_json
 from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.rl import task as rl_task
-from seed_multimodal.rl.task import advantages, policy_losses, read_prompts
+from seed_multimodal.rl.task import RlTask, advantages, read_prompts
 
 TABLES = read_tables(__file__)
 
@@ -30,17 +30,22 @@ def test_advantages(case):
     assert result[expected == 0].eq(0).all()
 
 
-def test_policy_losses():
+def objective(kl_weight, *arguments):
+    task = SimpleNamespace(settings=SimpleNamespace(kl_weight=kl_weight))
+    return RlTask.objective(task, *arguments)
+
+
+def test_objective():
     # Two answers, of two tokens and of one; the second one's padding counts for nothing.
     log_probs = torch.tensor([[0.5, 0.25], [0.5, 1.0]]).log().requires_grad_()
-    losses, distances = policy_losses(log_probs, None, [1.0, -2.0], [2, 1], 0.0)
+    losses, distances = objective(0.0, log_probs, None, [1.0, -2.0], [2, 1])
     (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
     assert (losses.tolist(), distances.tolist()) == ([-1, 2], [0, 0])
     # A step against it makes the first answer likelier, and the second one less likely.
     assert gradient.tolist() == [[-0.5, -0.5], [2, 0]]
 
     start = torch.tensor([[0.5, 0.5], [0.25, 0.1]]).log()
-    losses, distances = policy_losses(log_probs, start, [0.0, 0.0], [2, 1], 0.5)
+    losses, distances = objective(0.5, log_probs, start, [0.0, 0.0], [2, 1])
     (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
     expected = [(1 - math.log(2)) / 2, math.log(2) - 0.5]
     torch.testing.assert_close(distances, torch.tensor(expected))
@@ -115,11 +120,13 @@ def test_rewards_that_do_not_apply(run):
 def test_rewarded_codes_alone_are_drawn_and_trained(run, monkeypatch):
     lengths = []
 
-    def recorded(*arguments):
-        lengths.extend(arguments[3])
-        return policy_losses(*arguments)
+    original = RlTask.objective
 
-    monkeypatch.setattr(rl_task, "policy_losses", recorded)
+    def recorded(task, *arguments):
+        lengths.extend(arguments[3])
+        return original(task, *arguments)
+
+    monkeypatch.setattr(RlTask, "objective", recorded)
     task = run({"low": low_codes}, data={"rewarded_codes": 3})
     assert lengths == [3] * 16
     assert {(answer.image.width, answer.image.info["codes"]) for answer in task.answers} == {(3, 3)}
