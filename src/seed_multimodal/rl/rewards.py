@@ -41,11 +41,8 @@ def open_reward(settings: RewardSettings, records: Records, device: torch.device
     # 1. What opens it; its options are parameters after those that all have.
     name = settings.name
     entries = registered("rewards")
-    if name in entries:
-        opener = import_entry(entries[name])
-    elif name in BUILT_IN:
-        opener = BUILT_IN[name]
-    else:
+    opener = import_entry(entries[name]) if name in entries else BUILT_IN.get(name)
+    if opener is None:
         suggestion = nearest(name, [*BUILT_IN, *entries])
         raise ConfigError(f"data: rewards: {name!r} is unknown{suggestion}.")
     option_names = list(inspect.signature(opener).parameters)[3:]

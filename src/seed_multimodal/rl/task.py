@@ -106,7 +106,6 @@ class RlTask(LanguageModelTask):
         self.parts = [self.prompts]
         self.meter = Meter(prompts_per_step * run.data.group_size)
         self.answers: list[ScoredAnswer] = []  # of this process's step
-        self.means: dict[str, float] = {}  # of each reward in it, and of groups without a spread
 
     # ---- the model
 
@@ -202,12 +201,12 @@ class RlTask(LanguageModelTask):
         for answer, value in zip(self.answers, values[first_answer:], strict=False):
             answer.advantage = value
         flat = float(flat_groups(groups).double().mean())
-        self.means = {**self.reward_means(rewards), "flat_groups": flat}
+        means = {**self.reward_means(rewards), "flat_groups": flat}
 
         # 4. The micro-batches.
         size = self.run.data.batch_size * group_size
         return [
-            AnswerBatch(self.answers[start : start + size], self.means)
+            AnswerBatch(self.answers[start : start + size], means)
             for start in range(0, len(self.answers), size)
         ]
 

@@ -166,21 +166,14 @@ class SampledRunSettings(LlmRunSettings):
     sampling: OptimSettings | None = None
 
 
-@pytest.mark.parametrize(
-    "values, named",
-    [
-        ({"learning_rat": 1.0}, "did you mean 'learning_rate'"),
-        ({"learning_rate": -3}, "at least 0"),
-    ],
-)
-def test_optional_group_is_checked(files, values, named):
+def test_optional_group_is_checked(files):
     # It was handed to the task as it stood.
     config = runs.compose(runs.overrides(files, "x"))
     assert SampledRunSettings.read(config).sampling is None
     config["sampling"] = {"learning_rate": 0.5}
     assert SampledRunSettings.read(config).sampling.learning_rate == 0.5
-    config["sampling"] = values
-    with pytest.raises(ConfigError, match=f"sampling: .*{named}"):
+    config["sampling"] = {"learning_rat": 0.5}
+    with pytest.raises(ConfigError, match="sampling: .*did you mean 'learning_rate'"):
         SampledRunSettings.read(config)
 
 

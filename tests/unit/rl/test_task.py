@@ -67,8 +67,8 @@ def run(tmp_path, tiny_folder):
 
 def test_rewarded_codes_become_likelier(run):
     # A wrong sign would learn the opposite.
-    before = run({"low": low_codes}, trainer={"max_steps": 1}).means["low"]
-    assert run({"low": low_codes}, trainer={"max_steps": 6}).means["low"] > before + 0.2
+    before = run({"low": low_codes}, trainer={"max_steps": 1}).meter.last["low"]
+    assert run({"low": low_codes}, trainer={"max_steps": 6}).meter.last["low"] > before + 0.2
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "modules_to_save": []}], ids=["all", "lora"])
@@ -86,9 +86,13 @@ def test_log_of_steps(run, tmp_path, lora):
     )
     first, second = log_lines(tmp_path / "out")
     assert max(first["drift"], second["drift"]) < 1e-5 and first["kl"] < 1e-6 < second["kl"]
-    assert (first["mine"], task.means["mine"], task.means["flat_groups"]) == (7.5, 23.5, 0)
-    assert task.means["mine_std"] == pytest.approx(np.std(range(16), ddof=1))
-    assert task.means["reward"] == pytest.approx(23.5 / 2 - 2 * task.means["low"])
+    assert (first["mine"], task.meter.last["mine"], task.meter.last["flat_groups"]) == (
+        7.5,
+        23.5,
+        0,
+    )
+    assert task.meter.last["mine_std"] == pytest.approx(np.std(range(16), ddof=1))
+    assert task.meter.last["reward"] == pytest.approx(23.5 / 2 - 2 * task.meter.last["low"])
     assert len([*(tmp_path / "out" / "samples").glob("step-[12].png")]) == 2
 
 
@@ -113,8 +117,8 @@ def test_rewards_that_do_not_apply(run):
 
     task = run({"first": first, "never": lambda images, records: [None] * len(images)})
     assert [answer.advantage > 0 for answer in task.answers] == [False, True] * 2 + [False] * 4
-    shares = [task.means[name] for name in ("first", "reward", "flat_groups")]
-    assert shares == [0.5] * 3 and "never" not in task.means
+    shares = [task.meter.last[name] for name in ("first", "reward", "flat_groups")]
+    assert shares == [0.5] * 3 and "never" not in task.meter.last
 
 
 def test_rewarded_codes_alone_are_drawn_and_trained(run, monkeypatch):
