@@ -1,6 +1,7 @@
 """What rewards return, their weighted sum, and those of this package."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,26 +63,18 @@ def test_weighted_sum(weights, expected):
     torch.testing.assert_close(weighted_sum(list(table), weights), expected, equal_nan=True)
 
 
-def test_open_reward_without_a_function(monkeypatch):
-    # Found at the start, not after the first images.
-    monkeypatch.setattr(rewards, "registered", lambda group: {"mine": "module:open_reward"})
-    monkeypatch.setattr(rewards, "import_entry", lambda entry: lambda *arguments: [1.0])
-    with pytest.raises(ConfigError, match="mine .*not a function"):
-        open_reward(RewardSettings("mine"), [], torch.device("cpu"))
-
-
-def test_options_of_a_reward(monkeypatch):
-    # Own settings beside `model`; those that its opener does not take are refused by name.
-    def opener(model, records, device, *, scale):
-        return lambda images, records: [scale * len(model)] * len(images)
+def test_open_reward_of_another_package(monkeypatch):
+    # What is wrong is found at the start, not after the first images.
+    def opener(model, records, device, *, scale=None):
+        return [1.0] if scale is None else lambda images, records: [scale * len(model)]
 
     monkeypatch.setattr(rewards, "registered", lambda group: {"mine": "module:open_reward"})
     monkeypatch.setattr(rewards, "import_entry", lambda entry: opener)
-    settings = RewardSettings("mine", "nano", options={"scale": 0.5})
-    assert open_reward(settings, [], torch.device("cpu"))(["image"], []) == [2.0]
-    for name, options in (("mine", {"scal": 1}), ("clip", {"records": 1})):
-        with pytest.raises(ConfigError, match=f"options of {name}: unknown key"):
-            open_reward(RewardSettings(name, options=options), [], torch.device("cpu"))
+    opened = partial(open_reward, records=[], device=torch.device("cpu"))
+    assert opened(RewardSettings("mine", "nano", options={"scale": 0.5}))(["image"], []) == [2.0]
+    for options, named in (({}, "not a function"), ({"scal": 1}, "options of mine: unknown key")):
+        with pytest.raises(ConfigError, match=named):
+            opened(RewardSettings("mine", options=options))
 
 
 class Stub(SimpleNamespace):
