@@ -109,7 +109,7 @@ def geneval_reward(model: str, records: Records, device: torch.device) -> Reward
 
     detector = load_detector(model, device)
     prompts = [
-        object_prompt(index, f"data: prompt {record['prompt']!r}", record)
+        object_prompt(index, f"data: prompt {record.get('prompt')!r}", record)
         for index, record in enumerate(records)
     ]
     check_classes(detector, prompts)

@@ -46,7 +46,7 @@ def open_reward(model: str, records: Records, device: torch.device) -> Reward:
         labels = record.get("labels")
         is_named = isinstance(labels, dict) and labels.keys() >= judge.config.labels.keys()
         if not isinstance(labels, list) and not is_named:
-            raise DataError(f"data: prompt {record['prompt']!r}: has no labels for the judge.")
+            raise DataError(f"data: prompt {record.get('prompt')!r}: has no labels for the judge.")
 
     def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
         shares: list[float] = matches(judge, images, records).mean(1).tolist()

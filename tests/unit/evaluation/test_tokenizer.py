@@ -165,7 +165,7 @@ def test_labels_are_matched_by_name():
     for record in ({"labels": list(labels)}, {"labels": named}):
         reward = open_reward("nano", [record], torch.device("cpu"))
         assert reward([noise(0)], [record]) == [1.0]
-    with pytest.raises(DataError, match="line 1: .*labels"):
+    with pytest.raises(DataError, match="prompt None: .*labels"):
         open_reward("nano", [{"labels": {"thing": "fox"}}], torch.device("cpu"))
 
 
