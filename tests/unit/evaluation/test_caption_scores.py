@@ -3,27 +3,14 @@
 import shutil
 
 import pytest
+from yaml_tables import read_tables
 
 from seed_multimodal.evaluation.captions import caption_scores
 
 pytest.importorskip("pycocoevalcap")
-CAPTIONS = ["A man rides a horse on the beach.", "two dogs play", "a bowl of soup and a spoon", ""]
-REFERENCES = [
-    ["a man is riding a horse on a beach", "A man rides a brown horse\u2028along the beach."],
-    ["two dogs are playing in the snow", "dogs playing", "two brown dogs play with a ball"],
-    ["a bowl of soup", "soup in a bowl next to a spoon"],
-    ["a red bus", "the bus in the street"],
-]
-# Of pycocoevalcap 1.2 (its PTBTokenizer, Bleu(4), Rouge, Cider) on these captions, in whose words
-# both tokenizers agree.
-RECORDED = {
-    "Bleu_1": 0.756251991559624,
-    "Bleu_2": 0.6960225603229276,
-    "Bleu_3": 0.5447223175843202,
-    "Bleu_4": 0.4118136873107139,
-    "ROUGE_L": 0.5521604394240777,
-    "CIDEr": 2.347696522587433,
-}
+TABLES = read_tables(__file__)
+CAPTIONS, REFERENCES = TABLES["captions"], TABLES["references"]
+RECORDED = TABLES["recorded"]
 
 
 def test_caption_scores_without_java(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import base64
 
 import pytest
 from tiny import read_json, write_json
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.verify import REFERENCE, compare
@@ -19,23 +20,19 @@ def features(first: float) -> dict:
     return {"features": [first, 1.0 + first], "std": 2.0, "shape": [2, 1]}
 
 
-@pytest.mark.parametrize(
-    "value, reference, verdict",
-    [
-        ({"text": "a fox"}, {"text": "a fox"}, "equal"),
-        ({"text": "a fox"}, {"text": "a cat"}, "differs"),
-        # Other processors round differently: a few codes, features and shades.
-        ({"codes": [0] * 30 + [1, 1]}, {"codes": [0] * 32}, "close"),
-        ({"codes": [0] * 28 + [1] * 4}, {"codes": [0] * 32}, "differs"),
-        (drawing(9), drawing(10), "close"),
-        (drawing(9), drawing(20), "differs"),
-        (features(0.01), features(0.0), "close"),
-        (features(0.1), features(0.0), "differs"),
-    ],
-)
-def test_compare(value, reference, verdict):
+MADE = {
+    "text": lambda text: {"text": text},
+    "codes": lambda n_others: {"codes": [0] * (32 - n_others) + [1] * n_others},
+    "drawing": drawing,
+    "features": features,
+}
+
+
+@pytest.mark.parametrize("case", read_tables(__file__), ids=str)
+def test_compare(case):
     # `seed verify` on another processor: what is close, and what is another model.
-    assert compare(value, reference).startswith(verdict)
+    value, reference = map(MADE[case["kind"]], (case["value"], case["reference"]))
+    assert compare(value, reference).startswith(case["verdict"])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal import open_image
 from seed_multimodal.errors import ImageError
@@ -86,14 +87,7 @@ def test_read_decoded_in_full_equals_the_original(stored):
         assert torch.equal(mine.get_state(), theirs.get_state())
 
 
-@pytest.mark.parametrize(
-    "size, turned, options, interpolation",
-    [
-        ((480, 640), 1, {"progressive": True}, "bicubic"),
-        ((1001, 777), 1, {"subsampling": 0}, "bilinear"),
-        ((1403, 605), 6, {}, "bicubic"),
-    ],
-)
+@pytest.mark.parametrize("size, turned, options, interpolation", read_tables(__file__))
 def test_read_scaled_gives_the_same_view(size, turned, options, interpolation):
     """The crop's edges are rounded to pixels of the scaled image.
 

@@ -5,6 +5,7 @@
 import pytest
 import torch
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.images.views import (
@@ -15,8 +16,10 @@ from seed_multimodal.images.views import (
     with_ratio,
 )
 
+TABLES = read_tables(__file__)
 
-@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1), (30_000, 2), (449, 447)])
+
+@pytest.mark.parametrize("size", TABLES["extreme"])
 def test_cut_images_of_extreme_shapes(size):
     # Screenshots of long pages and single-pixel images are cut, not refused.
     rule = AnyResolution(image_size=14)
@@ -36,13 +39,10 @@ def test_read_grids_and_cut_with_wrong_sizes():
         AnyResolution().cut(Image.new("RGB", (40_000, 3)))
 
 
-@pytest.mark.parametrize(
-    "source, expected",
-    [((1024, 1024), (1024, 1024)), ((800, 600), (1152, 896)), ((1, 5000), (512, 2048))],
-)
+@pytest.mark.parametrize("source, expected", TABLES["drawings"])
 def test_drawing_size(source, expected):
     # SDXL's trained sizes of about a megapixel.
-    assert drawing_size(source, 1024) == expected
+    assert drawing_size(source, 1024) == tuple(expected)
     assert drawing_size((300, 1), 16, unit=16) == (32, 16), "a side is never zero"
 
 

@@ -14,6 +14,7 @@ from full_disk import file_size_limit
 from PIL import Image
 from random_images import noise
 from served import Running, hostile_backend
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.answer import left_out_note
@@ -65,15 +66,10 @@ def event(index, **values):
 
 # ---- how a backend is reached
 
-CLOSED = "127.0.0.1:9"
-ENVIRONMENTS = [
-    {"http_proxy": f"http://{CLOSED}", "HTTPS_PROXY": f"http://{CLOSED}"},
-    {"ALL_PROXY": f"socks5://{CLOSED}"},
-    {"all_proxy": f"socks://{CLOSED}"},
-]
+TABLES = read_tables(__file__)
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=str)
+@pytest.mark.parametrize("environment", TABLES["proxies"], ids=str)
 def test_a_backend_on_this_machine_is_reached_without_proxy(session, monkeypatch, environment):
     # Company machines and VPN tools set these, mostly without `no_proxy`.
     for name, value in environment.items():
@@ -82,15 +78,7 @@ def test_a_backend_on_this_machine_is_reached_without_proxy(session, monkeypatch
     assert session.model.codes_per_image == 32
 
 
-@pytest.mark.parametrize(
-    "url, environment, reason",
-    [
-        (f"http://{CLOSED}", {}, "refused"),
-        ("http://no.such.host.invalid", {}, "known"),
-        *(("http://seed.example.com", variables, "proxy") for variables in ENVIRONMENTS),
-        ("{address}/elsewhere", {}, "404"),
-    ],
-)
+@pytest.mark.parametrize("url, environment, reason", TABLES["unreached"])
 def test_a_backend_that_is_not_reached_says_why(
     session, address, monkeypatch, url, environment, reason
 ):
@@ -269,7 +257,7 @@ LONG = [json.dumps({"codes": [0] * 5000}), json.dumps("x" * 5_000_000)]
 
 def reload_with(session, *parts):
     """The updates of a reload, without a backend, of a message that a browser sends back."""
-    session.model.address = CLOSED
+    session.model.address = "127.0.0.1:9"
     turn = {"role": "user", "parts": [*parts], "notes": []}
     return asyncio.run(session.on_model(0, {"model": "", "turns": [turn]}))
 

@@ -18,19 +18,6 @@ from seed_multimodal.data.formats.record import BadRecord
 CASES = read_tables(__file__)
 
 
-def ask(content="q", **keys) -> dict:
-    return {"role": "user", "content": content, **keys}
-
-
-def tell(content="a", **keys) -> dict:
-    return {"role": "assistant", "content": content, **keys}
-
-
-def chat(*turns: dict, **fields) -> dict:
-    """A conversation of chat APIs."""
-    return {"messages": list(turns), **fields}
-
-
 @pytest.mark.parametrize("case", CASES["read"].values(), ids=CASES["read"])
 def test_with_messages(case):
     # One decoder trains on the lists of other projects as they are.
@@ -49,7 +36,9 @@ def test_with_messages(case):
 @pytest.mark.parametrize("key", LEARNED)
 def test_with_messages_keeps_the_masks_of_other_programs(key, value, learned):
     # A bad answer is context: it must not be learned, and what follows it is read after it.
-    record = chat(ask(), tell(**{key: value}), ask(), tell())
+    question = {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a"}
+    record = {"messages": [question, {**answer, key: value}, question, answer]}
     if key == "mask" and value is not None:
         with pytest.raises(BadRecord, match="turn 2 of 'messages': 'mask'"):  # 1 means either
             with_messages(record, "f")
@@ -77,10 +66,10 @@ def test_with_messages_of_a_wrong_conversation(case):
 
 def test_with_messages_says_what_it_repaired():
     # Losses of such records are counted in the reports.
-    fields = with_messages(chat(ask(), tell(), tell("b"), ask(), tell(train=False)), "f")
+    fields = with_messages(CASES["repaired"], "f")
     assert [turn["content"] for turn in fields["messages"]] == [["q"], ["a\nb"]]
     assert fields[REPAIRED].startswith(JOINED) and fields[REPAIRED].endswith(NOT_LEARNED)
-    assert REPAIRED not in with_messages(chat(ask(), tell()), "f")
+    assert REPAIRED not in with_messages(CASES["read"]["seed-x"]["record"], "f")
     # The forms that would have been read.
     error = not_a_conversation({"question": "q", "answer": "a"})
     assert re.search("messages, .*instruction with output.*answer, question", str(error))

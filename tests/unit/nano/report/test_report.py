@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from repository import NANO, ROOT
 from tiny import read_json, write_json
+from yaml_tables import read_tables
 
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.state_dicts import save_state_dict
@@ -109,20 +110,7 @@ def test_ratios_by_hand():
     )
 
 
-LEFT = (0, 0, 0.5, 1)
-RIGHT = (0.5, 0, 1, 1)
-
-
-@pytest.mark.parametrize(
-    "boxes, expected, n_matches",
-    [
-        ([LEFT], [LEFT, LEFT], 1),
-        ([RIGHT, LEFT], [LEFT, RIGHT], 2),
-        ([], [LEFT], 0),
-        ([LEFT], [], 0),
-        ([(0, 0, 0.5, 0.4)], [LEFT], 0),
-    ],
-)
+@pytest.mark.parametrize("boxes, expected, n_matches", read_tables(__file__))
 def test_matched_boxes_are_used_once(boxes, expected, n_matches):
     # Boxes at one place would find several things.
     assert scoring.count_matches(boxes, expected) == n_matches
