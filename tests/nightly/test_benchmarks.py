@@ -7,19 +7,10 @@ import sys
 import pytest
 from real_processes import run_checked
 from repository import ROOT
+from yaml_tables import read_tables
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(900)]
-# Benchmark → lines of the card.
-LINES = {
-    "tokenizer encode": 3,
-    "generation": 5,
-    "draw": 3,
-    "edit": 3,
-    "reconstruct": 5,
-    "training llm": 3,
-    "training tokenizer": 2,
-    "serving": 6,
-}
+LINES = read_tables(__file__)
 
 
 def run(*command: str, folder=ROOT) -> str:

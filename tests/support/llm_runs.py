@@ -24,13 +24,7 @@ LORA = GROUPS["lora"]
 TRAINER = GROUPS["trainer"]
 OPTIM = GROUPS["optim"]
 WORDS = "a red fox sits on the green hill under one small yellow moon while two birds sing".split()
-# Plain images of these, in the data of SEED-X and LaVIT.
-COLOURS = {
-    "red": (200, 30, 30),
-    "green": (30, 180, 40),
-    "blue": (40, 60, 220),
-    "grey": (120, 120, 120),
-}
+COLOURS = {name: tuple(colour) for name, colour in GROUPS["colours"].items()}
 
 
 def write_llama(folder, vocab_size):

@@ -89,7 +89,8 @@ def pauses(monkeypatch) -> list[float]:
 # ---- faults of a hub
 
 LISTING = f"/api/models/{UNCLIP}"
-FAULTS = read_tables(__file__)
+TABLES = read_tables(__file__)
+FAULTS = TABLES["faults"]
 SENT = {"truncated": WEIGHTS[:-500], "tampered": WEIGHTS[:-1] + b"!"}
 
 
@@ -279,40 +280,17 @@ def test_fetch_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, fet
 
 # ---- without `seed fetch`
 
-# Files of a repository and patterns → those that are downloaded.
-SNAPSHOTS = {
-    "two formats": (
-        ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"],
-        WEIGHT_PATTERNS,
-        ["config.json", "model.safetensors"],
-    ),
-    "diffusers": (
-        [
-            "model_index.json",
-            "model.ckpt",
-            "unet/diffusion_pytorch_model.bin",
-            "unet/diffusion_pytorch_model.safetensors",
-            "unet/diffusion_pytorch_model.fp16.safetensors",
-            "image_normalizer/diffusion_pytorch_model.bin",
-        ],
-        catalogue().parts["unclip"].files,
-        [
-            "image_normalizer/diffusion_pytorch_model.bin",
-            "model_index.json",
-            "unet/diffusion_pytorch_model.safetensors",
-        ],
-    ),
-}
 
-
-@pytest.mark.parametrize("names, patterns, expected", SNAPSHOTS.values(), ids=SNAPSHOTS)
-def test_hub_fetch_of_any_repository(server, names, patterns, expected):
+@pytest.mark.parametrize("case", TABLES["snapshots"].values(), ids=TABLES["snapshots"])
+def test_hub_fetch_of_any_repository(server, case):
     # No weights twice; later without the network.
-    server.repositories["me/mine"] = dict.fromkeys(names, b"{}")
+    part = case["part"]
+    patterns = catalogue().parts[part].files if part else WEIGHT_PATTERNS
+    server.repositories["me/mine"] = dict.fromkeys(case["names"], b"{}")
     with online():
         folder = find.find_path("me/mine", patterns)
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
-    assert sorted(files) == expected
+    assert sorted(files) == case["expected"]
     server.repositories.clear()
     with online():
         assert find.find_path("me/mine", patterns) == folder

@@ -6,22 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
-NETWORKS = {
-    "seed1": "seed_tokenizer.pth",
-    "seed2": "model.safetensors",
-    "eva": "eva_vit_g.pth",
-    "blip2": "blip2_pretrained.pth",
-    "clip": "model.safetensors",
-    "qwen": "qwen_vit_G.pt",
-    "agent": "pytorch_model.bin",
-    "sdxl_adapter": "model.safetensors",
-    "lavit_tokenizer": "model.safetensors",
-    "lavit_decoder": "highres_tokenizer_decoder.bin",
-}
+NETWORKS = read_tables(__file__)
 
 
 @pytest.fixture(scope="module")

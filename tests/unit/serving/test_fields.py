@@ -417,6 +417,15 @@ REFUSED = r"""
 /generate {"text": "<image>", "images": [[100000000000000000000000000000]]} -> images.0
 /generate {"text": "USER: <image>?\nASSISTANT:", "images": [[]]} -> 32 codes
 /v1/images/tokens {"codes": [[1, 2]]} -> 32 codes
+/generate {"text": "<image>", "images": [[0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]} -> 32 codes
+/generate {"text": "<image>", "images": [[
+    16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16,
+    16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16]]} -> 0 to 15
+/v1/chat/completions {"messages": [{"role": "system", "content": [{"type": "image_url", "codes": [
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]}]}]} -> Message 0
 /v1/chat/completions {"messages": [{"role": "user", "content":
     [{"type": "image_url", "codes": [0, 1, 2]}, {"type": "text", "text": "What is it?"}]}]}
     -> 32 codes
@@ -485,8 +494,6 @@ REQUESTS = {
     "context": (GENERATE, {"text": "word " * 3000}, "context"),
     "images": (GENERATE, {"text": "<image>" * 17, "images": [CODES] * 17}, "images"),
     "codes": (GENERATE, {"text": "<image>", "images": [[0] * 2000]}, "32 codes"),
-    "codes of an image": (GENERATE, {"text": "<image>", "images": [[0] * 33]}, "32 codes"),
-    "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
     "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "17 images"),
     "no image of an edit": (EDIT, {"image": [b"no image"]}, "image 0"),
@@ -496,11 +503,6 @@ REQUESTS = {
     "a picture of the system": (RESPONSES, {"instructions": f"![]({URL})"}, "Message 0"),
     "pictures in Markdown": (CHAT, {"messages": [user(f"![a]({URL})" * 17)]}, "17 images"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
-    "an image of the system": (
-        CHAT,
-        {"messages": [{**user(CODES), "role": "system"}]},
-        "Message 0",
-    ),
 }
 for route, sent, named in re.findall(r"^(/\S+) ([\s\S]+?)\s+-> (.+)$", REFUSED, re.MULTILINE):
     REQUESTS[f"{route} {sent}"] = (route, json.loads(sent), named)
