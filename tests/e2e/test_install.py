@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from real_processes import run_process
 from repository import ROOT
+from yaml_tables import read_tables
 
 pytestmark = [pytest.mark.process, pytest.mark.nightly]
 PROJECT = """build-system = {requires = [], build-backend = "backend", backend-path = ["."]}
@@ -20,20 +21,13 @@ BACKEND = """from shutil import copy
 def build_editable(folder, *_):
     return copy("seed_multimodal-1-py3-none-any.whl", folder).split("/")[-1]
 """
-PACKAGES = {
-    ("torch", "2.13.0+cpu"): "",
-    ("torchvision", "0.28"): "",
-    ("transformers", "5"): "",
-    ("seed_multimodal", "1"): "Requires-Dist: torchvision\nRequires-Dist: transformers\n",
-    ("salesforce_lavis", "1.0.2"): "Requires-Dist: transformers==4.25.0\n",
-}
 
 
 def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
     shutil.copy(ROOT / "install.sh", tmp_path)
     (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "backend.py").write_text(BACKEND)
-    for (name, version), requires in PACKAGES.items():
+    for name, version, requires in read_tables(__file__):
         with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name.removeprefix('salesforce_')}.py", f"__version__ = {version!r}\n")
             info = {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.plots import read_log, save_curves
@@ -22,26 +23,9 @@ def write_log(folder, lines=None) -> Path:
 
 
 def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path):
-    # The last value of a step counts, as after a resume.
-    log = write_log(
-        tmp_path,
-        lines=[
-            '{"step": 1, "loss": 4.0, "lr": 0.1}',
-            "[1, 2]",
-            '{"loss": 7.0}',
-            '{"step": 2, "note": "x"}',
-            '{"step": 3, "loss": 2.0}',
-            '{"step": 2, "valid/val/loss": 3.5}',
-            '{"step": 3, "eval_text_loss": 1.5}',
-            '{"step": 3, "loss": 1.0, "bad_samples": 2}',
-            '{"step": 4, "loss": 1.',
-        ],
-    )
-    assert read_log(log) == {
-        "loss": {"": {1: 4.0, 3: 1.0}, "val": {2: 3.5}},
-        "lr": {"": {1: 0.1}},
-        "text_loss": {"evaluation": {3: 1.5}},
-    }
+    table = read_tables(__file__)
+    log = write_log(tmp_path, lines=table["lines"])
+    assert read_log(log) == table["curves"]
 
 
 def test_plot_command_with_another_format(tmp_path, capsys):

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_settings, read_settings, setting
+
+TABLES = read_tables(__file__)
 
 
 @dataclass
@@ -33,42 +35,14 @@ class Example:
 
 
 def test_read_settings_converts_values():
-    values = {
-        "steps": 3,
-        "lr": 0.5,
-        "folder": "a/b",
-        "files": ["x"],
-        "betas": [0, 1],
-        "checkpointing": "selective",
-        "options": {"a": 1},
-        "inner": {"width": 2},
-    }
-    settings = read_settings(Example, values, "trainer")
+    settings = read_settings(Example, TABLES["values"], "trainer")
     assert settings == Example(
         3, 0.5, "bf16", Path("a/b"), ["x"], (0.0, 1.0), "selective", {"a": 1.0}, Inner(2)
     )
     assert isinstance(settings.betas[0], float) and isinstance(settings.options["a"], float)
 
 
-# Values → the keys, and the nearest of an unknown one, that the error names.
-WRONG = yaml.safe_load("""
-missing: [{}, [steps]]
-unknown: [{steps: 3, stepps: 3}, [stepps, "'steps'"]]
-minimum: [{steps: 0}, [steps, "1", "0"]]
-maximum: [{steps: 10}, [steps, "9", "10"]]
-type: [{steps: 2.5}, [steps]]
-boolean: [{steps: true}, [steps]]
-below: [{steps: 3, lr: 1}, [lr, "1"]]
-above: [{steps: 3, lr: 0}, [lr, "0"]]
-nan: [{steps: 3, inner: {share: .nan}}, [inner, share, nan]]
-infinite in a list: [{steps: 3, betas: [0.9, -.inf]}, [betas, -inf]]
-nan in a mapping: [{steps: 3, options: {rate: .nan}}, [options, rate]]
-nan in a nested list: [{steps: 3, parts: [{share: .nan}]}, [parts, share]]
-choice: [{steps: 3, precision: bf61}, [precision, bf61, "'bf16'"]]
-text for a list: [{steps: 3, files: x}, [files]]
-nested: [{steps: 3, inner: {width: 0}}, [inner, width]]
-nested unknown: [{steps: 3, inner: {widht: 3}}, [inner, widht, "'width'"]]
-""")
+WRONG = TABLES["wrong"]
 
 
 @pytest.mark.parametrize("values, named", WRONG.values(), ids=WRONG)

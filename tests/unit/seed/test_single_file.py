@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import read_json
 from tiny.seed import loud, seed1_config
+from yaml_tables import read_tables
 
 from seed_multimodal.compat.demo_recon import recon_script
 from seed_multimodal.diffusion.base import empty_prompt
@@ -20,6 +21,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 from seed_multimodal.models.seed.single_file import load_single_file
 
+TABLES = read_tables(__file__)
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "data" / "seed1_sd_decode"
 TEXT = "cond_stage_model.transformer."
 
@@ -38,13 +40,7 @@ def golden_tensors() -> dict[str, torch.Tensor]:
         if name.startswith(f"{decoder}up.0.block.0."):
             for level in (0, 1):
                 tensors[name.replace(f"{decoder}up.0.", f"{encoder}down.{level}.")] = value
-    convolutions = {
-        "encoder.conv_in": (32, 3, 3),
-        "encoder.conv_out": (8, 32, 3),
-        "encoder.down.0.downsample.conv": (32, 32, 3),
-        "quant_conv": (8, 8, 1),
-    }
-    for name, (out, channels, side) in convolutions.items():
+    for name, (out, channels, side) in TABLES["convolutions"].items():
         tensors[f"first_stage_model.{name}.weight"] = torch.zeros(out, channels, side, side)
         tensors[f"first_stage_model.{name}.bias"] = torch.zeros(out)
     return tensors
@@ -73,14 +69,7 @@ def original(tmp_path_factory) -> Path:
 
 def write_sizes(file, **text_sizes: int) -> dict[str, int]:
     """The YAML of the recorded sizes; returns those of the text encoder."""
-    text_encoder = {
-        "vocab_size": 18,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "bos_token_id": 16,
-        "eos_token_id": 17,
-        **text_sizes,
-    }
+    text_encoder = {**TABLES["text_encoder"], **text_sizes}
     sizes = read_json(GOLDEN / "config.json")["compvis"]
     params = {**sizes, "text_encoder": text_encoder}
     file.write_text(yaml.safe_dump({"model": {"params": params}}))

@@ -1,6 +1,5 @@
 """Users' files as they really are: each is read, or refused with what to do."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -132,15 +131,7 @@ def test_a_folder_of_images_where_shards_are_expected(tmp_path, capsys):
 
 def test_vqa_of_two_official_files(tmp_path):
     # Questions and their commonest answers, for training of visual question answering.
-    questions = [{"question_id": 10 + n, "image_id": n, "question": f"q {n}?"} for n in range(2)]
-    answers = [{"answer": "red"}, {"answer": "blue"}, {"answer": "red"}]
-    annotations = [{"question_id": 11 - n, "image_id": 1 - n, "answers": answers} for n in range(2)]
-    subset = {"data_subtype": "train2014"}
-    for name, content in (
-        ("v2_mscoco_train2014_annotations.json", {"annotations": annotations, **subset}),
-        ("v2_OpenEnded_mscoco_train2014_questions.json", {"questions": questions, **subset}),
-    ):
-        write(tmp_path / name, json.dumps(content))
+    create(tmp_path, TABLES["vqa"])
     names = sorted(os.listdir(tmp_path))
     for files in (tmp_path, [tmp_path / name for name in names]):
         records = open_records(files)

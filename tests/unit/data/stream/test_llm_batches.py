@@ -13,14 +13,14 @@ import torch
 from data_files import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from yaml_tables import read_tables
 
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, read_once
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
-# max_length and batch_size of padded micro-batches
-SIZES = {"captions": (48, 6), "documents": (80, 3), "texts": (70, 5), "filtered": (48, 4)}
+SIZES = read_tables(__file__)
 RECORDS = [*range(66), *range(1000, 1030), *range(2000, 2035), *range(3000, 3050, 5)]
 
 
