@@ -240,6 +240,10 @@ class EpochOrder:
     block: int = SHUFFLE_BLOCK
     _cache: dict[int, np.ndarray | _BlockPermutation] = field(default_factory=dict)  # by epoch
 
+    def __post_init__(self) -> None:
+        if not self.shuffle or self.shard_sizes is None:  # neighbours are not read together
+            self.block = 0
+
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""
         samples: list[EpochSample] = []

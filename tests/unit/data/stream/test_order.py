@@ -143,6 +143,15 @@ def test_recorded_orders(order, start, samples):
     assert order.samples(start, 6) == expected
 
 
+def test_epoch_order_without_blocks():
+    # Of one shard or none, processes take single positions; else each would see other samples.
+    sizes = np.array([2, 3])
+    assert [EpochOrder(5, 0).block, EpochOrder(5, 0, shuffle=False, shard_sizes=sizes).block] == [
+        0,
+        0,
+    ]
+
+
 def test_epoch_order_in_blocks():
     sizes = np.full(50, 1000)
     samples = EpochOrder(50_000, 0, shard_sizes=sizes, block=2000).samples(0, 50_000)
