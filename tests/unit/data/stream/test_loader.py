@@ -30,10 +30,11 @@ def arrays(job: int) -> dict:
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_load_of_arrays(no_workers_left):
-    # A file descriptor of each array would end a run of thousands of images.
+    # A file descriptor of each of the 60 arrays would end a run of thousands of images. Those of
+    # ending workers' pipes may be left for a moment.
     before = len(os.listdir("/proc/self/fd"))
     results = list(load(arrays, range(20), 2))
-    assert len(os.listdir("/proc/self/fd")) - before <= 20
+    assert len(os.listdir("/proc/self/fd")) - before < 40
     results[0]["ids"] += 1  # writable, and nobody else's
     for job, result in enumerate(results[1:], 1):
         assert all(map(torch.equal, result.values(), arrays(job).values()))
