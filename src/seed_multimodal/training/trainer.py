@@ -165,6 +165,7 @@ class Trainer:
         self.start_time = time.monotonic() - saved.get("seconds", 0.0)
         self.evaluation: Mapping[str, float] = saved.get("evaluation", {})  # the latest one
         self.sampled_step: int | None = saved.get("sampled_step")
+        self.names: list[str] = []  # of the numbers of a step, in the order of their sums
         self.log = RunLog(task, self.step, output_dir, group, self.device)
         stack.callback(self.log.close)
         self.zero_gradients = 0  # in the first steps
@@ -268,14 +269,15 @@ class Trainer:
         norm = self.engine.clip()
         metrics = to_floats(sums if norm is None else {**sums, "grad": norm})
         grad = metrics.pop("grad", None)
-        names = self._logged_names(metrics)
 
-        # 3. If a number is not finite in one process, all of them leave the weights unchanged and
-        #    stop.
+        # 3. If a number is not finite or not expected in one process, all of them leave the weights
+        #    unchanged and stop.
         error = self.engine.gradient_error(grad)
         if not math.isfinite(metrics["loss"]):
             error = f"The loss became {metrics['loss']}"
-        n_failed, *totals = self.group.sum([bool(error), *[metrics[name] for name in names]])
+        error = self._check_names(metrics) or error
+        values = [metrics.get(name, 0.0) for name in self.names]
+        n_failed, *totals = self.group.sum([bool(error), *values])
         rates = {"grad": math.nan if grad is None else grad, "lr": lr}
 
         # 4. Update the weights. DeepSpeed returns the gradient norm only then.
@@ -285,10 +287,10 @@ class Trainer:
         if n_failed or error:
             self.store.wait()
             raise TrainingError(
-                f"{error or 'Another process had a non-finite number'} at step "
+                f"{error or 'Another process has failed'} at step "
                 f"{self.step + 1}; {self.store.description()}."
             )
-        total = dict(zip(names, totals, strict=True))
+        total = dict(zip(self.names, totals, strict=True))
         task.meter.add({name: total[name] for name in metrics}, weight, rates)
         self._check_gradient(rates["grad"])
         return True
@@ -320,20 +322,18 @@ class Trainer:
                 sums[key] = sums[key] + value if key in sums else value
         return sums
 
-    def _logged_names(self, metrics: Metrics) -> list[str]:
-        """Names of numbers in the order in which all processes sum them; collective.
+    def _check_names(self, metrics: Metrics) -> str:
+        """An error if a step's numbers are others than those of the first step; collective there.
 
-        Raises TrainingError: a process has others.
+        Raises TrainingError: those of another process were others in the first step.
         """
         names = sorted(metrics)
-        for process in self.group.gather({"names": names}):
-            if process["names"] != names:
-                raise TrainingError(
-                    f"[{self.task.name}] `loss` must return the same numbers in all processes, "
-                    f"also for None; at step {self.step + 1} one has {', '.join(names)}, another "
-                    f"{', '.join(process['names'])}."
-                )
-        return names
+        if not self.names:
+            self.names = names
+            for process in self.group.gather({"names": names}):
+                if process["names"] != names:
+                    raise TrainingError(_other_names(names, process["names"]))
+        return "" if names == self.names else _other_names(names, self.names)
 
     def _after_step(self, save: bool) -> None:
         """Log, evaluate and save when due."""
@@ -538,3 +538,10 @@ def train_stage(
             advice = f"remove {record_file} and {checkpoint_folder} to train it again."
             group.log(task.name, f"{remark}; {advice}")
     return record
+
+
+def _other_names(names: Sequence[str], others: Sequence[str]) -> str:
+    return (
+        f"`loss` returned {', '.join(names)}, and {', '.join(others)} in another process or step: "
+        "the numbers must be the same, also for None,"
+    )
