@@ -1,7 +1,8 @@
 """Shared code of de-tokenizers.
 
 `base`         loading, settings and the denoising loop of a `Detokenizer`
-`conditioner`  networks of other packages that start sampling and condition the U-Net
+`conditioner`  networks that start sampling and condition the U-Net, also of other packages
+`layout`       a conditioner for scenes of a few things; `labels`: its classifiers
 `offload`      parts that are on the device only while they compute
 `networks`     denoisers and autoencoders of diffusers
 `objectives`   epsilon, velocity and flow: noised latents of training and their targets

@@ -44,7 +44,9 @@ def load_label_heads(file: str | Path, labels: Sequence[str] | None = None) -> L
     width = next(iter(shapes.values()))[1]
     heads = LabelHeads(width, {label: shapes[label][0] for label in labels or shapes})
     assign_strictly(heads, state, file)
-    return heads.requires_grad_(False).eval()
+    heads.requires_grad_(False)
+    heads.eval()
+    return heads
 
 
 def label_divergence(heads: LabelHeads, embedding: Tensor, teacher: Tensor) -> Tensor:

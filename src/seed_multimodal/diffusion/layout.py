@@ -1,6 +1,6 @@
-"""Layout decoders of nano's small U-Nets: predict expected latents from an embedding, from which
-sampling starts (their noise schedules end at a signal share above zero), and cross-attention tokens
-of positions. The library loads them as conditioners (`seed_multimodal.diffusion.conditioner`).
+"""Layout decoders: conditioners that predict the expected latents of an image of a few named things
+from its embedding, from which sampling starts (the noise schedule ends at a signal share above
+zero), and cross-attention tokens of positions. nano's small U-Nets have them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.conditioner import Generators, pooled_tokens, seeded_noise
+from seed_multimodal.diffusion.labels import LabelHeads
 from seed_multimodal.nn.pretrained import PretrainedNetwork
-from seed_nano.labels import LabelHeads
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -86,7 +86,7 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
         # 2. Feature maps of things: the sum of the vectors of its classes → [features, side, side].
         names = {}
         for label in ("second", "style", "layout"):
-            names[label] = torch.randn(classes[label], width) * 0.5
+            names[label] = nn.Parameter(torch.randn(classes[label], width) * 0.5)
         self.names = nn.ParameterDict(names)
         self.context = nn.Linear(embedding, width)
         self.thing = nn.Sequential(
@@ -100,8 +100,8 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
         )
 
         # 3. Background, anchors (filled up to the largest number K) and coarse image.
-        backgrounds = torch.randn(classes["background"], features, grid, grid)
-        self.background = nn.Parameter(backgrounds * 0.1)
+        shape = (classes["background"], features, grid, grid)
+        self.background = nn.Parameter(torch.randn(*shape) * 0.1)
         n_anchors = max(len(row) for row in config.anchors)
         no_anchor = (-1.0, 0.5, 0.5, 1.0)
         anchors = [[*row, *[no_anchor] * (n_anchors - len(row))] for row in config.anchors]
@@ -177,7 +177,7 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
         """Probabilities of every label's classes; in training less sure ones for some things."""
         logits = self.heads(embedding)
         if self.training:
-            unsure = torch.rand(2, len(embedding), 1, device=embedding.device)
+            unsure = torch.rand(2, len(embedding), 1, dtype=torch.float32, device=embedding.device)
             scale = torch.where(unsure[0] < UNSURE, unsure[1], 1.0)  # [B, 1]
             for label in ("first", "second"):
                 logits[label] = scale * logits[label]
