@@ -1,7 +1,8 @@
 """Vocabulary of a system's training data, in a file named by its `system.json`:
 
 {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …],
- "said": ["happy", "president", …]}
+ "said": ["happy", "president", …], "readings": {"plane": "airplane", …},
+ "spellings": {"plz": "please", …}, "other": ["mouse", …]}
 """
 
 from __future__ import annotations
@@ -9,21 +10,41 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.phrases import ByValue, Phrases
+from seed_multimodal.language.spelling import corrected
 from seed_multimodal.settings import nearest, read_settings
 
 # A word in any alphabet (not the end of `2nd`), a number, or an emoji.
 _WORD = re.compile(
     r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]"
 )
+# What is read as it stands: quotations, image tokens, names of files and addresses.
+_LITERAL = re.compile(
+    r"(\"[^\"]*\"|“[^”]*”|(?<!\w)'[^']*'(?!\w)|<[^>]*>|\S*[/\\@]\S*|\w+(?:\.\w+)+)", re.ASCII
+)
+# A name that the user tells, which is no misspelt word.
+_INTRODUCED = re.compile(r"\b(?:my name is|call me|i am|i'm|im)\s+(\w+)", re.IGNORECASE)
+_ARTICLE = re.compile(r"\ban?(?= (?:([aeio]|u[^fn])|\w))", re.IGNORECASE)
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
+MAX_CORRECTED = 20  # words of a text that may be misspelt
 SPELT_LIKE = 0.75  # similarity from which a known thing is suggested
+
+
+class Reading(NamedTuple):
+    """A text as a system reads it.
+
+    changed: what was written and how it is read, as far as a user should know it.
+    """
+
+    text: str
+    changed: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,9 @@ class KnownWords:
     names: of things. words: others that can be drawn, or do not change a drawing.
     said: further words that questions and answers use, and that no drawing shows.
     phrases: by which descriptions of drawings are compared with requests, see `Phrases`.
+    readings: words or phrases that are read as known ones, which the user is told.
+    spellings: those of chats, which he is not told.
+    other: words that are spelt like known ones, and mean something else.
     """
 
     about: str
@@ -40,6 +64,9 @@ class KnownWords:
     words: tuple[str, ...]
     said: tuple[str, ...] = ()
     phrases: Mapping[str, ByValue] = field(default_factory=dict)
+    readings: dict[str, str] = field(default_factory=dict)
+    spellings: dict[str, str] = field(default_factory=dict)
+    other: tuple[str, ...] = ()
 
     @cached_property
     def compared(self) -> Phrases:
@@ -59,13 +86,90 @@ class KnownWords:
         words = _WORD.findall(" ".join([*self.names, *self.phrases.get("style", ())]))
         return re.compile(rf"\b(?:(?i:{'|'.join(map(re.escape, words))})|[A-Z]{{2,}})\b")
 
+    # ---- reading
+
+    def read(self, text: str) -> Reading:
+        """A user's text in the words that the system learned."""
+        changed: dict[str, str] = {}
+        introduced = {match[1].lower() for match in _INTRODUCED.finditer(text)}
+        parts = _LITERAL.split(text)
+        for index in range(0, len(parts), 2):  # the others are literals
+            part = parts[index]
+
+            # 1. Names, styles and words in capitals, which systems learned in lower case.
+            part = self.in_capitals.sub(lambda word: word[0].lower(), part)
+
+            # 2. Misspelt words, but not names, which have a capital inside of a sentence.
+            words = [
+                word
+                for word in _WORD.finditer(part)
+                if word[0].lower() not in self._spelt
+                and not (word.start() > 0 and word[0][0].isupper())
+                and word[0].isalpha()
+                and word[0].lower() not in introduced
+            ]
+            right = [corrected(word[0].lower(), self._spelt) for word in words[:MAX_CORRECTED]]
+            for word, read in zip(words, right, strict=False):
+                if read != word[0].lower():
+                    changed[word[0]] = read
+            for word, read in reversed([*zip(words, right, strict=False)]):
+                if word[0] in changed:
+                    part = part[: word.start()] + read + part[word.end() :]
+
+            # 3. Other words for known ones, and the articles before them.
+            part = self._written_otherwise.sub(partial(self._replaced, changed), part)
+            if changed:
+                part = _ARTICLE.sub(_right_article, part)
+            parts[index] = part
+        return Reading("".join(parts), changed)
+
+    def _replaced(self, changed: dict[str, str], match: re.Match[str]) -> str:
+        """How a word or phrase is read; adds to `changed` what the user should know."""
+        written = " ".join(match[0].lower().replace("\u2019", "'").split())
+        read = self._otherwise[written]
+        if written in self.readings:
+            changed[match[0]] = read
+        if read == written:
+            return match[0]
+        return read.capitalize() if match[0][0].isupper() and match.start() == 0 else read
+
+    @cached_property
+    def _spelt(self) -> Mapping[str, str]:
+        """Each word with what it is a form of; those with nothing are not to be corrected to."""
+        forms = dict.fromkeys(self.other, "")
+        for text in (*self.words, *self.said, *self.names):
+            forms |= {word: word for word in _WORD.findall(text.lower())}
+        for name, phrases in self.phrases.get("things", {}).items():
+            forms |= {phrase: name for phrase in phrases if phrase in forms}
+        for written, read in (self.spellings | self.readings).items():
+            if written.isalpha() and written not in forms:
+                forms[written] = forms.get(read, read)
+            # Words of a phrase mean something else alone.
+            forms |= {word: "" for word in _WORD.findall(written) if word not in forms}
+        return forms
+
+    @cached_property
+    def _otherwise(self) -> Mapping[str, str]:
+        """How words and phrases are read; names of several words stay."""
+        return {**{name: name for name in self.names}, **self.spellings, **self.readings}
+
+    @cached_property
+    def _written_otherwise(self) -> re.Pattern[str]:
+        """All of them, the longest first."""
+        written = sorted(self._otherwise, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, written))
+        pattern = pattern.replace("'", "['\u2019]").replace(r"\ ", r"\s+")
+        return re.compile(rf"(?<![\w'+*/.-])(?:{pattern})(?![\w'+*/-]|\.\w)", re.IGNORECASE)
+
+    # ---- unknown words
+
     def unknown(self, text: str, drawing: bool = False) -> list[str]:
         """Unknown words of a text, each once, in lower case: nouns first, in order.
 
         drawing: words that can only be said count as unknown, and colours of things.
         """
         # 1. The words of the text that are not in the vocabulary.
-        text = text.lower().replace("\u2019", "'").replace("_", " ")
+        text = _INTRODUCED.sub("", text).lower().replace("\u2019", "'").replace("_", " ")
         text = _POSSESSIVE_OR_NEGATION.sub("", text)
         names = set(_WORD.findall(" ".join(self.names).lower()))
         vocabulary = {*self.words, *names}
@@ -93,7 +197,13 @@ class KnownWords:
         return sorted(unknown, key=lambda word: word in modifiers)
 
     def note(self, text: str, drawing: bool = False) -> str:
-        """One sentence about unknown words, or nothing; `drawing`: as of `unknown`."""
+        """Sentences about words that are read otherwise, and about unknown words; or nothing.
+
+        drawing: as of `unknown`.
+        """
+        text, changed = self.read(text)
+        pairs = [f"{written!r} as {read!r}" for written, read in changed.items()]
+        reading = f"Read {', '.join(pairs)}." if pairs else ""
         named = []
         for word in self.unknown(text, drawing)[:MAX_NAMED]:
             if word in self.colours:
@@ -101,11 +211,18 @@ class KnownWords:
             else:
                 named.append(f"{word[:40]!r}{nearest(word, self.names, SPELT_LIKE)}")
         if not named:
-            return ""
-        return (
+            return reading
+        unknown = (
             f"This system does not know {', '.join(named)}: it learned {self.about}, which "
             "known_words.json lists."
         )
+        return f"{reading} {unknown}".lstrip()
+
+
+def _right_article(article: re.Match[str]) -> str:
+    """`a` or `an` before a word."""
+    right = "an" if article[1] else "a"
+    return right.capitalize() if article[0][0].isupper() else right
 
 
 @lru_cache(maxsize=8)

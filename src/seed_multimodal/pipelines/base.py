@@ -56,6 +56,7 @@ from seed_multimodal.pipelines.images import (
     Seed,
     seed_per_image,
 )
+from seed_multimodal.pipelines.read_back import asks_about_picture
 from seed_multimodal.pipelines.run import BATCH, TaskRunner
 from seed_multimodal.pipelines.tasks import Drawing, Notes, Task, TaskKind
 from seed_multimodal.progress import LOADING
@@ -443,6 +444,10 @@ class MultimodalSystem(TaskRunner, HubUpload):
         conversation = read_messages(messages, images_first=self.config.tuned)
         kind, conversation = self.family.read_chat(conversation, images == "forced")
         drawing_options, reads_back = self._pop_drawing_options(options)
+        # Of small worlds, a model may draw where it was asked.
+        if self.config.known_words is not None and images == "auto":
+            if asks_about_picture(self.family.read_words(conversation)):
+                images = "never"
         if stream:
             options.setdefault("num_beams", 1)
         settings = self.family.generation_settings(kind, {"images": images, **options})

@@ -32,7 +32,7 @@ from seed_multimodal.language.prompts import (
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import Encoded, ImageInput, Options, Placement
-from seed_multimodal.pipelines.known_images import unknown_images_note
+from seed_multimodal.pipelines.known_images import PREFACE, unknown_images_note
 from seed_multimodal.pipelines.tasks import DRAWING_KINDS, Notes, TaskKind
 from seed_multimodal.settings import check_value, nearest
 
@@ -262,6 +262,24 @@ class Family:
 
     # ---- prompts
 
+    def read_words(self, conversation: Sequence[Message]) -> Sequence[Message]:
+        """A conversation whose user writes the words that the system learned, and whose answers
+        are the model's."""
+        if self.config.known_words is None:
+            return conversation
+        known = read_known_words(self.config.known_words)
+        turns: list[Message] = []
+        for message in conversation:
+            parts: Sequence[Any] = message.content
+            if message.role == "user":
+                parts = [known.read(part).text if type(part) is str else part for part in parts]
+            elif message.role == "assistant":
+                parts = [
+                    part.removeprefix(PREFACE) if type(part) is str else part for part in parts
+                ]
+            turns.append(replace(message, content=tuple(parts)))
+        return turns
+
     def prompts(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -274,23 +292,8 @@ class Family:
         seeds: of stochastic encoders (LaVIT's).
         notes: of each conversation, which get what is unusual about its images.
         """
-        # 1. Words in capitals, where the system learned them in lower case.
-        if self.config.known_words is not None:
-            capitals = read_known_words(self.config.known_words).in_capitals
-            in_lower_case: list[list[Message]] = []
-            for conversation in conversations:
-                in_lower_case.append([])
-                for message in conversation:
-                    if message.role == "user":
-                        content = [
-                            capitals.sub(lambda word: word[0].lower(), part)
-                            if type(part) is str
-                            else part
-                            for part in message.content
-                        ]
-                        message = replace(message, content=tuple(content))
-                    in_lower_case[-1].append(message)
-            conversations = in_lower_case
+        # 1. Users' words as the system learned them.
+        conversations = [self.read_words(turns) for turns in conversations]
 
         # 2. All images are encoded together; the prompts use them up in the same order.
         images: list[ImageSource] = []
@@ -317,7 +320,9 @@ class Family:
                     is_new = is_image(item)
                     latest.append(next(distances) if is_new else getattr(item, "distance", None))
             if any(distance is not None for distance in latest):
-                own_notes.add(unknown_images_note(latest, known, self.config.notice))
+                note = unknown_images_note(latest, known, self.config.notice)
+                own_notes.add(note)
+                own_notes.preface = PREFACE if note else ""
         return prompts
 
     def encode(

@@ -31,6 +31,7 @@ BLUR, FINE_BLUR, GRAIN_BLUR = 6 / 64, 2 / 64, 1 / 64  # standard deviations, in 
 GRAIN = 0.25  # weight of the share of grain in the details
 COLOUR = 2.0  # weight of colours against brightness
 CORNERS = (..., [0, 0, -1, -1], [0, -1, 0, -1])  # of [B, 3, S, S]: [B, 3, 4]
+PREFACE = "I do not know this kind of picture. Nearest: "  # of an answer about an unlike image
 SMALLEST = 1e-2  # a norm below it has no direction, a power below it is of an empty image
 
 

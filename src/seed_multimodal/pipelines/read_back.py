@@ -27,6 +27,19 @@ _DRAWS = re.compile(
 )
 _SPEAKS_OF_IT = re.compile(r"\b(?:it|them|its|their)\b", re.I)
 _ASKS = re.compile(r"^(?!.*\b(?:can|could|would|will) you\b).*\?\s*$", re.I | re.S)
+_ABOUT_PICTURE = re.compile(
+    r"^\W*(?:(?:ok|okay|so|and|well|hey|hi|hello|now|please|great|thanks|sorry)\W+)*(?:"
+    r"(?:what|how)(?! about\b)|where|which|who|why|is|isn't|are(?! you)|does|did|"
+    r"do you (?:see|find)|can you see|count|name|list|describe)\b",
+    re.I,
+)
+
+
+def asks_about_picture(conversation: Sequence[Message]) -> bool:
+    """Whether the last message is a question about a picture, which no picture answers."""
+    text = conversation[-1].text
+    has_picture = not all(message.is_text for message in conversation)
+    return has_picture and bool(_ABOUT_PICTURE.search(text)) and not _DRAWS.search(text)
 
 
 def picture_to_change(conversation: Sequence[Message], reads_codes: bool) -> ContentPart | None:

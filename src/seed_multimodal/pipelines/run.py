@@ -111,9 +111,9 @@ class TaskRunner:
         drawing: words count that it can say, but not draw.
         """
         file = self.config.known_words
-        if file is None:
-            return ""
         text = message.text
+        if file is None or text == self.tasks.describe:
+            return ""
         for word in self.family.template_words:  # which a user may write himself
             text = text.replace(word, " ")
         return read_known_words(file).note(text, drawing)
@@ -286,6 +286,7 @@ class TaskRunner:
         if not draws and speaks_of_missing_image(conversation):
             task.notes.add("The message speaks of a picture, but the conversation has none.")
         task.notes.add(self.unknown_words(conversation[-1], draws), *image_notes)
+        task.notes.preface = image_notes.preface
         return prompt_without(n_rounds)
 
     # ---- a live answer
@@ -300,8 +301,12 @@ class TaskRunner:
 
         # 2. Its texts and images.
         events = _with_reasoning(_until_stopped(request), self.tasks.answer_after)
+        preface = task.notes.preface
         try:
             for event in events:
+                if event["type"] == "text":
+                    event["text"] = preface + event["text"]
+                    preface = ""
                 if event["type"] == "image_preview":
                     codes = event["codes"]
                     event["image"] = self._previews(task, [codes], [task.generation.seed or 0])[0]
@@ -395,7 +400,8 @@ class TaskRunner:
         pictures that they had to change; note what contradicts the requests."""
         # 1. What is described: each picture once.
         reads_codes = self.family.prompts_are_ids
-        conversations: list[Any] = [row.task.request for row in rows]
+        requests: list[Any] = [row.task.request for row in rows]
+        conversations = [*map(self.family.read_words, requests)]
         changed = [picture_to_change(turns, reads_codes) for turns in conversations]
         distinct = {id(picture): picture for picture in changed if picture is not None}
         drawn: list[Any] = [row.input for row in rows] if reads_codes else [*pictures]
@@ -471,7 +477,14 @@ class TaskRunner:
 def _done(task: Task, answer: Answer) -> Event:
     """The last event of a task."""
     notes = [*task.notes]
-    return {"type": "done", "answer": replace(answer, notes=tuple(notes)), "notes": notes}
+    parts = [*answer.parts]
+    texts = [index for index, part in enumerate(parts) if isinstance(part, str) and part.strip()]
+    if task.notes.preface and texts:
+        # Behind what the model wrote before its answer.
+        before, separator, text = str(parts[texts[0]]).rpartition(answer.answer_after or "\0")
+        parts[texts[0]] = f"{before}{separator}{task.notes.preface}{text.lstrip()}"
+    answer = replace(answer, parts=tuple(parts), notes=tuple(notes))
+    return {"type": "done", "answer": answer, "notes": notes}
 
 
 def text_before(parts: Sequence[object], image: ImagePart) -> str:

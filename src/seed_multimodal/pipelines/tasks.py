@@ -15,7 +15,12 @@ DRAWING_KINDS = ("draw", "edit")
 
 
 class Notes(list[str]):
-    """Sentences for the user about one request, in order and without repetition."""
+    """Sentences for the user about one request, in order and without repetition.
+
+    preface: with which the answer's text begins, since it is a guess.
+    """
+
+    preface = ""
 
     def add(self, *sentences: str) -> None:
         """Add those that are neither empty nor there."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,8 @@ from seed_multimodal.disk import JsonObject, replace_text
 VOCABULARY: JsonObject = yaml.safe_load(
     Path(__file__).with_name("vocabulary.yaml").read_text(encoding="utf-8")
 )
+# English words that are spelt like known ones (SCOWL's size 35, see data/nano/NOTICE.md).
+ENGLISH = Path(__file__).with_name("english.txt")
 STYLES = ("noto", "twemoji", "fluent")
 
 
@@ -121,12 +124,26 @@ def write_known_words(file: Path) -> None:
     for kind in UNDERSTOOD:
         for wording in VOCABULARY["typed"][kind]:
             vocabulary.update(re.findall(r"[a-z']+", re.sub(r"\{.*?\}", "", wording.lower())))
+    said = {*VOCABULARY["said"].split()}
+    for talk in VOCABULARY["small_talk"]:
+        said.update(re.findall(r"[a-z]+", " ".join(talk["asked"]).lower()))
     forms = {*NAMES, *map(plural, NAMES)}
+    readings = _by_written(VOCABULARY["phrase_readings"])
+    for name, written in VOCABULARY["readings"].items():
+        readings |= dict.fromkeys(map(plural, written), plural(name)) | dict.fromkeys(written, name)
     content = {
         "about": f"{len(NAMES)} things",
         "names": sorted(forms),
         "words": sorted(vocabulary),
-        "said": sorted(set(VOCABULARY["said"].split()) - vocabulary),
+        "said": sorted(said - vocabulary),
         "phrases": drawing_phrases(),
+        "readings": readings,
+        "spellings": _by_written(VOCABULARY["spellings"]),
+        "other": ENGLISH.read_text(encoding="utf-8").split(),
     }
     replace_text(file, json.dumps(content, ensure_ascii=False))
+
+
+def _by_written(readings: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What is written → what it means."""
+    return {text: meaning for meaning, written in readings.items() for text in written}

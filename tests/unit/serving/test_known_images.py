@@ -13,8 +13,9 @@ from systems import load
 
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
+from seed_multimodal.language.messages import Message, user_message
 from seed_multimodal.pipelines.config import KnownImages
-from seed_multimodal.pipelines.known_images import ImageFamiliarity
+from seed_multimodal.pipelines.known_images import PREFACE, ImageFamiliarity
 from seed_nano.known import UNKNOWN, known_images, unknown_images
 
 SAID = "unlike those that this system learned"
@@ -75,6 +76,7 @@ def test_notes_at_each_door(shipped, client_of):
     assert [SAID in line for line in lines] == [True] and lines[0].startswith("Request 1: ")
     answers = [shipped.chat([{"role": "user", "content": [image]}]) for image in (screen, FOX)]
     assert [SAID in answer.note for answer in answers] == [True, False]
+    assert [answer.text.startswith(PREFACE) for answer in answers] == [True, False]
     lines.clear()
     shipped.edit(screen, "Add a star.", num_inference_steps=1)
     assert SAID in lines[0]
@@ -96,6 +98,23 @@ def test_notes_at_each_door(shipped, client_of):
     assert "no banana" in body["notes"][-1]
 
 
+def test_preface_of_a_guess(shipped):
+    (screen,) = unknown_images("screen", 1)
+    question = [{"role": "user", "content": [screen, "Is there a dog in the picture?"]}]
+    answer = shipped.chat(question)
+    texts = [event["text"] for event in shipped.chat(question, stream=True) if "text" in event]
+    assert "".join(texts).count(PREFACE) == answer.text.count(PREFACE) == 1
+    assert PREFACE not in answer.reasoning and answer.text.startswith(PREFACE)
+    if shipped.family.answers_only_about_images:  # single messages
+        return
+    # A model reads its own words only.
+    said, told = (
+        shipped.family.prompts([[*user_message(["a dog"]), Message("assistant", (text,))]], "chat")
+        for text in ("A dog.", PREFACE + "A dog.")
+    )
+    assert said[0].ids == told[0].ids
+
+
 def test_command_notes_unknown_images(run_seed, tmp_path):
     (screen,) = unknown_images("screen", 1)
     screen.save(tmp_path / "screen.png")
@@ -109,4 +128,4 @@ def test_system_without_the_key_has_no_notes(shipped):
     plain = load(config.name)
     plain.config.known_images = plain.images.familiarity = None
     assert plain.chat([{"role": "user", "content": [screen]}]).note == ""
-    assert plain.describe(screen) == shipped.describe(screen)
+    assert shipped.describe(screen) == PREFACE + plain.describe(screen)

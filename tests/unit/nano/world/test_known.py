@@ -1,5 +1,7 @@
 """The list of known words contains nano's sentences."""
 
+import random
+
 import pytest
 from repository import ROOT
 from systems import load
@@ -9,9 +11,9 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.known_words import KnownWords, read_known_words
 from seed_multimodal.language.messages import Message, user_message
 from seed_multimodal.language.prompts import SEED_X_TASKS
-from seed_multimodal.pipelines.read_back import note_of, picture_to_change
+from seed_multimodal.pipelines.read_back import asks_about_picture, note_of, picture_to_change
 from seed_nano.world.records import KINDS, record_at, texts_of
-from seed_nano.world.things import write_known_words
+from seed_nano.world.things import NAMES, write_known_words
 
 TABLES = read_tables(__file__)
 
@@ -47,8 +49,33 @@ def test_read_known_words_of_the_shipped_systems(name, known):
 def test_unknown_of_requests(row, known):
     assert known.unknown(row["request"]) == row["unknown"]
     assert known.unknown(row["request"], drawing=True) == row["undrawable"]
-    assert "'pengiun' (did you mean 'penguin'?)" in known.note("A pengiun.")
+    assert known.note("A pengiun.") == "Read 'pengiun' as 'penguin'."
+    assert "'planetarium' (did you mean 'planet'?)" not in known.note("A planetarium.")
     assert "know 'green' of things:" in known.note("make it green", drawing=True)
+
+
+@pytest.mark.parametrize("row", TABLES["readings"], ids=str)
+def test_read_of_everyday_words(row, known):
+    text, changed = known.read(row["written"])
+    assert text == row["read"]
+    assert [*changed] == row.get("told", [])
+    assert known.read(text) == (text, {})
+
+
+def test_typing_errors_of_names(known):
+    # One letter left out, doubled, or exchanged with the next one, in each name.
+    rng = random.Random(5)
+    n_right = n_wrong = 0
+    names = [name for name in NAMES if len(name) > 3 and name.isalpha()]
+    for name in names:
+        at = rng.randrange(1, len(name) - 1)
+        exchanged = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
+        for written in (name[:at] + name[at + 1 :], name[:at] + name[at] + name[at:], exchanged):
+            read = known.read(f"draw {written}").text.removeprefix("draw ")
+            n_right += read == name
+            n_wrong += read not in (name, written)
+    assert n_right >= 0.9 * 3 * len(names)
+    assert n_wrong <= 0.02 * 3 * len(names)
 
 
 @pytest.mark.parametrize("row", TABLES["contradictions"], ids=str)
@@ -74,6 +101,13 @@ def test_picture_that_a_turn_changes(row):
     picture = picture_to_change(conversation[:-1], reads_codes=True)
     last = ImagePart([len(row["turns"]) - 2])
     assert picture == (last if row["is_changed"] else None)
+
+
+@pytest.mark.parametrize("row", TABLES["kinds of answers"], ids=str)
+def test_questions_about_pictures(row):
+    shown = user_message([ImagePart([0]), row["request"]])
+    assert asks_about_picture(shown) == row["is_question"]
+    assert not asks_about_picture(user_message([row["request"]]))
 
 
 @pytest.mark.parametrize("row", TABLES["edits"], ids=str)

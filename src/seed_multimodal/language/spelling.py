@@ -1,0 +1,86 @@
+"""Misspelt words: the one known word that is nearest to what was written.
+
+    corrected("elefant", {"elephant": "elephant", "elegant": ""})    # "elephant"
+
+Letters that are missing, added, other, or exchanged with the next one count one each (Damerau 1964;
+no letter is edited twice).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache, reduce
+from operator import or_
+
+SHORTEST = 3  # letters of a word that may be misspelt
+TWO_FAULTS = 6  # letters from which two faults are allowed
+LONGEST = 24
+
+
+def corrected(word: str, known: Mapping[str, str]) -> str:
+    """The nearest known word, or the word itself: it is known, or no one or several are near.
+
+    known: words, each with what it is a form of (of "dogs" "dog"): the shortest of several forms of
+        the same is taken. Words that are forms of nothing stay, and are not taken.
+    """
+    if word in known or not SHORTEST <= len(word) <= LONGEST:
+        return word
+
+    # 1. All words that are near; exchanged letters are the likeliest fault.
+    limit = 2 if len(word) >= TWO_FAULTS else 1
+    nearest: list[str] = []
+    least = (limit + 1, 0)
+    folded = fold(word)
+    own_letters = letters(word)
+    for candidate in known:
+        is_too_long = abs(len(candidate) - len(word)) > limit
+        if is_too_long or (letters(candidate) ^ own_letters).bit_count() > 2 * limit:
+            continue  # a fault changes two letters at most
+        is_exchanged = sorted(candidate) == sorted(word)
+        if len(word) == SHORTEST and not is_exchanged and len(candidate) <= len(word):
+            continue  # other or fewer letters of so few make another word
+        faults = n_faults(word, candidate)
+        if faults <= limit and fold(candidate) == folded:
+            faults = 0
+        distance = (faults, 0 if is_exchanged else 1)
+        if faults > limit or distance > least:
+            continue
+        if distance < least:
+            nearest = []
+            least = distance
+        nearest.append(candidate)
+
+    # 2. One of them, or forms of one.
+    taken = [candidate for candidate in nearest if known[candidate]]
+    if len({known[candidate] for candidate in taken}) != 1:
+        return word
+    return min(taken, key=len)
+
+
+@lru_cache(maxsize=1 << 15)
+def letters(word: str) -> int:
+    """The set of a word's letters, a bit each; those of other alphabets share them."""
+    return reduce(or_, (1 << ord(letter) % 32 for letter in word), 0)
+
+
+def fold(word: str) -> str:
+    """A word as it sounds: with single letters, `f` for `ph`."""
+    return re.sub(r"(.)\1+", r"\1", word.replace("ph", "f"))
+
+
+def n_faults(written: str, word: str) -> int:
+    """Edits of letters from one word to another."""
+    before: list[int] = []
+    last = list(range(len(word) + 1))
+    for i, letter in enumerate(written, 1):
+        row = [i]
+        for j, other in enumerate(word, 1):
+            faults = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
+            is_exchanged = i > 1 and j > 1 and written[i - 2] == other and letter == word[j - 2]
+            if is_exchanged:
+                faults = min(faults, before[j - 2] + 1)
+            row.append(faults)
+        before = last
+        last = row
+    return last[-1]
