@@ -2,10 +2,11 @@
 
     python -m seed_nano.report.requests --model pretrained/nano --wrong
 
-The requests of `requests.yaml` are sent one by one to `chat`, with their picture or earlier turns.
-*kind*: an image, a text or a refusal, as expected. *right*: the kind, and the judge sees in the
-image what the request names (things, numbers, and relation, place, style and background where it
-says them), or the text holds the expected words.
+The requests of `requests.yaml` (`--everyday`: of `everyday.yaml`) are sent one by one to `chat`,
+with their picture or earlier turns. *kind*: an image, a text or a refusal, as expected. *right*:
+the kind, and the judge sees in the image what the request names (things, numbers, and relation,
+place, style and background where it says them) and nothing that it excludes, or the text holds the
+expected words. *silent*: neither right nor a refusal, and no note says that it may be wrong.
 
 LaVIT answers single messages, and draws when it is forced to: it gets the requests without earlier
 turns, those for an image with `images="forced"`, and no refusals, stories or small talk.
@@ -18,6 +19,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +38,7 @@ from seed_nano.report.scoring import LabelNames, image_labels
 from seed_nano.report.write import table
 from seed_nano.world.scene import scene_image
 from seed_nano.world.targets import ARRANGEMENTS, NOTHING, label_names
-from seed_nano.world.typed import REQUESTS
+from seed_nano.world.typed import EVERYDAY, REQUESTS
 from seed_nano.world.words import Labels, parse_caption, scene_of
 
 REFUSAL = re.compile(r"\b(?:cannot|can't|no picture|do not know|there (?:is|are) no)\b", re.I)
@@ -51,6 +53,7 @@ class Request:
     picture: str = ""
     before: Sequence[str | Sequence[str]] = ()
     image: str = ""
+    without: Sequence[str] = ()
     text: Sequence[str] | None = None
     refusal: bool = False
     images: int = 1
@@ -87,6 +90,7 @@ class Score:
     answer: str
     kind: bool
     right: bool
+    silent: bool
 
 
 def read_requests(file: Path = REQUESTS) -> list[Request]:
@@ -141,15 +145,20 @@ def score(request: Request, answer: Answer, judge: Judge) -> Score:
     if is_kind and kind == "image":
         right = _shows(request, shown)
     elif is_kind and kind == "text":
-        right = all(word in text.lower() for word in request.text or ())
+        right = all(re.search(word, text.lower()) for word in request.text or ())
     listed = " ".join(f"<{' '.join(str(name) for name in labels)}>" for labels in shown)
-    return Score(request, f"{text} {listed}".strip(), is_kind, right)
+    # 3. What the user is told; how his words were read does not tell that the answer is wrong.
+    notes = [note for note in answer.notes if not re.fullmatch("Read .* as .*\\.", note)]
+    is_silent = not right and kind != "refusal" and not notes
+    return Score(request, f"{text} {listed}".strip(), is_kind, right, is_silent)
 
 
 def _shows(request: Request, shown: Sequence[LabelNames]) -> bool:
     """Whether the images of an answer show what a request names."""
     wanted = parse_caption(request.image)
     assert wanted is not None, request.image
+    if not set(request.without).isdisjoint(chain.from_iterable(shown)):
+        return False
     if request.images == 1:
         return len(shown) == 1 and is_shown(wanted, shown[0])
     # A story: all its things, and nothing else.
@@ -182,7 +191,8 @@ def rows_of(scores: Sequence[Score]) -> list[tuple[str, ...]]:
         chosen = [row for row in scores if category in (row.request.category, "all requests")]
         kind = fmean(row.kind for row in chosen)
         right = fmean(row.right for row in chosen)
-        rows.append((category, f"{kind:.3f}", f"{right:.3f}", str(len(chosen))))
+        silent = fmean(row.silent for row in chosen)
+        rows.append((category, f"{kind:.3f}", f"{right:.3f}", f"{silent:.3f}", str(len(chosen))))
     return rows
 
 
@@ -190,14 +200,17 @@ def run(options: argparse.Namespace) -> int:
     """The command."""
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
     system: Any = load_system(options)
-    scores = measure(system, judge.to(system.images.device))
-    print(table((f"{system.config.name}, as typed", "kind", "right", "n"), rows_of(scores)))
+    requests = read_requests(EVERYDAY if options.everyday else REQUESTS)
+    scores = measure(system, judge.to(system.images.device), requests)
+    head = (f"{system.config.name}, as typed", "kind", "right", "silent", "n")
+    print(table(head, rows_of(scores)))
     if options.wrong:
         for row in scores:
             if not row.right:
                 expected = row.request.image or row.request.text or row.request.kind
                 print(
                     f"{row.request.category}: {row.request.asked!r} -> {row.answer!r}; {expected}"
+                    + "; silent" * row.silent
                 )
     return DONE
 
@@ -207,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = program_parser("python -m seed_nano.report.requests", __doc__ or "")
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
     parser.add_argument("--judge", help="folder of the judge (default: see the report)")
+    parser.add_argument("--everyday", action="store_true", help="the list everyday.yaml")
     parser.add_argument("--wrong", action="store_true", help="also list the wrong answers")
     add_device(parser)
     add_flags(parser, "language model")

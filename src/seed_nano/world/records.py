@@ -258,7 +258,10 @@ class _RecordMaker(TypedDialogue):
     # Single requests, for systems that do not converse.
 
     def typed_draw(self) -> None:
-        self.typed_drawing()
+        if self.rng.random() < 0.15:
+            self.drawing_without()
+        else:
+            self.typed_drawing()
 
     def typed_edits(self) -> None:
         self.typed_edit(next(self.stream))

@@ -72,12 +72,13 @@ def absent(name: str) -> str:
 @dataclass(frozen=True)
 class Question:
     """`kind`: one of `KINDS` or absent; the answer in lower case, no full stop; `verdict`: stands
-    before it."""
+    before it; `named`: what the question names."""
 
     kind: str
     question: str
     answer: str
     verdict: str = ""
+    named: str = ""
 
 
 KINDS = ("what", "count", "style", "background", "yesno", "where")
@@ -104,35 +105,42 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
         is_present = rng.random() < 0.5
         name = rng.choice(scene.things) if is_present else _other_thing(scene, rng)
         answer = "yes" if is_present else "no"
-        return Question(kind, worded(kind, noun_phrase(1, name)), answer, verdict(scene, name))
+        named = noun_phrase(1, name)
+        return Question(kind, worded(kind, named), answer, verdict(scene, name), named)
     if kind == "absent":
         name = _other_thing(scene, rng)
-        return Question(kind, worded("where", name), absent(name), verdict(scene, name))
+        return Question(kind, worded("where", name), absent(name), verdict(scene, name), name)
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
     count = scene.counts[index]
     if kind == "count":
         before = verdict(scene, thing) if len(scene.things) > 1 else ""
-        return Question(kind, worded(kind, plural(thing)), NUMBERS.get(count, "one"), before)
+        named = plural(thing)
+        return Question(kind, worded(kind, named), NUMBERS.get(count, "one"), before, named)
     # Where the things are: only layouts with named positions have an exact answer.
     spots = SPOTS.get(scene.layout)
     if kind == "where":
         if not spots:
             return None
-        return Question(kind, worded(kind, thing), spots[index], verdict(scene, thing))
+        return Question(kind, worded(kind, thing), spots[index], verdict(scene, thing), thing)
 
-    # What is there: at a position, or in the whole image if it shows one kind.
-    if scene.layout == "two kinds":
-        return None
-    if spots and scene.layout not in HORIZONTAL_CENTRES:
+    # What is there: at a position, or in the whole image.
+    if spots and scene.layout not in HORIZONTAL_CENTRES and not (varied and rng.random() < 0.5):
         return Question(kind, f"What is {spots[index]}?", noun_phrase(count, thing))
-    return Question(kind, worded("in the picture"), noun_phrase(count, thing))
+    if scene.layout == "two kinds" and not varied:
+        return None
+    return Question(kind, worded("in the picture"), noun_phrases(scene))
 
 
 def ask_any(scene: Scene, rng: random.Random) -> Question:
     """A question of a kind that the scene can answer."""
     questions = (ask(scene, kind, rng, varied=True) for kind in rng.sample(KINDS, len(KINDS)))
     return next(question for question in questions if question is not None)
+
+
+def noun_phrases(scene: Scene) -> str:
+    """All things: `two dogs and a cat`."""
+    return " and ".join(map(noun_phrase, scene.counts, scene.things))
 
 
 def _other_thing(scene: Scene, rng: random.Random) -> str:

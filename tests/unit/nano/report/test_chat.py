@@ -29,7 +29,7 @@ def test_chat_report_of_each_kind(fixture, talks, request, capsys):
 def test_requests_report_of_each_kind(request, monkeypatch, capsys):
     # A request of each category; LaVIT has neither earlier turns nor refusals.
     by_category = {row.category: row for row in requests.read_requests()}
-    monkeypatch.setattr(requests, "read_requests", lambda: list(by_category.values()))
+    monkeypatch.setattr(requests, "read_requests", lambda _: list(by_category.values()))
     for fixture, talks in (("tiny_folder", True), ("tiny_lavit_folder", False)):
         folder = request.getfixturevalue(fixture)
         judge = NANO / "judge"
