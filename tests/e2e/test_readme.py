@@ -27,8 +27,8 @@ SWAP_COMMAND = (
     'seed edit images/fox_and_snowman.png "Swap the fox and the snowman." --out outputs/swapped.png'
 )
 DRAWN = {
-    'seed draw "two noto dogs and a turtle on a yellow background" --out outputs/dogs.png': Scene(
-        "noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)
+    'seed draw "two noto pandas on a pink background" --out outputs/pandas.png': Scene(
+        "noto", "pink", "many", ("panda",), (2,)
     ),
     SWAP_COMMAND: BOTH.with_changes(things=("snowman", "fox")),
     'seed edit images/fox.png "Put it at night." --model nano-x --out outputs/night.png': Scene(

@@ -6,7 +6,7 @@
     seed describe cat.jpg                       a caption
     seed ask cat.jpg "What is this animal?"     an answer
     seed detect cat.jpg "the left ear"          boxes, and an image with them
-    seed draw "a red apple"                     an image from words
+    seed draw "three noto frogs in a meadow"    an image from words
     seed edit cat.jpg "Make it in noto style."  a changed image
     seed chat                                   a conversation with images in both directions
 
