@@ -16,6 +16,7 @@ _REMOVES = re.compile(r"\b(?:remove|delete|erase|rid of|take away)\b", re.I)
 _REPLACES = re.compile(r"\b(?:replace|exchange|turn|change|make|become|into)\b", re.I)
 _UNNAMED = re.compile(r"\b(?:it|them|this|that|these|those|everything|all|both|one)\b", re.I)
 _BACKGROUNDS = {BACKGROUND, "scene", "place", "colour", "color"}
+_NOT = re.compile(r"(?:\b(?:not|anywhere but|everywhere but)|n't)(?: be)? $")  # before a phrase
 _WORDS = re.compile(r"[a-z]+")
 
 ByValue = Mapping[str, Sequence[str]]  # a value → the phrases that mean it
@@ -43,17 +44,21 @@ class Phrases:
 
     def read(self, text: str) -> tuple[list[str], dict[str, str]]:
         """The things that a text names, and its facts: the number of each thing, the relation of
-        two, and attributes; "" if it says different ones."""
+        two, and attributes; "" if it says different ones. "not background": which it excludes."""
         things: list[str] = []
         facts: dict[str, str] = {}
         number = ""  # since the last thing
         relation: tuple[str, str] | None = None  # behind the first thing
-        for phrase in self.pattern.findall(" ".join(text.lower().split())):
+        text = " ".join(text.lower().split())
+        for match in self.pattern.finditer(text):
+            phrase = match[0]
             table, value = self.meanings[phrase]
             if table == "numbers":
                 number = value
             elif table in ("relations", "opposites"):
                 relation = (table, value) if len(things) == 1 else None
+            elif table != "things" and _NOT.search(text[: match.start()]):
+                facts[f"not {table}"] = value
             elif table != "things":
                 facts[table] = value if facts.get(table, value) == value else ""
             else:
@@ -101,6 +106,9 @@ class Phrases:
             is_said = asked_value and shown_value and name not in added
             if is_said and asked_value != shown_value:
                 differences.append(f"{name} {shown_value}, not {asked_value}")
+            excluded = name.removeprefix("not ")
+            if excluded != name and shown_facts.get(excluded) == asked_value:
+                differences.append(f"{excluded} {asked_value}")
         return differences
 
     def unasked_changes(self, before: str, request: str, after: str) -> list[str]:

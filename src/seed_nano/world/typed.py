@@ -85,8 +85,8 @@ class TypedDialogue(Dialogue):
                 self.shown_question: 16,
                 self.shown_change: 29,
                 self.typed_talk: 8,
-                self.unwanted: 8,
-                self.not_for_nano: 8,
+                self.unwanted: 14,
+                self.not_for_nano: 10,
                 self.introduction: 3,
             }
         )
