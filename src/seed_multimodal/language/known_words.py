@@ -141,12 +141,13 @@ class KnownWords:
             forms |= {word: word for word in _WORD.findall(text.lower())}
         for name, phrases in self.phrases.get("things", {}).items():
             forms |= {phrase: name for phrase in phrases if phrase in forms}
-        for written, read in (self.spellings | self.readings).items():
+        read_otherwise = self.spellings | self.readings
+        for written, read in read_otherwise.items():
             if written.isalpha() and written not in forms:
                 forms[written] = forms.get(read, read)
-            # Words of a phrase mean something else alone.
-            forms |= {word: "" for word in _WORD.findall(written) if word not in forms}
-        return forms
+        # Words of a phrase mean something else alone.
+        words = _WORD.findall(" ".join(read_otherwise))
+        return dict.fromkeys(words, "") | forms
 
     @cached_property
     def _otherwise(self) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from seed_multimodal.disk import JsonObject, replace_text
 VOCABULARY: JsonObject = yaml.safe_load(
     Path(__file__).with_name("vocabulary.yaml").read_text(encoding="utf-8")
 )
-# English words that are spelt like known ones (SCOWL's size 35, see data/nano/NOTICE.md).
+# English words that are spelt like known ones (of SCOWL, see data/nano/NOTICE.md).
 ENGLISH = Path(__file__).with_name("english.txt")
 STYLES = ("noto", "twemoji", "fluent")
 
