@@ -270,14 +270,12 @@ class Trainer:
         metrics = to_floats(sums if norm is None else {**sums, "grad": norm})
         grad = metrics.pop("grad", None)
 
-        # 3. If a number is not finite or not expected in one process, all of them leave the weights
-        #    unchanged and stop.
+        # 3. If a number is not finite in one process, all of them leave the weights unchanged and
+        #    stop.
         error = self.engine.gradient_error(grad)
         if not math.isfinite(metrics["loss"]):
             error = f"The loss became {metrics['loss']}"
-        error = self._check_names(metrics) or error
-        values = [metrics.get(name, 0.0) for name in self.names]
-        n_failed, *totals = self.group.sum([bool(error), *values])
+        n_failed, total = self._sums(error, metrics)
         rates = {"grad": math.nan if grad is None else grad, "lr": lr}
 
         # 4. Update the weights. DeepSpeed returns the gradient norm only then.
@@ -287,10 +285,9 @@ class Trainer:
         if n_failed or error:
             self.store.wait()
             raise TrainingError(
-                f"{error or 'Another process has failed'} at step "
+                f"{error or 'Another process had a non-finite number'} at step "
                 f"{self.step + 1}; {self.store.description()}."
             )
-        total = dict(zip(self.names, totals, strict=True))
         task.meter.add({name: total[name] for name in metrics}, weight, rates)
         self._check_gradient(rates["grad"])
         return True
@@ -322,18 +319,28 @@ class Trainer:
                 sums[key] = sums[key] + value if key in sums else value
         return sums
 
-    def _check_names(self, metrics: Metrics) -> str:
-        """An error if a step's numbers are others than those of the first step; collective there.
+    def _sums(self, error: str, metrics: Metrics) -> tuple[float, Metrics]:
+        """The number of processes with an error, and the sums of their numbers; collective.
 
-        Raises TrainingError: those of another process were others in the first step.
+        Raises TrainingError: processes have other numbers.
         """
+        # 1. In the order of the last step. All see whether a process has others now.
         names = sorted(metrics)
-        if not self.names:
+        values = [metrics.get(name, 0.0) for name in self.names]
+        n_failed, n_changed, *sums = self.group.sum([bool(error), names != self.names, *values])
+
+        # 2. In a new order.
+        if n_changed:
             self.names = names
             for process in self.group.gather({"names": names}):
                 if process["names"] != names:
-                    raise TrainingError(_other_names(names, process["names"]))
-        return "" if names == self.names else _other_names(names, self.names)
+                    raise TrainingError(
+                        f"[{self.task.name}] `loss` must return the same numbers in all processes, "
+                        f"also for None; at step {self.step + 1} one has {', '.join(names)}, "
+                        f"another {', '.join(process['names'])}."
+                    )
+            sums = self.group.sum([metrics[name] for name in names])
+        return n_failed, dict(zip(names, sums, strict=True))
 
     def _after_step(self, save: bool) -> None:
         """Log, evaluate and save when due."""
@@ -538,10 +545,3 @@ def train_stage(
             advice = f"remove {record_file} and {checkpoint_folder} to train it again."
             group.log(task.name, f"{remark}; {advice}")
     return record
-
-
-def _other_names(names: Sequence[str], others: Sequence[str]) -> str:
-    return (
-        f"`loss` returned {', '.join(names)}, and {', '.join(others)} in another process or step: "
-        "the numbers must be the same, also for None,"
-    )
