@@ -46,7 +46,7 @@ class Connection(HTTPChannel):
     """A client that has sent its request and closed its half gets the answer.
 
     One that has closed the whole connection looks the same, until something is sent to it: then it
-    answers with a reset. While a stream is read, both end it.
+    answers with a reset, also to the next text of a stream.
     """
 
     parser_class = RequestParser
@@ -62,7 +62,7 @@ class Connection(HTTPChannel):
             is_end = self.requests and not self.socket.recv(1, socket.MSG_PEEK)
         except OSError:  # a reset
             is_end = False
-        if is_end and not self.is_stream:
+        if is_end:
             self.is_half_closed = True
         else:
             super().handle_read()
