@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -108,7 +108,7 @@ class KnownWords:
                 and word[0].isalpha()
                 and word[0].lower() not in introduced
             ]
-            right = [corrected(word[0].lower(), self._spelt) for word in words[:MAX_CORRECTED]]
+            right = [self._corrected(word[0].lower()) for word in words[:MAX_CORRECTED]]
             for word, read in zip(words, right, strict=False):
                 if read != word[0].lower():
                     changed[word[0]] = read
@@ -132,6 +132,11 @@ class KnownWords:
         if read == written:
             return match[0]
         return read.capitalize() if match[0][0].isupper() and match.start() == 0 else read
+
+    @cached_property
+    def _corrected(self) -> Callable[[str], str]:
+        """`corrected` to known words, kept, since each turn of a conversation is read again."""
+        return lru_cache(maxsize=1 << 12)(partial(corrected, known=self._spelt))
 
     @cached_property
     def _spelt(self) -> Mapping[str, str]:

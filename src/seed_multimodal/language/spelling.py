@@ -19,12 +19,13 @@ LONGEST = 24
 
 
 def corrected(word: str, known: Mapping[str, str]) -> str:
-    """The nearest known word, or the word itself: it is known, or no one or several are near.
+    """The nearest known word to one that is not known, or the word itself: no one or several are
+    near.
 
     known: words, each with what it is a form of (of "dogs" "dog"): the shortest of several forms of
         the same is taken. Words that are forms of nothing stay, and are not taken.
     """
-    if word in known or not SHORTEST <= len(word) <= LONGEST:
+    if not SHORTEST <= len(word) <= LONGEST:
         return word
 
     # 1. All words that are near; exchanged letters are the likeliest fault.

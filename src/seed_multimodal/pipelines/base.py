@@ -444,9 +444,11 @@ class MultimodalSystem(TaskRunner, HubUpload):
         conversation = read_messages(messages, images_first=self.config.tuned)
         kind, conversation = self.family.read_chat(conversation, images == "forced")
         drawing_options, reads_back = self._pop_drawing_options(options)
-        # Of small worlds, a model may draw where it was asked.
-        if self.config.known_words is not None and images == "auto":
-            if asks_about_picture(self.family.read_words(conversation)):
+        # A model of a small world may draw where it is asked a question; unconstrained it may.
+        is_small = self.config.known_words is not None
+        if is_small and images == "auto" and options.get("constrain", True):
+            *earlier, last = conversation
+            if asks_about_picture([*earlier, *self.family.read_words([last])]):
                 images = "never"
         if stream:
             options.setdefault("num_beams", 1)

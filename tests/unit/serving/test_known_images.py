@@ -103,6 +103,7 @@ def test_preface_of_a_guess(shipped):
     question = [{"role": "user", "content": [screen, "Is there a dog in the picture?"]}]
     answer = shipped.chat(question)
     texts = [event["text"] for event in shipped.chat(question, stream=True) if "text" in event]
+    assert shipped.chat(question, constrain=False).text.startswith(PREFACE)
     assert "".join(texts).count(PREFACE) == answer.text.count(PREFACE) == 1
     assert PREFACE not in answer.reasoning and answer.text.startswith(PREFACE)
     if shipped.family.answers_only_about_images:  # single messages
