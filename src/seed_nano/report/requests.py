@@ -148,7 +148,7 @@ def score(request: Request, answer: Answer, judge: Judge) -> Score:
         right = all(re.search(word, text.lower()) for word in request.text or ())
     listed = " ".join(f"<{' '.join(str(name) for name in labels)}>" for labels in shown)
     # 3. What the user is told; how his words were read does not tell that the answer is wrong.
-    notes = [note for note in answer.notes if not re.fullmatch("Read .* as .*\\.", note)]
+    notes = [note for note in answer.notes if not re.fullmatch(r"Read [^.]*\.", note)]
     is_silent = not right and kind != "refusal" and not notes
     return Score(request, f"{text} {listed}".strip(), is_kind, right, is_silent)
 

@@ -103,12 +103,12 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
         return Question(kind, worded(kind), definite.get(scene.background, "") + scene.background)
     if kind == "yesno":
         is_present = rng.random() < 0.5
-        name = rng.choice(scene.things) if is_present else _other_thing(scene, rng)
+        name = rng.choice(scene.things) if is_present else other_thing(scene, rng)
         answer = "yes" if is_present else "no"
         named = noun_phrase(1, name)
         return Question(kind, worded(kind, named), answer, verdict(scene, name), named)
     if kind == "absent":
-        name = _other_thing(scene, rng)
+        name = other_thing(scene, rng)
         return Question(kind, worded("where", name), absent(name), verdict(scene, name), name)
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
@@ -143,7 +143,7 @@ def noun_phrases(scene: Scene) -> str:
     return " and ".join(map(noun_phrase, scene.counts, scene.things))
 
 
-def _other_thing(scene: Scene, rng: random.Random) -> str:
+def other_thing(scene: Scene, rng: random.Random) -> str:
     """A thing that the scene does not show."""
     return rng.choice([name for name in NAMES if name not in scene.things])
 
@@ -177,7 +177,7 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
     named: Sequence[str] = ()  # the things that the instruction names
     if kind == "replace":
         # Another thing in the place of one of the scene's, unless it is there already.
-        value = value or _other_thing(scene, rng)
+        value = value or other_thing(scene, rng)
         if value not in scene.things:
             name, count = rng.choice(list(zip(scene.things, scene.counts, strict=True)))
             old = f"the {plural(name) if count > 1 else name}"
@@ -187,7 +187,7 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
             named = (name,)
     elif kind == "add" and layout in ("left", "right"):
         # One thing at a side: the new one goes to the other side.
-        value = _other_thing(scene, rng)
+        value = other_thing(scene, rng)
         other = "right" if layout == "left" else "left"
         instruction = f"add {noun_phrase(1, value)} {rng.choice(POSITION_PHRASES[other])}"
         things = (thing, value) if other == "right" else (value, thing)

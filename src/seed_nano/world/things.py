@@ -128,7 +128,7 @@ def write_known_words(file: Path) -> None:
     for talk in VOCABULARY["small_talk"]:
         said.update(re.findall(r"[a-z]+", " ".join(talk["asked"]).lower()))
     forms = {*NAMES, *map(plural, NAMES)}
-    readings = _by_written(VOCABULARY["phrase_readings"])
+    readings = names_by_phrase(VOCABULARY["phrase_readings"])
     for name, written in VOCABULARY["readings"].items():
         readings |= dict.fromkeys(map(plural, written), plural(name)) | dict.fromkeys(written, name)
     content = {
@@ -138,12 +138,12 @@ def write_known_words(file: Path) -> None:
         "said": sorted(said - vocabulary),
         "phrases": drawing_phrases(),
         "readings": readings,
-        "spellings": _by_written(VOCABULARY["spellings"]),
+        "spellings": names_by_phrase(VOCABULARY["spellings"]),
         "other": ENGLISH.read_text(encoding="utf-8").split(),
     }
     replace_text(file, json.dumps(content, ensure_ascii=False))
 
 
-def _by_written(readings: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """What is written → what it means."""
-    return {text: meaning for meaning, written in readings.items() for text in written}
+def names_by_phrase(phrases_of: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Phrase → what it names."""
+    return {phrase: name for name, phrases in phrases_of.items() for phrase in phrases}

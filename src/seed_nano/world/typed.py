@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 
 import yaml
 
@@ -29,6 +30,7 @@ from seed_nano.world.tasks import (
     ask_any,
     make_edit,
     noun_phrases,
+    other_thing,
     verdict,
 )
 from seed_nano.world.things import (
@@ -43,13 +45,12 @@ from seed_nano.world.things import (
     VOCABULARY,
     plural,
 )
-from seed_nano.world.words import describe, noun_phrase, sentence
+from seed_nano.world.words import TURNED, describe, noun_phrase, sentence
 
 TYPED = VOCABULARY["typed"]
 REFUSALS: dict[str, str] = TYPED["refusals"]
 NOTHING_TO_DRAW = "What shall I draw?"
 ARTICLES = re.compile(r"\b(?:an?|the) (?=\w)")
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 REQUESTS = Path(__file__).with_name("requests.yaml")
 EVERYDAY = Path(__file__).with_name("everyday.yaml")
 
@@ -202,7 +203,7 @@ class TypedDialogue(Dialogue):
         rng = self.rng
         kind = rng.choice(("general", "general", "too many", "other than scenes", "letters"))
         if kind == "letters":
-            words = ("".join(rng.sample(LETTERS, rng.randint(3, 7))) for _ in range(2))
+            words = ("".join(rng.sample(ascii_lowercase, rng.randint(3, 7))) for _ in range(2))
             return self.say([" ".join(words)], [UNKNOWN])
         (thing, thing2, thing3) = rng.sample(NAMES, 3)
         while held_out_compositions((thing2, thing3), (1, 1), None, None):
@@ -410,9 +411,8 @@ def _beside(scene: Scene, rng: random.Random) -> Question | None:
         return None
     index = rng.randrange(2)
     thing = scene.things[index]
-    turned = {"left of": "right of", "above": "below"}
     # The first thing is left of the second one: what is right of the first is the second.
-    relation = scene.layout if index else turned[scene.layout]
+    relation = scene.layout if index else TURNED[scene.layout]
     place = f"{rng.choice((*RELATIONS[relation], 'next to'))} the {thing}"
     answer = noun_phrase(1, scene.things[1 - index])
     before = verdict(scene, thing, all_things=True)
@@ -435,7 +435,7 @@ def _either(scene: Scene, rng: random.Random) -> Question | None:
     thing = scene.things[0]
     if kind == "thing":
         answer = noun_phrase(scene.counts[0], thing)
-        other = noun_phrase(scene.counts[0], _other_name(scene, rng))
+        other = noun_phrase(scene.counts[0], other_thing(scene, rng))
     elif kind == "place":
         spots = SPOTS.get(scene.layout, ())
         if len(spots) != 2:
@@ -469,10 +469,6 @@ def _shortened(spot: str, rng: random.Random) -> str:
     """`on the left`, `left`; `at the top`, `above`."""
     last = spot.split()[-1]
     return rng.choice((spot, {"top": "above", "bottom": "below"}.get(last, last)))
-
-
-def _other_name(scene: Scene, rng: random.Random) -> str:
-    return rng.choice([name for name in NAMES if name not in scene.things])
 
 
 def things_phrase(scene: Scene, rng: random.Random) -> str:

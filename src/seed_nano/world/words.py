@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 from seed_nano.world.scene import HORIZONTAL_CENTRES, Scene
@@ -24,10 +24,11 @@ from seed_nano.world.things import (
     STYLES,
     THINGS,
     article,
+    names_by_phrase,
     plural,
 )
 
-_TURNED = {"left of": "right of", "above": "below"}
+TURNED = {"left of": "right of", "above": "below"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def describe(scene: Scene, rng: random.Random | None = None, background_first: b
         caption = f"{first} and {noun_phrase(scene.counts[1], scene.things[1])}"
     elif leave_out(0.35):  # seen from the other thing
         caption = (
-            f"{noun_phrase(1, scene.things[1], style)} {one_of(RELATIONS[_TURNED[scene.layout]])} "
+            f"{noun_phrase(1, scene.things[1], style)} {one_of(RELATIONS[TURNED[scene.layout]])} "
             f"{noun_phrase(1, scene.things[0])}"
         )
     else:
@@ -97,18 +98,10 @@ def describe(scene: Scene, rng: random.Random | None = None, background_first: b
     return f"{phrase}, {caption}" if background_first and leave_out(0.2) else f"{caption} {phrase}"
 
 
-def _names_by_phrase(phrases_of: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Phrase → what it names."""
-    names: dict[str, str] = {}
-    for name, phrases in phrases_of.items():
-        names |= dict.fromkeys(phrases, name)
-    return names
-
-
-_PHRASES = _names_by_phrase(BACKGROUND_PHRASES)
-_SPOTS = _names_by_phrase(POSITION_PHRASES)
-_RELATION_WORDS = _names_by_phrase(RELATIONS)
-_NAMED = _names_by_phrase({name: (name, plural(name)) for name in THINGS})
+_PHRASES = names_by_phrase(BACKGROUND_PHRASES)
+_SPOTS = names_by_phrase(POSITION_PHRASES)
+_RELATION_WORDS = names_by_phrase(RELATIONS)
+_NAMED = names_by_phrase({name: (name, plural(name)) for name in THINGS})
 _COUNTED = {"a": 1, "an": 1, **{word: count for count, word in NUMBERS.items()}}
 
 
@@ -146,7 +139,7 @@ def parse_caption(text: str) -> Labels | None:
         things = [*things, _NAMED[match["name2"]]]
         counts = [*counts, _COUNTED[match["count2"]]]
         layout = _RELATION_WORDS.get(match["relation"] or "", "two kinds")
-        turned = {after: before for before, after in _TURNED.items()}
+        turned = {after: before for before, after in TURNED.items()}
         if layout in turned:
             things = things[::-1]
             counts = counts[::-1]
