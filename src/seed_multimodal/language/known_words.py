@@ -30,7 +30,7 @@ _LITERAL = re.compile(
 )
 # A name that the user tells, which is no misspelt word.
 _INTRODUCED = re.compile(r"\b(?:my name is|call me|i am|i'm|im)\s+(\w+)", re.IGNORECASE)
-_ARTICLE = re.compile(r"\ban?(?= (?:([aeio]|u[^fn])|\w))", re.IGNORECASE)
+_ARTICLE = r"(?i:\ban?(?= (?:([aeio]|u[^fn])|\w)))"
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
 MAX_CORRECTED = 20  # words of a text that may be misspelt
@@ -116,10 +116,11 @@ class KnownWords:
                 if word[0] in changed:
                     part = part[: word.start()] + read + part[word.end() :]
 
-            # 3. Other words for known ones, and the articles before them.
+            # 3. Other words for known ones, and the articles before what was changed.
             part = self._written_otherwise.sub(partial(self._replaced, changed), part)
             if changed:
-                part = _ARTICLE.sub(_right_article, part)
+                read = "|".join(map(re.escape, changed.values()))
+                part = re.sub(rf"(?=\w+ (?:{read})\b){_ARTICLE}", _right_article, part)
             parts[index] = part
         return Reading("".join(parts), changed)
 
@@ -202,27 +203,26 @@ class KnownWords:
                 modifiers.add(word)
         return sorted(unknown, key=lambda word: word in modifiers)
 
-    def note(self, text: str, drawing: bool = False) -> str:
-        """Sentences about words that are read otherwise, and about unknown words; or nothing.
-
-        drawing: as of `unknown`.
-        """
+    def notes(self, text: str, drawing: bool = False) -> list[str]:
+        """A note of words that are read otherwise, and one of unknown words, as far as there are
+        such; drawing: as of `unknown`."""
+        notes: list[str] = []
         text, changed = self.read(text)
-        pairs = [f"{written!r} as {read!r}" for written, read in changed.items()]
-        reading = f"Read {', '.join(pairs)}." if pairs else ""
+        if changed:
+            pairs = [f"{written!r} as {read!r}" for written, read in changed.items()]
+            notes.append(f"Read {', '.join(pairs)}.")
         named = []
         for word in self.unknown(text, drawing)[:MAX_NAMED]:
             if word in self.colours:
                 named.append(f"{word!r} of things")
             else:
                 named.append(f"{word[:40]!r}{nearest(word, self.names, SPELT_LIKE)}")
-        if not named:
-            return reading
-        unknown = (
-            f"This system does not know {', '.join(named)}: it learned {self.about}, which "
-            "known_words.json lists."
-        )
-        return f"{reading} {unknown}".lstrip()
+        if named:
+            notes.append(
+                f"This system does not know {', '.join(named)}: it learned {self.about}, which "
+                "known_words.json lists."
+            )
+        return notes
 
 
 def _right_article(article: re.Match[str]) -> str:

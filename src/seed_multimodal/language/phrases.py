@@ -108,7 +108,7 @@ class Phrases:
                 differences.append(f"{name} {shown_value}, not {asked_value}")
             excluded = name.removeprefix("not ")
             if excluded != name and shown_facts.get(excluded) == asked_value:
-                differences.append(f"{excluded} {asked_value}")
+                differences.append(f"{excluded} {asked_value}, which is excluded")
         return differences
 
     def unasked_changes(self, before: str, request: str, after: str) -> list[str]:

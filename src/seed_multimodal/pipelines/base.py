@@ -506,7 +506,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
             for task, seed in zip(tasks, seed_per_image(seeds, len(tasks)), strict=True):
                 task.generation = replace(settings, seed=seed)
         for task, conversation in zip(tasks, conversations, strict=True):
-            task.notes.add(self.unknown_words(conversation[-1]))
+            task.notes.add(*self.word_notes(conversation[-1]))
         return tasks
 
     def _draw(
@@ -553,7 +553,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         tasks: list[Task] = []
         for conversation, first_seed, negative in zip(conversations, seeds, negatives, strict=True):
             notes = Notes()
-            notes.add(self.unknown_words(conversation[-1], drawing=True))
+            notes.add(*self.word_notes(conversation[-1], drawing=True))
             image_seeds = [(first_seed + index) % 2**63 for index in range(num_images)]
             for index in range(num_images if can_vary else 1):
                 base = varied if index else settings

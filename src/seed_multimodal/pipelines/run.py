@@ -105,18 +105,18 @@ class TaskRunner:
         """The settings of a task's tokens, see `Family.generation_settings`."""
         return self.family.generation_settings(task, options)
 
-    def unknown_words(self, message: Message, drawing: bool = False) -> str:
-        """A note about words of a message that the system did not learn, or empty.
+    def word_notes(self, message: Message, drawing: bool = False) -> list[str]:
+        """Notes of words of a message that are read otherwise, or that the system did not learn.
 
         drawing: words count that it can say, but not draw.
         """
         file = self.config.known_words
         text = message.text
         if file is None or text == self.tasks.describe:
-            return ""
+            return []
         for word in self.family.template_words:  # which a user may write himself
             text = text.replace(word, " ")
-        return read_known_words(file).note(text, drawing)
+        return read_known_words(file).notes(text, drawing)
 
     def image_task(
         self,
@@ -285,7 +285,7 @@ class TaskRunner:
         draws = task.generation.images == "forced"
         if not draws and speaks_of_missing_image(conversation):
             task.notes.add("The message speaks of a picture, but the conversation has none.")
-        task.notes.add(self.unknown_words(conversation[-1], draws), *image_notes)
+        task.notes.add(*self.word_notes(conversation[-1], draws), *image_notes)
         task.notes.preface = image_notes.preface
         return prompt_without(n_rounds)
 

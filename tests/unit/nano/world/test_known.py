@@ -49,9 +49,9 @@ def test_read_known_words_of_the_shipped_systems(name, known):
 def test_unknown_of_requests(row, known):
     assert known.unknown(row["request"]) == row["unknown"]
     assert known.unknown(row["request"], drawing=True) == row["undrawable"]
-    assert known.note("A pengiun.") == "Read 'pengiun' as 'penguin'."
-    assert "'planetarium' (did you mean 'planet'?)" not in known.note("A planetarium.")
-    assert "know 'green' of things:" in known.note("make it green", drawing=True)
+    assert known.notes("A pengiun.") == ["Read 'pengiun' as 'penguin'."]
+    assert "'planetarium' (did you mean 'planet'?)" not in known.notes("A planetarium.")[0]
+    assert "know 'green' of things:" in known.notes("make it green", drawing=True)[0]
 
 
 @pytest.mark.parametrize("row", TABLES["readings"], ids=str)
