@@ -9,10 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-BACKGROUND = "background"  # a table of attributes
+BACKGROUND, STYLE = "background", "style"  # tables of attributes
 # Of requests: what they remove; put in place of what they name, or of "it"; and how they speak of
 # any background.
 _REMOVES = re.compile(r"\b(?:remove|delete|erase|rid of|take away)\b", re.I)
+_ADDS = re.compile(r"\b(?:more|another|add)\b", re.I)
 _REPLACES = re.compile(r"\b(?:replace|exchange|turn|change|make|become|into)\b", re.I)
 _UNNAMED = re.compile(r"\b(?:it|them|this|that|these|those|everything|all|both|one)\b", re.I)
 _BACKGROUNDS = {BACKGROUND, "scene", "place", "colour", "color"}
@@ -115,7 +116,8 @@ class Phrases:
         """What an edit does not show as asked, by descriptions of its images.
 
         Things that are named, but in neither; new, but not named; gone, but neither named nor
-        replaced; to be removed, but as many as before. Another number, relation or background.
+        replaced; to be removed or added, but as many as before. Another number, relation, style or
+        background.
         """
         # 1. Things. One may be replaced by another that is named.
         old, old_facts = self.read(before)
@@ -133,6 +135,10 @@ class Phrases:
             kept = [thing for thing in named if thing in old and thing in new]
             kept = [thing for thing in kept if old_facts[thing] == new_facts[thing]]
             differences += [f"still {thing}" for thing in kept]
+        if _ADDS.search(request):
+            counted = [thing for thing in named if old_facts.get(thing) and new_facts.get(thing)]
+            fewer = [thing for thing in counted if int(new_facts[thing]) <= int(old_facts[thing])]
+            differences += [f"not more {thing}" for thing in fewer]
         differences += [f"also {thing}" for thing in new if thing not in (*old, *named)]
 
         # 2. Numbers of several, and the relation.
@@ -142,7 +148,12 @@ class Phrases:
             if asked not in ("", "0", "1") and shown not in ("", asked):
                 differences.append(f"{name} {shown}, not {asked}")
 
-        # 3. The background.
+        # 3. The style, which is the same unless it is named.
+        was, now = old_facts.get(STYLE), new_facts.get(STYLE)
+        if was and now and was != now and STYLE not in asked_facts:
+            differences.append(f"{STYLE} {now}, not {was}")
+
+        # 4. The background.
         was = old_facts.get(BACKGROUND)
         now = new_facts.get(BACKGROUND)
         backgrounds = self.asked_backgrounds(request)
