@@ -4,8 +4,8 @@ One JSON line for each section, split, decoder and setting: shares of right labe
 nearest originals (R@1), PSNR, SSIM, images a CPU-second; and the paired differences to the first
 line of the section.
 
-    python -m seed_nano.report.compare --steps 4 3 2 --splits val --limit 250
-    python -m seed_nano.report.compare --decoders log/a/decoder log/b/decoder --guidance 1 3
+    python benchmarks/decoders.py --steps 4 3 2 --splits val --limit 250
+    python benchmarks/decoders.py --decoders log/a/decoder log/b/decoder --guidance 1 3
 """
 
 from __future__ import annotations

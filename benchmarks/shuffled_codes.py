@@ -1,6 +1,6 @@
 """nano with its codes in another order: does training by rewards need causal codes?
 
-    python -m seed_nano.report.shuffled --out log/shuffled
+    python benchmarks/shuffled_codes.py --out log/shuffled
 
 A code of nano depends on those before it. Here the language model writes the same codes in a fixed
 random order: slot `j` has the code of position `order[j]`, under an id of section `j`. Written are
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = program_parser("python -m seed_nano.report.shuffled", __doc__ or "")
+    parser = program_parser("python benchmarks/shuffled_codes.py", __doc__ or "")
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     parser.add_argument("--nano", type=Path, default=Path("pretrained/nano"), help="the system")
     parser.add_argument("--number", type=int, default=40_000, help="records of drawings (40,000)")

@@ -2,7 +2,7 @@
 
 One JSON line for each scheduler.
 
-    python -m seed_nano.report.schedulers images/*.png --guidance 10 --start noise
+    python benchmarks/schedulers.py images/*.png --guidance 10 --start noise
 
 `PNDM`: Stable Diffusion 2.1's own; `DDIM`: the shipped folders', preset "original";
 `fast`: that preset.
