@@ -104,15 +104,16 @@ class Scene:
         """The same scene with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
-    def slots(self) -> list[Slot]:
-        """All drawings, first kind first, jitter included."""
+    def slots(self, shifted: bool = True) -> list[Slot]:
+        """All drawings, first kind first; `shifted`: with jitter."""
         slots = []
         for kind, x, y, side in anchors(self.layout, self.counts):
-            # By place, so that what an edit does not name stays.
-            rng = random.Random(f"{self.jitter} {x} {y}")
-            side *= 1 + rng.uniform(-0.07, 0.07)
-            x += rng.uniform(-0.015, 0.015)
-            y += rng.uniform(-0.015, 0.015)
+            if shifted:
+                # By place, so that what an edit does not name stays.
+                rng = random.Random(f"{self.jitter} {x} {y}")
+                side *= 1 + rng.uniform(-0.07, 0.07)
+                x += rng.uniform(-0.015, 0.015)
+                y += rng.uniform(-0.015, 0.015)
             slots.append(Slot(self.things[kind], x, y, side))
         return slots
 
@@ -275,10 +276,11 @@ def empty_images(size: int) -> np.ndarray:
     return np.stack([render_slots(STYLES[0], name, [], size) for name in BACKGROUNDS])
 
 
-def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
-    """How much of each pixel is covered by a thing, float32 [size, size] in 0..1."""
+def thing_mask(scene: Scene, size: int = SIZE, shifted: bool = True) -> np.ndarray:
+    """How much of each pixel is covered by a thing, float32 [size, size] in 0..1; shifted: as of
+    `Scene.slots`."""
     canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
-    _draw(canvas, scene.style, scene.slots())
+    _draw(canvas, scene.style, scene.slots(shifted))
     return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
 
 

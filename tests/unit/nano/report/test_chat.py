@@ -8,6 +8,7 @@ from seed_nano.report import requests
 from seed_nano.report.chat import REQUESTS, main
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 from seed_nano.world.records import record_at, texts_of
+from seed_nano.world.typed import EVERYDAY
 from seed_nano.world.words import parse_caption
 
 
@@ -39,21 +40,18 @@ def test_requests_report_of_each_kind(request, monkeypatch, capsys):
         assert ("| no picture |" in table) is talks
 
 
-def test_typed_requests_are_in_no_training_record():
-    # Else the table would measure memory.
-    asked = {request.asked.lower().rstrip(".!?") for request in requests.read_requests()}
-    assert len(asked) >= 300
+def test_requests_are_in_no_training_record():
+    # Else the tables would measure memory.
+    rows = [*requests.read_requests(), *requests.read_requests(EVERYDAY)]
+    asked = {row.asked.lower().rstrip(".!?") for row in rows}
+    assert len(asked) >= 300 + 250
     for index in range(2000):
         kind = ("requests", "typed_draw", "typed_edits", "typed_questions")[index % 4]
         questions = record_at(kind, 1, index)["messages"][::2]
         assert asked.isdisjoint(text.lower().rstrip(".!?") for text in texts_of(questions))
+    assert len(REQUESTS) == 12 and len(set(REQUESTS) - set(DESCRIBE_REQUESTS)) == 6
 
 
 @pytest.mark.parametrize("row", read_tables(__file__), ids=str)
 def test_is_shown(row):
     assert requests.is_shown(parse_caption(row["asked"]), row["shown"]) is row["is_right"]
-
-
-def test_half_of_the_requests_are_in_no_training_record():
-    # Else the table would measure memory.
-    assert len(REQUESTS) == 12 and len(set(REQUESTS) - set(DESCRIBE_REQUESTS)) == 6

@@ -4,7 +4,6 @@ import random
 
 import pytest
 from repository import ROOT
-from systems import load
 from yaml_tables import read_tables
 
 from seed_multimodal.language.answer import ImagePart
@@ -108,18 +107,3 @@ def test_questions_about_pictures(row):
     shown = user_message([ImagePart([0]), row["request"]])
     assert asks_about_picture(shown) == row["is_question"]
     assert not asks_about_picture(user_message([row["request"]]))
-
-
-@pytest.mark.parametrize("row", TABLES["edits"], ids=str)
-def test_unasked_changes_of_an_edit(known, row):
-    changes = known.compared.unasked_changes("A large fox.", row["request"], row["after"])
-    assert changes == row["differences"]
-
-
-@pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_names_in_capitals_are_read_as_learned(name):
-    # People type "Draw a Cat."; the models have never seen a capital there.
-    system = load(name)
-    texts = ("a Noto CAT LEFT OF a fire Truck", "a noto cat left of a fire truck")
-    first, second = system.family.prompts([*map(user_message, texts)], "draw")
-    assert first.ids == second.ids
