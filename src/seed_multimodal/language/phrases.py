@@ -13,11 +13,12 @@ BACKGROUND, STYLE = "background", "style"  # tables of attributes
 # Of requests: what they remove; put in place of what they name, or of "it"; and how they speak of
 # any background.
 _REMOVES = re.compile(r"\b(?:remove|delete|erase|rid of|take away)\b", re.I)
-_ADDS = re.compile(r"\b(?:more|another|add)\b", re.I)
 _REPLACES = re.compile(r"\b(?:replace|exchange|turn|change|make|become|into)\b", re.I)
 _UNNAMED = re.compile(r"\b(?:it|them|this|that|these|those|everything|all|both|one)\b", re.I)
 _BACKGROUNDS = {BACKGROUND, "scene", "place", "colour", "color"}
 _NOT = re.compile(r"(?:\b(?:not|anywhere but|everywhere but)|n't)(?: be)? $")  # before a phrase
+# Before a thing of which there should be more.
+_ADDS = re.compile(r"\b(?:add|another|more) (?:(?:an?|one|two|three|some|another|more|\d+) )*$")
 _WORDS = re.compile(r"[a-z]+")
 
 ByValue = Mapping[str, Sequence[str]]  # a value → the phrases that mean it
@@ -84,6 +85,16 @@ class Phrases:
             if asked & {word for phrase in phrases for word in phrase.split()}
         ]
 
+    def added_things(self, request: str) -> list[str]:
+        """Things of which a request asks for more."""
+        text = " ".join(request.lower().split())
+        added: list[str] = []
+        for match in self.pattern.finditer(text):
+            table, thing = self.meanings[match[0]]
+            if table == "things" and _ADDS.search(text[: match.start()]):
+                added.append(thing)
+        return added
+
     def contradictions(self, requests: Sequence[str], description: str) -> list[str]:
         """What a description says otherwise than the first of some texts that names a thing."""
         # 1. The request. Without a known thing in it there is nothing to compare.
@@ -135,10 +146,10 @@ class Phrases:
             kept = [thing for thing in named if thing in old and thing in new]
             kept = [thing for thing in kept if old_facts[thing] == new_facts[thing]]
             differences += [f"still {thing}" for thing in kept]
-        if _ADDS.search(request):
-            counted = [thing for thing in named if old_facts.get(thing) and new_facts.get(thing)]
-            fewer = [thing for thing in counted if int(new_facts[thing]) <= int(old_facts[thing])]
-            differences += [f"not more {thing}" for thing in fewer]
+        for thing in self.added_things(request):
+            before_it, after_it = old_facts.get(thing), new_facts.get(thing)
+            if before_it and after_it and int(after_it) <= int(before_it):
+                differences.append(f"not more {thing}")
         differences += [f"also {thing}" for thing in new if thing not in (*old, *named)]
 
         # 2. Numbers of several, and the relation.
@@ -148,9 +159,10 @@ class Phrases:
             if asked not in ("", "0", "1") and shown not in ("", asked):
                 differences.append(f"{name} {shown}, not {asked}")
 
-        # 3. The style, which is the same unless it is named.
+        # 3. The style, which is the same unless the request speaks of it.
         was, now = old_facts.get(STYLE), new_facts.get(STYLE)
-        if was and now and was != now and STYLE not in asked_facts:
+        is_unasked = STYLE not in asked_facts and STYLE not in request.lower()
+        if was and now and was != now and is_unasked:
             differences.append(f"{STYLE} {now}, not {was}")
 
         # 4. The background.
