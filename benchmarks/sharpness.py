@@ -23,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal import MultimodalSystem
+from seed_multimodal.diffusion.networks import encode_moments
+from seed_nano.train.task import to_signed
 from seed_nano.world.scene import SIZE, Scene, Slot, render_slots, scene_image
 from seed_nano.world.splits import scenes
 from seed_nano.world.words import describe
@@ -49,7 +51,7 @@ def main() -> None:
     truth = [scene_image(scene, SIZE) for scene in chosen]
     placed = [in_place(scene) for scene in chosen]
     with torch.no_grad():
-        latents = vae.encode(to_pixels(placed)).latents
+        latents = encode_moments(vae, to_pixels(placed)).chunk(2, dim=1)[0]
     rows = {
         "scenes": truth,
         "rebuilt": system.reconstruct(truth),
@@ -59,7 +61,8 @@ def main() -> None:
         "these from the best latents": decoded(vae, best_latents(vae, latents, placed)),
     }
     print(f"| {args.model}, n {len(chosen)} | missing | sharpness |\n| --- | ---: | ---: |")
-    print(f"| scenes at {LARGE} pixels | – | {sharpness(rendered(chosen)):.2f} |")
+    large = [scene_image(scene, LARGE) for scene in chosen]
+    print(f"| scenes at {LARGE} pixels | – | {sharpness(large):.2f} |")
     for name, images in rows.items():
         print(f"| {name} | {missing(chosen, images):.3f} | {sharpness(images):.2f} |")
 
@@ -68,11 +71,6 @@ def in_place(scene: Scene) -> Image.Image:
     """A scene without small shifts."""
     slots = scene.slots(shifted=False)
     return Image.fromarray(render_slots(scene.style, scene.background, slots, SIZE))
-
-
-def rendered(chosen: Sequence[Scene]) -> Images:
-    """Large images of scenes."""
-    return [scene_image(scene, LARGE) for scene in chosen]
 
 
 # ---- measures
@@ -105,7 +103,8 @@ def error(
     seen: np.ndarray, alone: np.ndarray, square: tuple[slice, slice], shift: tuple[int, int]
 ) -> float:
     """Mean squared error in the square of a thing, of an image that is shifted."""
-    moved = np.roll(seen, shift, (0, 1))
+    y, x = 1 + shift[0], 1 + shift[1]
+    moved = np.pad(seen, ((1, 1), (1, 1), (0, 0)), "edge")[y : y + SIZE, x : x + SIZE]
     return float(np.mean((moved[square] - alone[square]) ** 2))
 
 
@@ -125,7 +124,7 @@ def sharpness(images: Images) -> float:
 def to_pixels(images: Images) -> Tensor:
     """In -1..1, [B, 3, S, S]."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_signed(pixels.permute(0, 3, 1, 2))
 
 
 @torch.no_grad()
