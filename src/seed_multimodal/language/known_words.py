@@ -8,9 +8,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import cached_property, lru_cache, partial
+from heapq import nlargest
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +21,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.phrases import ByValue, Phrases
 from seed_multimodal.language.spelling import corrected
-from seed_multimodal.settings import nearest, read_settings
+from seed_multimodal.settings import read_settings
 
 # A word in any alphabet (not the end of `2nd`), a number, or an emoji.
 _WORD = re.compile(
@@ -34,7 +37,15 @@ _ARTICLE = r"(?i:\ban?(?= (?:([aeio]|u[^fn])|\w)))"
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
 MAX_CORRECTED = 20  # words of a text that may be misspelt
-SPELT_LIKE = 0.75  # similarity from which a known thing is suggested
+MAX_NEAREST = 3  # known things in a note, the nearest by their spelling
+# What users may name, and the tables of phrases that have it.
+LISTED = {
+    "things": ("things",),
+    "numbers": ("numbers",),
+    "relations": ("relations", "opposites"),
+    "backgrounds": ("background",),
+    "styles": ("style",),
+}
 
 
 class Reading(NamedTuple):
@@ -72,6 +83,15 @@ class KnownWords:
     def compared(self) -> Phrases:
         """The phrases, ready for comparisons."""
         return Phrases(self.phrases)
+
+    @property
+    def listed(self) -> dict[str, list[str]]:
+        """What users may name, by kind: of each value the phrase that stands first."""
+        listed: dict[str, list[str]] = {}
+        for kind, tables in LISTED.items():
+            values = [self.phrases.get(table, {}).values() for table in tables]
+            listed[kind] = [phrases[0] for phrases in chain(*values)]
+        return listed
 
     @cached_property
     def colours(self) -> set[str]:
@@ -211,18 +231,24 @@ class KnownWords:
         if changed:
             pairs = [f"{written!r} as {read!r}" for written, read in changed.items()]
             notes.append(f"Read {', '.join(pairs)}.")
-        named = []
-        for word in self.unknown(text, drawing)[:MAX_NAMED]:
-            if word in self.colours:
-                named.append(f"{word!r} of things")
-            else:
-                named.append(f"{word[:40]!r}{nearest(word, self.names, SPELT_LIKE)}")
-        if named:
-            notes.append(
-                f"This system does not know {', '.join(named)}: it learned {self.about}, which "
-                "known_words.json lists."
-            )
+        unknown = self.unknown(text, drawing)[:MAX_NAMED]
+        if unknown:
+            named = [
+                f"{word!r} of things" if word in self.colours else f"{word[:40]!r}"
+                for word in unknown
+            ]
+            note = f"This system does not know {', '.join(named)}: it learned {self.about}"
+            things = self._nearest([word for word in unknown if word not in self.colours])
+            notes.append(f"{note}, such as {', '.join(things)}." if things else f"{note}.")
         return notes
+
+    def _nearest(self, unknown: Sequence[str]) -> list[str]:
+        """The known things that are spelt most like unknown words, the nearest first."""
+        similarity: dict[str, float] = {}
+        for thing in (self.listed["things"] or self.names) if unknown else ():
+            ratios = [SequenceMatcher(None, word, thing).ratio() for word in unknown]
+            similarity[thing] = max(ratios)
+        return nlargest(MAX_NEAREST, similarity, key=lambda thing: similarity[thing])
 
 
 def _right_article(article: re.Match[str]) -> str:

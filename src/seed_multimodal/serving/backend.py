@@ -33,6 +33,7 @@ from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageLimits, StoredImage, decode_text, image_to_base64
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart, left_out_note
+from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import Message, images_before_question, without_oldest_rounds
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -190,6 +191,8 @@ class Backend:
         """The served model by its name. Raises NotFound: another one."""
         if name != self.name:
             raise NotFound(f"There is no model {name!r} here; this server has {self.name!r}.")
+        known_words = self.system.config.known_words
+        known = read_known_words(known_words).listed if known_words else None
         return {
             "id": self.name,
             "object": "model",
@@ -198,6 +201,7 @@ class Backend:
             "family": self.system.config.system,
             "codes_per_image": self.system.images.codes_per_image,
             "notice": self.system.config.notice,
+            "known": known,
         }
 
     def _model_notes(self, name: str | None) -> list[str]:
