@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from seed_multimodal.errors import ConfigError, DataError
-from seed_nano.world.things import BACKGROUNDS, COLOURS, STYLES, THINGS
+from seed_nano.world.things import BACKGROUNDS, COLOURS, NAMES, STYLES, THINGS
 
 SIZE = 64
 LARGEST = 1024
@@ -193,6 +193,16 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{file}: missing or damaged ({error}).") from None
     return sprites
+
+
+def write_thumbnails(folder: Path, side: int = 64) -> None:
+    """Write a small drawing of each thing that has a name, for the page's *What can I draw?*."""
+    folder.mkdir(exist_ok=True)
+    sprites = load_sprites()
+    for name in NAMES:
+        thumbnail = sprites["noto", name].convert("RGBA")
+        thumbnail.thumbnail((side, side))
+        thumbnail.save(folder / f"{name.replace(' ', '_')}.webp", quality=70, method=6)
 
 
 def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float, float]]:
