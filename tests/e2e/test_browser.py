@@ -112,10 +112,12 @@ class Page:
 
     def __init__(self, browser, address: str):
         self.browser = browser
+        self.address = address
         browser.get("about:blank")
         browser.get_log("performance")  # an earlier page's requests
         browser.get(address)
-        browser.execute_script("localStorage.clear()")  # an earlier page's conversation
+        # An earlier page's conversations.
+        browser.execute_script("localStorage.clear(); sessionStorage.clear()")
         browser.refresh()
         self.until(
             lambda: self.all("#message textarea") and self.all("#chat .example"), "the page to load"
@@ -177,7 +179,7 @@ class Page:
     def answered(self, rounds: int):
         self.until(
             lambda: (
-                len(self.all("#chat .bot.message")) >= rounds
+                len(self.all("#chat .bot-row")) >= rounds
                 and not self.waits()
                 and self.all("#message .submit-button")
             ),
@@ -267,8 +269,8 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     assert not page.images("#chat .bot")
     page.click("#chat .message-buttons-right button[aria-label=Edit]")
     page.until(lambda: page.all("#chat textarea"), "the message to be edited")
-    page.all("#chat textarea")[-1].clear()
-    page.all("#chat textarea")[-1].send_keys("What is on the left?")
+    page.all("#chat textarea")[0].clear()
+    page.all("#chat textarea")[0].send_keys("What is on the left?")
     page.click("#chat button[aria-label=Submit]")
     page.until(lambda: "What is on the left?" in page.text("#chat .user"), "the edited message")
     page.until(
@@ -279,6 +281,20 @@ def test_a_chat_with_images_in_both_directions(page: Page):
 
     page.click("#new")  # perhaps before the answer's end
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
+    # The list has it, in a second tab, too, whose chat does not replace it. A deletion asks.
+    page.browser.switch_to.new_window("tab")
+    page.browser.get(page.address)
+    page.until(lambda: page.all("#conversations .choice"), "the list")
+    page.send("What is a dog?")
+    page.answered(1)
+    page.until(lambda: len(page.all("#conversations .choice")) == 2, "both conversations")
+    page.click("#conversations .choice")
+    page.until(lambda: "What is on the left?" in page.text("#chat .user"), "the first one")
+    page.all("#conversations [aria-label^=Delete]")[-1].click()
+    page.browser.switch_to.alert.accept()
+    page.until(lambda: page.all("#chat .example"), "a new chat")
+    assert [item.text for item in page.all("#conversations .choice")] == ["What is a dog?"]
+
     page.browser.set_window_size(390, 844)
     page.browser.refresh()
     page.until(lambda: page.all("#chat .example"), "the examples")
@@ -393,6 +409,14 @@ def test_stop_cancels_the_answer_at_the_backend(page: Page, backend):
 
 
 def test_tabs_draw_edit_and_exchange_codes(page: Page):
+    # A known word is written into the message, which has the focus.
+    assert page.browser.switch_to.active_element == page.all("#message textarea")[0]
+    page.click("#known summary")
+    page.until(lambda: len(page.images("#known")) > 8, "drawings of known things")
+    page.all("#known button")[0].click()
+    page.all("#known button")[1].click()
+    assert page.all("#message textarea")[0].get_attribute("value") == "dog cat"
+
     # Every tab reaches the backend and shows its images.
     page.tab("Draw")
     page.all("#draw-text textarea")[0].send_keys("a fluent zebra in a meadow")
@@ -400,20 +424,22 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
     page.until(lambda: len(page.images("#draw-images")) == 4, "four drawings")
     page.until(lambda: "does not know 'zebra'" in page.text("#draw-notes"), "the note")
 
+    # The other tabs begin with samples, which visitors replace.
     page.tab("Edit")
+    page.click("#edit")
+    page.until(lambda: page.images("#edit-images"), "the changed image")
+    page.click("#edit-image button[title='Remove Image']")
+    page.until(lambda: not page.images("#edit-image"), "the sample to be gone")
     page.click("#edit")
     page.says("Choose an image first")
     page.choose("#edit-image", FOX)
-    page.all("#edit-text textarea")[0].send_keys("Put it at night.")
-    page.click("#edit")
-    page.until(lambda: page.images("#edit-images"), "the changed image")
 
     page.tab("Codes")
-    for name, file in (("first", FOX), ("second", SNOWMAN)):
-        page.choose(f"#codes-{name}", file)
-        page.until(
-            lambda name=name: len(page.all(f"#strip-{name} span")) == 32, "32 coloured codes"
-        )
+    page.until(lambda: len(page.all(".strip span")) == 64, "32 coloured codes of each sample")
+    page.click("#codes-second button[title='Remove Image']")
+    page.until(lambda: len(page.all(".strip span")) == 32, "the sample to be gone")
+    page.choose("#codes-second", SNOWMAN)
+    page.until(lambda: len(page.all(".strip span")) == 64, "32 coloured codes of each image")
     page.click("#swap")
     page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
     # What is below the window is scrolled to.

@@ -105,6 +105,7 @@ EVENTS = """\
 on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"url": "PATH"}], "notes": []}]}]
 on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"stored_url": "PATH"}], "notes": []}]}]
 on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"path": "PATH", "codes": [1]}], "notes": []}]}]
+on_model [0, {"id": "PATH", "model": "", "turns": []}]
 on_codes [{"path": "PATH"}]
 on_codes [{"path": "PATH", "meta": {"_type": "gradio.FileData"}}]
 on_change [{"path": "PATH"}, "at night", 0]

@@ -1,13 +1,14 @@
 """The page's chat session: a visitor's conversation and images, and the page's event handlers.
 
-The browser keeps a copy of the conversation (texts and codes of images, else small images), from
-which a reload continues.
+The browser keeps the conversations (texts and codes of images, else small images), of which a tab
+shows one and continues it after a reload.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import html
 import itertools
 import logging
@@ -19,6 +20,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 from PIL import Image
@@ -28,6 +30,7 @@ from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.answer import LEFT_OUT
+from seed_multimodal.language.known_words import LISTED
 from seed_multimodal.models.registry import Example
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
@@ -45,6 +48,9 @@ from seed_multimodal.serving.turns import (
 logger = logging.getLogger(__name__)
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
+THUMBNAILS = {
+    file.stem.replace("_", " "): file for file in sorted((IMAGES / "things").glob("*.webp"))
+}
 VISITS = "visits"  # the folder of the visitors' folders, beside their uploads
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 DRAWINGS = io.ImageLimits(max_pixels=2048**2)  # also of stored images, which browsers may forge
@@ -91,6 +97,7 @@ class ChatSession:
     Attributes:
         model: the chosen one of `models`.
         log: of conversations and votes; None: nothing is logged.
+        conversation_id: of the conversation in the browser's storage.
         turns: the conversation; while it is answered, the last turn is the answer so far.
         before: the conversation before that, if it is answered.
         uploads: images of the newest uploaded files.
@@ -100,6 +107,7 @@ class ChatSession:
     models: list[ModelClient]
     model: ModelClient
     log: ConversationLog | None = None
+    conversation_id: str = ""
     turns: list[Turn] = field(default_factory=list)
     before: list[Turn] | None = None
     uploads: dict[str, Picture] = field(default_factory=dict)
@@ -222,7 +230,7 @@ class ChatSession:
             async for event in self.model.stream("/v1/chat/completions", json=body):
                 for choice in event["choices"]:
                     await self.add_change(answer, choice["delta"])
-                yield gr.skip(), self.displayed(), gr.skip()
+                yield await asyncio.to_thread(self.stored), self.displayed(), gr.skip()
             self.before = None
         if self.before is not None:
             answer.parts = []
@@ -302,19 +310,23 @@ class ChatSession:
         }
 
     def on_stop(self) -> Updates:
-        """End an answer that failed or was stopped. Without any part of it the conversation is as
-        before, and a new message returns to its box."""
+        """End an answer that failed or was stopped."""
         draft: list[Turn] = []
         if self.before is not None:
-            answer = self.turns[-1]
-            answer.parts = answer.sent_parts
-            if answer.parts:
-                answer.notes.append("Stopped.")
-            else:
-                draft = self.draft
-                self.turns = self.before
+            self.turns, draft = self.stopped()
             self.before = None
         return self.updates(draft)
+
+    def stopped(self) -> tuple[list[Turn], list[Turn]]:
+        """What *Stop* or a reload would leave of a running answer: the conversation, and messages
+        that return to their box. Without any part of an answer the conversation is as before."""
+        *messages, answer = self.turns
+        if not answer.sent_parts:
+            return self.before or [], self.draft
+        answer = copy.copy(answer)
+        answer.parts = answer.sent_parts
+        answer.notes = [*answer.notes, "Stopped."]
+        return [*messages, answer], []
 
     def on_undo(self) -> Updates:
         """Take back the last message, which returns to its box, and its answer."""
@@ -341,9 +353,16 @@ class ChatSession:
         return self.stored(), self.displayed(), box
 
     def stored(self) -> JsonObject:
-        """The browser's copy. A message that is being answered is its last turn."""
-        turns = self.turns if self.before is None else [*self.before, *self.draft]
-        return {"model": self.model.name, "turns": stored_turns(turns)}
+        """The browser's copy. A message without any answer yet is its last turn."""
+        turns = self.turns
+        if self.before is not None:
+            conversation, draft = self.stopped()
+            turns = [*conversation, *draft]
+        return {
+            "id": self.conversation_id,
+            "model": self.model.name,
+            "turns": stored_turns(turns),
+        }
 
     def follow_ups(self) -> list[str]:
         """What follows in an example whose messages the conversation has."""
@@ -393,6 +412,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """A new conversation; the visitor's images and uploaded files are removed."""
+        self.conversation_id = uuid.uuid4().hex
         self.turns = []
         self.before = None
         self.forget_uploads()
@@ -409,14 +429,17 @@ class ChatSession:
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
     async def on_model(self, index: int, stored: JsonObject | None) -> tuple[Update, ...]:
-        """Show a model, and the conversation with it that the browser has kept. The first time, at
-        the page's load, that conversation's model.
+        """Show a conversation that the browser has kept, with its model, or a new one of a model
+        that is chosen.
+
+        index: of the model; another one than now: it is chosen, and shows its own conversation.
+        stored: the tab's conversation; None: a new one.
 
         Returns updates of the outputs in `page.build`.
         """
         # 1. The models that the backends serve now.
         self.reset()
-        is_first = not self.model.name
+        is_choice = self.models[index] is not self.model
         for model in self.models:
             with warn_about_errors():
                 await model.load_card()
@@ -425,19 +448,25 @@ class ChatSession:
         if stored:
             with warn_about_errors():
                 conversation = restored(stored)
-        if is_first and conversation.model in names:
+        if not is_choice and conversation.model in names:
             index = names.index(conversation.model)
         self.model = self.models[index]
         card = self.model.card
         draft: list[Turn] = []
         if conversation.model == self.model.name:
+            self.conversation_id = conversation.id
             self.turns = conversation.turns
             await self.draw_again()
             if self.turns[-1:] and self.turns[-1].role == "user":  # a reload ended its answer
                 draft = [self.turns.pop()]
+        elif conversation.turns and not is_choice:
+            gr.Warning(f"No backend serves {html.escape(conversation.model)}, so its chat waits.")
         _, chat, box = self.updates(draft)
 
         # 2. What differs between them.
+        panel = ""
+        with warn_about_errors():
+            panel = known_panel(self.model.known)
         titles = [(model.card.title, position) for position, model in enumerate(self.models)]
         ratios = gr.update(
             choices=list(card.ratios),
@@ -460,6 +489,7 @@ class ChatSession:
             gr.update(choices=titles, value=index),
             gr.update(value=chat, examples=chatbot_examples(self.examples)),
             box,
+            gr.update(value=panel, visible=bool(panel)),
             False,
             ratios,
             *(gr.update(visible=not card.ratios, **value) for value in values),
@@ -599,6 +629,25 @@ def chatbot_examples(examples: Sequence[Example]) -> list[JsonObject]:
             {"text": example.text, "display_text": label, "files": example_files(example)}
         )
     return displayed
+
+
+def known_panel(known: JsonObject) -> str:
+    """What a model learned to draw, as a button for each word, those of things with a drawing; ""
+    for a model without known words."""
+    if not known:
+        return ""
+    rows = []
+    for kind in LISTED:
+        buttons = []
+        for word in known.get(kind, ()):
+            name = html.escape(str(word))
+            drawing = ""
+            if kind == "things" and word in THUMBNAILS:
+                address = f"gradio_api/file={quote(str(THUMBNAILS[word]))}"
+                drawing = f'<img src="{address}" alt="" loading="lazy">'
+            buttons.append(f"<button>{drawing}{name}</button>")
+        rows.append(f'<h3>{kind}</h3><div class="words">{"".join(buttons)}</div>')
+    return f"<details><summary>What can I draw?</summary><div>{''.join(rows)}</div></details>"
 
 
 def image_with_boxes(turns: Sequence[Turn], boxes: Sequence[JsonObject]) -> Image.Image:

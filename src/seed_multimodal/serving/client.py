@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.request import getproxies
 
@@ -26,7 +26,7 @@ class ModelClient:
         address: of its `/generate`.
         card: of its model; a guess until `load_card`.
         codes_per_image: of its model; 0: images have no codes.
-        name, notice: of its model, as the backend has them.
+        name, notice, known: of its model, as the backend has them.
     """
 
     address: str
@@ -34,6 +34,7 @@ class ModelClient:
     codes_per_image: int = 0
     name: str = ""
     notice: str = ""
+    known: JsonObject = field(default_factory=dict)
 
     async def load_card(self) -> None:
         """Set the card of the model that the backend serves."""
@@ -50,6 +51,7 @@ class ModelClient:
         self.card = card or self.card
         self.codes_per_image = model.get("codes_per_image", 0)
         self.notice = model.get("notice", "")
+        self.known = model.get("known") or {}
 
     async def post(self, route: str, **content: Any) -> JsonObject:
         """The JSON of a route; arguments and errors are those of `stream`."""

@@ -28,78 +28,10 @@ from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
 from seed_multimodal.serving.origin import problem
 
+FOLDER = Path(__file__).parent  # of the page's styles and scripts
+SAMPLES = {str(file) for file in IMAGES.glob("*.png")}
 MAX_SEED = 2**31 - 1
 LOG_NOTICE = "The operator of this page keeps chats, their images and votes."
-CSS = """
-.gradio-container {padding-top: 4px !important}
-.gradio-container .main {padding: 8px max(8px, min(4vw, 32px)) !important; gap: 8px}
-:root:has(.dark) {color-scheme: dark}
-/* Gradio's greys are too pale to be read. */
-body:not(.dark) {--body-text-color-subdued: var(--neutral-500)}
-.gradio-container {
-    --input-placeholder-color: var(--body-text-color-subdued);
-    --block-info-text-color: var(--body-text-color-subdued)
-}
-#header {align-items: center; gap: 8px}
-#title {flex: 1 1 300px}
-#title h1 {margin: 4px 0; font-size: 1.25rem}
-#title p {margin: 0; font-size: .85rem; color: var(--body-text-color-subdued)}
-#model {flex: 0 1 260px}
-/* The page is as high as the window; the chat has the height that the rest leaves. Other tabs are
-   scrolled. */
-.gradio-container:has(#chat) {height: 100dvh; overflow-y: auto !important}
-.gradio-container :has(#chat) {
-    display: flex; flex: 1 1 auto; flex-direction: column; min-height: 0
-}
-#chat {flex: 1 1 240px; min-height: 240px}
-#message {flex: none; border: 1px solid var(--border-color-primary); border-radius: 12px}
-#chat .message img {width: 192px; max-width: 100%; object-fit: contain !important}
-#chat .message :fullscreen img {width: 100vw; height: 100vh; max-height: none}
-/* Gradio's bin empties the chat before the browser's copy is removed: `new` is in its place. */
-#chat .icon-button-wrapper:has([aria-label="Clear"]) {display: none}
-#chat button:is([title="Share"], [aria-label="Share"]) {display: none}
-#chat .message-buttons-left:has(+ .bot-row) button:not(
-    [aria-label="Copy message"], [aria-label="Download"]
-) {display: none}
-/* Read-backs and notes are no messages: small, without bubbles and buttons of their own. */
-#chat .message:has([aria-label*="message: read back: "], .thought-group) {
-    padding: 0 4px; border: none; background: none; box-shadow: none;
-    font-size: .85rem; color: var(--body-text-color-subdued)
-}
-#chat .message-row:has([aria-label*="message: read back: "], .thought-group)
-+ :has(+ .message-row) {display: none}
-#chat .thought-group {
-    padding: 0 8px; border: none; border-left: 3px solid var(--color-accent); border-radius: 0;
-    background: none
-}
-/* Notes have a title only. */
-#chat .thought-group:has([aria-busy="true"]) :is(.arrow, .content) {display: none}
-/* Gradio loses the end of a conversation; the browser keeps it in view once it is. */
-#chat .bubble-wrap * {overflow-anchor: none}
-#chat .bubble-wrap:has(.message)::after {
-    content: ""; display: block; height: 1px; overflow-anchor: auto
-}
-/* Gradio scrolls to the end of what is around the examples. */
-#chat .placeholder-content {height: 100%; overflow-y: auto; justify-content: safe center}
-#chat .examples {margin: 0 auto}
-#below {flex: none; align-items: center; justify-content: space-between}
-#below > * {flex: none; margin: 0 !important; min-width: 0; width: fit-content}
-#below .block {background: none}
-#below input {border: 1px solid var(--body-text-color-subdued)}
-#chat .placeholder {flex: none; height: auto; padding: 12px 12px 0; text-align: center}
-#chat .example {border: 1px solid var(--border-color-primary)}
-#chat .example-image-container {width: 96px; height: 96px}
-@media (max-width: 640px) {
-    #chat .examples {grid-template-columns: 1fr 1fr; gap: 8px}
-    .column:has(#chat .message) #title p {display: none}
-    [id$="-images"], [id$="-images"] .grid-wrap {height: 400px !important}
-}
-.strip {display: flex; flex-wrap: wrap; gap: 2px}
-.strip span {
-    flex: 1 0 34px; padding: 6px 0; border-radius: 4px; font-size: 11px; text-align: center;
-    color: #111
-}
-"""
 TO_END = "() => document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)"
 
 
@@ -115,8 +47,9 @@ class Page(gr.Blocks):
 
 
 def check_upload(file: JsonObject) -> None:
-    """Raise Gradio's error: a file of the machine, or an address."""
-    if not is_in_or_equal(file["path"], get_upload_folder()):
+    """Raise Gradio's error: a file of the machine that is no sample of the page, or an address."""
+    path = file["path"]
+    if path not in SAMPLES and not is_in_or_equal(path, get_upload_folder()):
         raise gr.Error("This file was not uploaded here.", print_exception=False)
 
 
@@ -139,30 +72,31 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
         # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
         with gr.Tabs():
             with gr.Tab("Chat"):
-                chat, settings, replies = chat_tab(session)
+                chat, known, settings, replies = chat_tab(session)
             with gr.Tab("Draw", visible=False) as draw, gr.Row():
                 draw_ratio = draw_tab(session)
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
                 edit_tab(session)
             with gr.Tab("Codes", visible=False) as codes:
-                code_sliders = codes_tab(session)
+                code_sliders = codes_tab(session, codes)
             with gr.Tab("Find", visible=False) as find, gr.Row():
                 find_tab(session)
 
         # 2. A choice of the model, which ends its answers, changes what depends on it.
-        browser, chatbot, message = chat
+        conversations, chatbot, message = chat
         if log is not None:
             chatbot.like(ChatSession.on_vote, [session], show_progress="hidden")
         gr.on(
-            [model_choice.input, page.load],
+            [model_choice.input, conversations.select],
             ChatSession.on_model,
-            [session, model_choice, browser],
+            [session, model_choice, conversations],
             [
                 session,
                 title,
                 model_choice,
                 chatbot,
                 message,
+                known,
                 *settings,
                 draw_ratio,
                 *code_sliders,
@@ -197,13 +131,22 @@ def header(models: Sequence[ModelClient]) -> tuple[gr.Markdown, gr.Dropdown]:
 
 def chat_tab(
     session: gr.State,
-) -> tuple[list[gr.Component], list[gr.Component], list[gr.events.Dependency]]:
-    """The conversation, the box of the next message, and the settings.
+) -> tuple[list[gr.Component], gr.HTML, list[gr.Component], list[gr.events.Dependency]]:
+    """The conversations, the box of the next message, and the settings.
 
-    Returns the outputs of events (as `chat_session.Updates`), the settings (in the order of the
-    arguments of `ChatSession.reply`) and the events of running answers, which others cancel.
+    Returns the outputs of events (as `chat_session.Updates`), the panel of what the model knows,
+    the settings (in the order of the arguments of `ChatSession.reply`) and the events of running
+    answers, which others cancel.
     """
     # 1. The layout.
+    with gr.Sidebar(open=False, width=260, elem_id="chats"):
+        new = gr.Button("New chat", size="sm", elem_id="new")
+        conversations = gr.HTML(
+            html_template='<p role="status"></p><ul aria-label="Chats"></ul>',
+            js_on_load=(FOLDER / "conversations.js").read_text(encoding="utf-8"),
+            apply_default_css=False,
+            elem_id="conversations",
+        )
     chatbot = gr.Chatbot(
         label="Conversation",
         show_label=False,
@@ -212,10 +155,16 @@ def chat_tab(
         height=None,
         render_markdown=False,
         editable="user",
-        group_consecutive_messages=False,  # Gradio cannot edit grouped texts and images
         placeholder="Show it images, ask about them, let it draw. Or try one of these:",
     )
+    known = gr.HTML(
+        js_on_load=(FOLDER / "known.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+        visible=False,
+        elem_id="known",
+    )
     message = gr.MultimodalTextbox(
+        autofocus=True,
         file_count="multiple",
         file_types=["image"],
         max_plain_text_length=32_000,
@@ -227,10 +176,7 @@ def chat_tab(
     )
     with gr.Row(elem_id="below"):
         force_image = gr.Checkbox(label="Answer with an image", container=False)
-        new = gr.Button("New chat", size="sm", elem_id="new")
-    # Neither is random: conversations also survive a new start of the page.
-    browser = gr.BrowserState(storage_key="seed-conversation", secret="of the visitor")
-    outputs = [browser, chatbot, message]
+    outputs = [conversations, chatbot, message]
     settings = [force_image, *generation_inputs()]
 
     hidden = {"show_progress": "hidden"}
@@ -258,7 +204,7 @@ def chat_tab(
     message.change(
         ChatSession.on_choose, [session, message], message, trigger_mode="always_last", **hidden
     )
-    return outputs, settings, replies
+    return outputs, known, settings, replies
 
 
 def generation_inputs() -> list[gr.Component]:
@@ -313,13 +259,15 @@ def draw_tab(session: gr.State) -> gr.Dropdown:
 def edit_tab(session: gr.State) -> None:
     """An image changed as a text says."""
     with gr.Column():
-        image = image_input("Image", "edit-image")
-        text = gr.Textbox(label="What to change", max_lines=4, elem_id="edit-text")
+        image = image_input("Image", "edit-image", "fox.png")
+        text = gr.Textbox(
+            "Put it at night.", label="What to change", max_lines=4, elem_id="edit-text"
+        )
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
     results("edit", "Edit", ChatSession.on_change, [session, image, text, seed])
 
 
-def codes_tab(session: gr.State) -> tuple[gr.Slider, gr.Slider]:
+def codes_tab(session: gr.State, tab: gr.Tab) -> tuple[gr.Slider, gr.Slider]:
     """The codes of two images; images of parts of them, and of codes exchanged between the two.
 
     Returns the two choices of a number of codes, whose range is the model's.
@@ -327,12 +275,15 @@ def codes_tab(session: gr.State) -> tuple[gr.Slider, gr.Slider]:
     rows = []
     # Two images with their codes.
     with gr.Row():
-        for name in ("first", "second"):
+        for name, sample in (("first", "fox.png"), ("second", "whale.png")):
             with gr.Column():
-                image = image_input(f"The {name} image", f"codes-{name}")
+                image = image_input(f"The {name} image", f"codes-{name}", sample)
                 strip = gr.HTML(elem_id=f"strip-{name}")
                 row = gr.State([])
-                image.change(ChatSession.on_codes, [session, image], [strip, row])
+                # A sample is no change; its codes are those of the model that is chosen then.
+                gr.on(
+                    [image.change, tab.select], ChatSession.on_codes, [session, image], [strip, row]
+                )
                 rows.append(row)
     # What is drawn of them.
     with gr.Row():
@@ -358,14 +309,19 @@ def codes_tab(session: gr.State) -> tuple[gr.Slider, gr.Slider]:
 def find_tab(session: gr.State) -> None:
     """A box around what a text names."""
     with gr.Column():
-        image = image_input("Image", "find-image")
-        text = gr.Textbox(label="What to find", max_lines=4, elem_id="find-text")
+        image = image_input("Image", "find-image", "fox_and_snowman.png")
+        text = gr.Textbox("the snowman", label="What to find", max_lines=4, elem_id="find-text")
     results("find", "Find", ChatSession.on_find, [session, image, text])
 
 
-def image_input(label: str, element_id: str) -> gr.Image:
-    """An image input; its file is opened by `ChatSession.store_upload`, which reports errors."""
+def image_input(label: str, element_id: str, sample: str) -> gr.Image:
+    """An image input; its file is opened by `ChatSession.store_upload`, which reports errors.
+
+    sample: name of the image that it begins with, if it is installed.
+    """
+    file = IMAGES / sample
     image = gr.Image(
+        file if file.is_file() else None,
         type="filepath",
         label=label,
         sources=["upload", "clipboard"],
@@ -464,7 +420,7 @@ def launch(
                     prevent_thread_lock=True,
                     quiet=True,
                     theme=theme,
-                    css=CSS,
+                    css_paths=FOLDER / "page.css",
                     enable_monitoring=False,
                     app_kwargs={
                         "dependencies": [fastapi.Depends(check_request)],

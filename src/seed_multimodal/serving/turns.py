@@ -30,6 +30,7 @@ MAX_CODES = 4096
 STORED_SIDE = 512
 SHORT_URL = 20_000
 STORED_CHARACTERS = 1_000_000
+ZERO_WIDTH = "\u200b"
 DROPPED = "(an image too many for the browser's storage)"
 
 # A limit makes pydantic refuse halves of surrogate pairs, too, which have no JSON.
@@ -122,7 +123,8 @@ class Turn:
         return {"role": self.role, "content": content, "reasoning_content": self.reasoning}
 
     def displayed(self) -> list[JsonObject]:
-        """As messages of Gradio's Chatbot: the reasoning, the texts and images, the notes."""
+        """As messages of Gradio's Chatbot, which shows them in one bubble: the reasoning, folded,
+        the texts and images, what is read in the images, folded, and the notes."""
         content: list[str | JsonObject] = []
         for part in self.parts:
             if isinstance(part, str):
@@ -130,16 +132,25 @@ class Turn:
                 content += [text] if text else []
             elif part.path:
                 content.append({"path": part.path, "alt_text": part.description or "image"})
-                if part.description:
-                    content.append(f"read back: {part.description}")
+        if self.role == "user" and self.pictures and self.text:
+            # Gradio edits the first part of a message, and offers it where the last one is a text.
+            content.sort(key=lambda part: not isinstance(part, str))
+            content.append(ZERO_WIDTH)
         messages: list[JsonObject] = [{"role": self.role, "content": content or ["…"]}]
         if self.reasoning:
-            folded = {"title": "Reasoning", "status": "done"}
-            messages.insert(0, {"role": self.role, "content": self.reasoning, "metadata": folded})
+            messages.insert(0, self._folded("Reasoning", self.reasoning))
+        descriptions = [picture.description for picture in self.pictures if picture.description]
+        if descriptions:
+            messages.append(self._folded("Read back", "\n".join(descriptions)))
         if self.notes:
             note = {"title": " ".join(self.notes)}
             messages.append({"role": self.role, "content": "", "metadata": note})
         return messages
+
+    def _folded(self, title: str, text: str) -> JsonObject:
+        """A message of which the page shows the title, and the text after a click."""
+        metadata = {"title": title, "status": "done"}
+        return {"role": self.role, "content": text, "metadata": metadata}
 
 
 def shown_text(text: str) -> str:
@@ -173,6 +184,7 @@ class Conversation(Fields):
 
     groups = ()
 
+    id: Annotated[str, Field(pattern="^[0-9a-z]{0,40}$")] = ""
     model: str
     turns: list[Turn]
 

@@ -102,11 +102,11 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     assert drawing.getpixel((24, 7)) == noise(0).getpixel((24, 7))
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
     turn = turns.Turn("assistant", [text, picture], ["A note."], "a dog: no")
-    folded, answer, note = turn.displayed()
-    assert folded["content"] == "a dog: no" and folded["metadata"]["status"] == "done"
+    reasoning, answer, read_back, note = turn.displayed()
+    assert reasoning["content"] == "a dog: no" and reasoning["metadata"]["status"] == "done"
     assert answer["content"][0] == "a cat" and note["metadata"] == {"title": "A note."}
-    # What a drawing shows stands below it, also after a reload.
-    assert answer["content"][2] == "read back: a cat"
+    # What a drawing shows stands below it, folded, also after a reload.
+    assert read_back["content"] == "a cat" and read_back["metadata"]["status"] == "done"
     (again,) = turns.restored({"model": "", "turns": turns.stored_turns([turn])}).turns
     assert again.pictures[0].description == "a cat"
     assert again.message()["reasoning_content"] == "a dog: no"
@@ -120,7 +120,7 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
     assert len({str(messages) for _, messages, _ in growing}) > 3
     assert box["stop_btn"] and box["value"] is None and not end["stop_btn"]
     assert [message["role"] for message in chat] == ["user", "assistant"]
-    first, second, text = chat[0]["content"]
+    text, first, second, _ = chat[0]["content"]
     assert first == second and Path(first["path"]).is_file() and text == "What is it?"
     updates = send(session, "Make it green.", settings=FORCED)[1:]
     paths = [
@@ -154,8 +154,12 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     assert len(reloaded.displayed()) == len(chat)
     pictures = [picture for turn in reloaded.turns for picture in turn.pictures]
     assert pictures and all(Path(picture.path).is_file() for picture in pictures)
-    asyncio.run(reloaded.on_model(0, {**stored, "model": "another"}))
-    assert reloaded.turns == []
+    assert reloaded.conversation_id == stored["id"]
+    # A conversation with a model that is gone stays in the list; a new one does not replace it.
+    with pytest.warns(UserWarning, match="No backend serves another"):
+        index = reloaded.models.index(reloaded.model)
+        asyncio.run(reloaded.on_model(index, {**stored, "model": "another"}))
+    assert reloaded.turns == [] and reloaded.conversation_id != stored["id"]
     # A message whose answer the reload ended returns to its box.
     session.on_submit({"text": "And?", "files": [file]})
     updates = asyncio.run(reloaded.on_model(1, session.stored()))
@@ -202,15 +206,19 @@ def test_reply_ends_where_it_is_cancelled(session, updates, clear):
         session.on_submit({"text": "Please draw a fish.", "files": []})
         reply = session.reply(*FORCED)
         for _ in range(updates):
-            await anext(reply)
+            kept.append((await anext(reply))[0])
         for again in (lambda: session.on_submit({"text": "Hi", "files": []}), session.on_retry):
             with pytest.raises(gr.Error, match="is being made"):
                 again()
         await reply.aclose()
 
+    kept: list[dict] = []
     asyncio.run(stopped())
     stored, chat, box = session.on_new() if clear else session.on_stop()
     assert stored["turns"] == turns.stored_turns(session.turns)
+    # A reload in the middle ends an answer as Stop does; a new chat is another conversation.
+    if updates == 2:
+        assert (stored == kept[-1]) == (stored["id"] == kept[-1]["id"]) == (not clear)
     assert ("value" in box) == (updates < 2)
     if not updates:  # an answer taken back before its begin
         assert len(all_of(session.reply(*FORCED))) == 1
@@ -366,9 +374,15 @@ def test_build_opens_no_connection(name, monkeypatch):
     card = session.model.card
     build([session.model])
     updates = asyncio.run(session.on_model(0, None))
-    force, _, beams, _, temperature, _, rounds, shape, _, _, *tabs = updates[5:]
+    force, _, beams, _, temperature, _, rounds, shape, _, _, *tabs = updates[6:]
     names = ("draw", "edit", "codes", "find")
     shown = [name for name, update in zip(names, tabs, strict=True) if update["visible"]]
     assert shown == [*card.tabs] and shape["visible"] == ("lavit" in name)
     assert [temperature["value"], rounds["value"]] == [card.temperature, card.max_rounds]
     assert not force and beams["visible"] == ("lavit" not in name)
+    assert not updates[5]["visible"], "what a model without known words can draw"
+
+
+def test_known_panel_escapes_what_a_backend_names():
+    panel = chat_session.known_panel({"things": ["dog", "<b>"], "styles": [5], "other": ["x"]})
+    assert panel.count("<button>") == 3 and "dog.webp" in panel and "<b>" not in panel
