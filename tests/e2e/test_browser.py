@@ -29,7 +29,7 @@ INSTALL = (
     "and chromium-driver (apt-get install chromium chromium-driver)."
 )
 DRAW = "Please draw a noto dog left of a tree in a meadow."
-FOX, SNOWMAN = (ROOT / "images" / name for name in ("fox.png", "fox_and_snowman.png"))
+SNOWMAN = ROOT / "images" / "fox_and_snowman.png"
 pytestmark = [pytest.mark.timeout(600), pytest.mark.browser, pytest.mark.process]
 
 
@@ -413,8 +413,8 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
     assert page.browser.switch_to.active_element == page.all("#message textarea")[0]
     page.click("#known summary")
     page.until(lambda: len(page.images("#known")) > 8, "drawings of known things")
-    page.all("#known button")[0].click()
-    page.all("#known button")[1].click()
+    for button in page.all("#known button")[:2]:
+        button.click()
     assert page.all("#message textarea")[0].get_attribute("value") == "dog cat"
 
     # Every tab reaches the backend and shows its images.
@@ -424,22 +424,16 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
     page.until(lambda: len(page.images("#draw-images")) == 4, "four drawings")
     page.until(lambda: "does not know 'zebra'" in page.text("#draw-notes"), "the note")
 
-    # The other tabs begin with samples, which visitors replace.
+    # The other tabs begin with samples.
     page.tab("Edit")
     page.click("#edit")
     page.until(lambda: page.images("#edit-images"), "the changed image")
     page.click("#edit-image button[title='Remove Image']")
-    page.until(lambda: not page.images("#edit-image"), "the sample to be gone")
     page.click("#edit")
     page.says("Choose an image first")
-    page.choose("#edit-image", FOX)
 
     page.tab("Codes")
     page.until(lambda: len(page.all(".strip span")) == 64, "32 coloured codes of each sample")
-    page.click("#codes-second button[title='Remove Image']")
-    page.until(lambda: len(page.all(".strip span")) == 32, "the sample to be gone")
-    page.choose("#codes-second", SNOWMAN)
-    page.until(lambda: len(page.all(".strip span")) == 64, "32 coloured codes of each image")
     page.click("#swap")
     page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
     # What is below the window is scrolled to.

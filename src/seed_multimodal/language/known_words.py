@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from functools import cached_property, lru_cache, partial
-from heapq import nlargest
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -37,14 +36,14 @@ _ARTICLE = r"(?i:\ban?(?= (?:([aeio]|u[^fn])|\w)))"
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
 MAX_CORRECTED = 20  # words of a text that may be misspelt
-MAX_NEAREST = 3  # known things in a note, the nearest by their spelling
-# What users may name, and the tables of phrases that have it.
+N_NEAREST = 3  # known things in a note, the nearest by their spelling
+# What users may name, and its tables of phrases.
 LISTED = {
-    "things": ("things",),
-    "numbers": ("numbers",),
-    "relations": ("relations", "opposites"),
-    "backgrounds": ("background",),
-    "styles": ("style",),
+    "things": ["things"],
+    "numbers": ["numbers"],
+    "relations": ["relations", "opposites"],
+    "backgrounds": ["background"],
+    "styles": ["style"],
 }
 
 
@@ -232,23 +231,17 @@ class KnownWords:
             pairs = [f"{written!r} as {read!r}" for written, read in changed.items()]
             notes.append(f"Read {', '.join(pairs)}.")
         unknown = self.unknown(text, drawing)[:MAX_NAMED]
-        if unknown:
-            named = [
-                f"{word!r} of things" if word in self.colours else f"{word[:40]!r}"
-                for word in unknown
-            ]
-            note = f"This system does not know {', '.join(named)}: it learned {self.about}"
-            things = self._nearest([word for word in unknown if word not in self.colours])
-            notes.append(f"{note}, such as {', '.join(things)}." if things else f"{note}.")
-        return notes
-
-    def _nearest(self, unknown: Sequence[str]) -> list[str]:
-        """The known things that are spelt most like unknown words, the nearest first."""
-        similarity: dict[str, float] = {}
-        for thing in (self.listed["things"] or self.names) if unknown else ():
-            ratios = [SequenceMatcher(None, word, thing).ratio() for word in unknown]
-            similarity[thing] = max(ratios)
-        return nlargest(MAX_NEAREST, similarity, key=lambda thing: similarity[thing])
+        if not unknown:
+            return notes
+        named = []
+        for word in unknown:
+            named.append(f"{word!r} of things" if word in self.colours else f"{word[:40]!r}")
+        note = f"This system does not know {', '.join(named)}: it learned {self.about}"
+        if unknown[0] not in self.colours:
+            things = self.listed["things"] or self.names
+            nearest = get_close_matches(unknown[0], things, N_NEAREST, cutoff=0)
+            note += f", such as {', '.join(nearest)}"
+        return [*notes, f"{note}."]
 
 
 def _right_article(article: re.Match[str]) -> str:

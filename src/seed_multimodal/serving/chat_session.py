@@ -177,8 +177,15 @@ class ChatSession:
         self.before = self.turns
         self.turns = [*turns, Turn("assistant")]
 
+    def resume(self, stored: JsonObject | None) -> None:
+        """Continue the browser's conversation, if the page's program was started again since: its
+        new session has none. In a thread of Gradio's, as all events that are no coroutines."""
+        if stored and not self.conversation_id:
+            asyncio.run(self.on_model(self.models.index(self.model), stored))
+
     @warn_about_errors(no_answer=True)
-    def on_submit(self, message: JsonObject) -> None:
+    def on_submit(self, message: JsonObject, stored: JsonObject | None = None) -> None:
+        self.resume(stored)
         pictures = [self.store_upload(upload) for upload in message["files"]]
         self.answer([*self.turns, user_turn((message["text"] or "").strip(), pictures)])
 
@@ -186,16 +193,18 @@ class ChatSession:
         example = self.examples[int(chosen.index)]
         self.on_submit({"text": example.text, "files": example_files(example)})
 
-    def on_option(self, chosen: gr.SelectData) -> None:
-        self.on_submit({"text": chosen.value, "files": []})
+    def on_option(self, chosen: gr.SelectData, stored: JsonObject | None = None) -> None:
+        self.on_submit({"text": chosen.value, "files": []}, stored)
 
     @warn_about_errors(no_answer=True)
-    def on_retry(self) -> None:
+    def on_retry(self, stored: JsonObject | None = None) -> None:
+        self.resume(stored)
         self.answer(self.turns[:-1])
 
     @warn_about_errors(no_answer=True)
-    def on_edit(self, edited: gr.EditData) -> None:
+    def on_edit(self, edited: gr.EditData, stored: JsonObject | None = None) -> None:
         """An earlier message with another text; its images stay, what followed it is dropped."""
+        self.resume(stored)
         index = self.turn_index(edited)
         turn = user_turn(str(edited.value).strip(), self.turns[index].pictures)
         self.answer([*self.turns[:index], turn])
@@ -309,8 +318,9 @@ class ChatSession:
             "temperature": temperature,
         }
 
-    def on_stop(self) -> Updates:
+    def on_stop(self, stored: JsonObject | None = None) -> Updates:
         """End an answer that failed or was stopped."""
+        self.resume(stored)
         draft: list[Turn] = []
         if self.before is not None:
             self.turns, draft = self.stopped()
@@ -328,8 +338,9 @@ class ChatSession:
         answer.notes = [*answer.notes, "Stopped."]
         return [*messages, answer], []
 
-    def on_undo(self) -> Updates:
+    def on_undo(self, stored: JsonObject | None = None) -> Updates:
         """Take back the last message, which returns to its box, and its answer."""
+        self.resume(stored)
         draft = self.turns[-2:-1]
         self.turns = self.turns[:-2]
         self.before = None
@@ -534,7 +545,8 @@ class ChatSession:
     async def on_draw(self, text: str, seed: float, ratio: str | None) -> tuple[Update, Update]:
         """Images of a text, from consecutive seeds."""
         first_seed = int(seed or 0)
-        captions = [f"seed {first_seed + offset}" for offset in range(DRAWN_AT_ONCE)]
+        # Notes count images from 0.
+        captions = [f"Image {index}, seed {first_seed + index}" for index in range(DRAWN_AT_ONCE)]
         with warn_about_errors():
             body = {
                 "prompt": not_empty(text),

@@ -180,14 +180,15 @@ def chat_tab(
     settings = [force_image, *generation_inputs()]
 
     hidden = {"show_progress": "hidden"}
+    conversation = [session, conversations]
 
     # 2. Each of these begins an answer.
     starts = [
-        message.submit(ChatSession.on_submit, [session, message], **hidden),
-        chatbot.retry(ChatSession.on_retry, [session], **hidden),
-        chatbot.edit(ChatSession.on_edit, [session], **hidden),
+        message.submit(ChatSession.on_submit, [session, message, conversations], **hidden),
+        chatbot.retry(ChatSession.on_retry, conversation, **hidden),
+        chatbot.edit(ChatSession.on_edit, conversation, **hidden),
         chatbot.example_select(ChatSession.on_example, [session], **hidden),
-        chatbot.option_select(ChatSession.on_option, [session], **hidden),
+        chatbot.option_select(ChatSession.on_option, conversation, **hidden),
     ]
 
     # A message returns to the conversation's end.
@@ -198,8 +199,8 @@ def chat_tab(
         start.success(ChatSession.reply, [session, *settings], outputs, **hidden)
         for start in starts
     ]
-    message.stop(ChatSession.on_stop, [session], outputs, cancels=replies, **hidden)
-    chatbot.undo(ChatSession.on_undo, [session], outputs, cancels=replies, **hidden)
+    message.stop(ChatSession.on_stop, conversation, outputs, cancels=replies, **hidden)
+    chatbot.undo(ChatSession.on_undo, conversation, outputs, cancels=replies, **hidden)
     new.click(ChatSession.on_new, [session], outputs, cancels=replies, **hidden)
     message.change(
         ChatSession.on_choose, [session, message], message, trigger_mode="always_last", **hidden

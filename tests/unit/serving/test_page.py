@@ -175,6 +175,15 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     assert "codes" in part or part == turns.DROPPED
 
 
+def test_a_new_session_continues_what_the_browser_has(session, address):
+    # The page's program was started again while a tab was open.
+    asyncio.run(session.model.load_card())
+    *_, (stored, *_) = send(session, "What is it?")
+    restarted = session_of(address, "nano")
+    restarted.on_submit({"text": "And?", "files": []}, stored)
+    assert len(restarted.turns) == 4 and restarted.conversation_id == stored["id"]
+
+
 def test_lavit_draws_in_the_chosen_ratio(tiny_lavit, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     session = session_of(Running(tiny_lavit).address, "nano-lavit")

@@ -58,12 +58,6 @@ def test_unknown_of_requests(row, known):
 def test_listed_are_phrases_of_captions(known):
     assert known.listed["things"] == [*NAMES]
     assert known.listed["relations"] == ["left of", "above", "right of", "below"]
-    assert known.listed["backgrounds"][-4:] == [
-        "in a meadow",
-        "on the sea",
-        "at night",
-        "in a room",
-    ]
 
 
 @pytest.mark.parametrize("row", TABLES["readings"], ids=str)
