@@ -63,6 +63,7 @@ TOKENS_AT_ONCE = 16  # images of one request
 TABS = ("draw", "edit", "codes", "find")
 TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
 
+Stored = JsonObject | None  # the browser's copy of a conversation
 Update = Any  # what a handler returns for a component: a value, `gr.update(…)` or `gr.skip()`
 Updates = tuple[Update, Update, Update]  # of the browser's copy, the conversation, the message box
 
@@ -177,14 +178,14 @@ class ChatSession:
         self.before = self.turns
         self.turns = [*turns, Turn("assistant")]
 
-    def resume(self, stored: JsonObject | None) -> None:
+    def resume(self, stored: Stored) -> None:
         """Continue the browser's conversation, if the page's program was started again since: its
         new session has none. In a thread of Gradio's, as all events that are no coroutines."""
         if stored and not self.conversation_id:
             asyncio.run(self.on_model(self.models.index(self.model), stored))
 
     @warn_about_errors(no_answer=True)
-    def on_submit(self, message: JsonObject, stored: JsonObject | None = None) -> None:
+    def on_submit(self, message: JsonObject, stored: Stored = None) -> None:
         self.resume(stored)
         pictures = [self.store_upload(upload) for upload in message["files"]]
         self.answer([*self.turns, user_turn((message["text"] or "").strip(), pictures)])
@@ -193,16 +194,16 @@ class ChatSession:
         example = self.examples[int(chosen.index)]
         self.on_submit({"text": example.text, "files": example_files(example)})
 
-    def on_option(self, chosen: gr.SelectData, stored: JsonObject | None = None) -> None:
+    def on_option(self, chosen: gr.SelectData, stored: Stored = None) -> None:
         self.on_submit({"text": chosen.value, "files": []}, stored)
 
     @warn_about_errors(no_answer=True)
-    def on_retry(self, stored: JsonObject | None = None) -> None:
+    def on_retry(self, stored: Stored = None) -> None:
         self.resume(stored)
         self.answer(self.turns[:-1])
 
     @warn_about_errors(no_answer=True)
-    def on_edit(self, edited: gr.EditData, stored: JsonObject | None = None) -> None:
+    def on_edit(self, edited: gr.EditData, stored: Stored = None) -> None:
         """An earlier message with another text; its images stay, what followed it is dropped."""
         self.resume(stored)
         index = self.turn_index(edited)
@@ -318,7 +319,7 @@ class ChatSession:
             "temperature": temperature,
         }
 
-    def on_stop(self, stored: JsonObject | None = None) -> Updates:
+    def on_stop(self, stored: Stored = None) -> Updates:
         """End an answer that failed or was stopped."""
         self.resume(stored)
         draft: list[Turn] = []
@@ -338,7 +339,7 @@ class ChatSession:
         answer.notes = [*answer.notes, "Stopped."]
         return [*messages, answer], []
 
-    def on_undo(self, stored: JsonObject | None = None) -> Updates:
+    def on_undo(self, stored: Stored = None) -> Updates:
         """Take back the last message, which returns to its box, and its answer."""
         self.resume(stored)
         draft = self.turns[-2:-1]
@@ -439,7 +440,7 @@ class ChatSession:
                 files.append(upload)
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
-    async def on_model(self, index: int, stored: JsonObject | None) -> tuple[Update, ...]:
+    async def on_model(self, index: int, stored: Stored) -> tuple[Update, ...]:
         """Show a conversation that the browser has kept, with its model, or a new one of a model
         that is chosen.
 

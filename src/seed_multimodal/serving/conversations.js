@@ -130,7 +130,9 @@ async function save_page(title) {
     for (const row of document.querySelectorAll('#chat .message-row')) {
         const turn = page.createElement('div')
         turn.className = row.classList.contains('user-row') ? 'user' : 'answer'
-        for (const part of row.querySelectorAll('.md, img, .thought-group .title')) {
+        for (const part of row.querySelectorAll('.md, img')) {
+            // What is folded is no part of the conversation.
+            if (part.closest('.thought-group')?.querySelector('[aria-busy="false"]')) continue
             const copy = page.createElement(part.tagName === 'IMG' ? 'img' : 'p')
             if (part.tagName === 'IMG') copy.src = await dataUrl(part.src)
             else copy.textContent = part.textContent.trim()
