@@ -87,7 +87,7 @@ def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(pa
     for index in range(3):  # each sees the message, though nobody gets an answer
         visitor = page.visitor()
         message = {"text": f"visitor {index}", "files": [handle_file(tmp_path / "mine.png")]}
-        visitor.predict(message, api_name="/on_submit")
+        visitor.predict(message, None, api_name="/on_submit")
         assert f"visitor {index}" in str(next(iter(visitor.submit(*SETTINGS, api_name="/reply"))))
     assert (
         len(list(tmp_path.glob("seed_chat_*/**/*.png"))) >= 4
@@ -105,11 +105,12 @@ EVENTS = """\
 on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"url": "PATH"}], "notes": []}]}]
 on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"stored_url": "PATH"}], "notes": []}]}]
 on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"path": "PATH", "codes": [1]}], "notes": []}]}]
-on_model [0, {"id": "PATH", "model": "", "turns": []}]
 on_codes [{"path": "PATH"}]
 on_codes [{"path": "PATH", "meta": {"_type": "gradio.FileData"}}]
 on_change [{"path": "PATH"}, "at night", 0]
-on_submit [{"text": "Hi", "files": [{"path": "PATH", "meta": {"_type": "gradio.FileData"}}]}]
+on_submit [{"text": "Hi", "files": [{"path": "PATH", "meta": {"_type": "gradio.FileData"}}]}, null]
+on_submit [{"text": "Hi", "files": []}, {"id": "PATH", "model": "", "turns": []}]
+on_undo [{"model": "", "turns": [{"role": "user", "parts": [{"url": "PATH"}], "notes": []}]}]
 """  # noqa: E501
 HOSTILE = '{"data": [{"id": "", "b64_json": "PATH", "codes": {"path": "PATH"}}]}'
 
