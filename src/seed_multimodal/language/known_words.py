@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +36,6 @@ _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
 MAX_CORRECTED = 20  # words of a text that may be misspelt
 N_NEAREST = 3  # known things in a note, the nearest by their spelling
-# What users may name, and its tables of phrases.
-LISTED = {
-    "things": ["things"],
-    "numbers": ["numbers"],
-    "relations": ["relations", "opposites"],
-    "backgrounds": ["background"],
-    "styles": ["style"],
-}
 
 
 class Reading(NamedTuple):
@@ -85,12 +76,12 @@ class KnownWords:
 
     @property
     def listed(self) -> dict[str, list[str]]:
-        """What users may name, by kind: of each value the phrase that stands first."""
-        listed: dict[str, list[str]] = {}
-        for kind, tables in LISTED.items():
-            values = [self.phrases.get(table, {}).values() for table in tables]
-            listed[kind] = [phrases[0] for phrases in chain(*values)]
-        return listed
+        """What users may name: things, and the first phrase of each value of a table."""
+        first_phrases = {
+            table: [phrases[0] for phrases in values.values()]
+            for table, values in self.phrases.items()
+        }
+        return {"things": [*self.names]} | first_phrases
 
     @cached_property
     def colours(self) -> set[str]:
@@ -238,7 +229,7 @@ class KnownWords:
             named.append(f"{word!r} of things" if word in self.colours else f"{word[:40]!r}")
         note = f"This system does not know {', '.join(named)}: it learned {self.about}"
         if unknown[0] not in self.colours:
-            things = self.listed["things"] or self.names
+            things = self.listed["things"]
             nearest = get_close_matches(unknown[0], things, N_NEAREST, cutoff=0)
             note += f", such as {', '.join(nearest)}"
         return [*notes, f"{note}."]

@@ -30,7 +30,6 @@ from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.answer import LEFT_OUT
-from seed_multimodal.language.known_words import LISTED
 from seed_multimodal.models.registry import Example
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
@@ -229,6 +228,7 @@ class ChatSession:
         yield await asyncio.to_thread(self.stored), self.displayed(), box
 
         # 2. The answer grows with each event; of one that fails nothing stays.
+        is_complete = False
         with warn_about_errors():
             if "codes" in self.model.card.tabs:
                 for picture in messages[-1].pictures:
@@ -240,19 +240,32 @@ class ChatSession:
             async for event in self.model.stream("/v1/chat/completions", json=body):
                 for choice in event["choices"]:
                     await self.add_change(answer, choice["delta"])
-                yield await asyncio.to_thread(self.stored), self.displayed(), gr.skip()
-            self.before = None
-        if self.before is not None:
+                stored = await asyncio.to_thread(self.stored)
+                if not self.shows(answer):
+                    return
+                yield stored, self.displayed(), gr.skip()
+            is_complete = True
+        if not self.shows(answer):
+            return
+        if not is_complete:
             answer.parts = []
             yield self.on_stop()
             return
+        self.before = None
 
         # 3. A full disk of the log is the operator's concern, not the visitor's.
         try:
             await self.add_to_log("common", [*messages, answer])
         except SeedError as error:
             logger.warning("%s", error)
-        yield await asyncio.to_thread(self.updates)
+        updates = await asyncio.to_thread(self.updates)
+        if self.shows(answer):
+            yield updates
+
+    def shows(self, answer: Turn) -> bool:
+        """Whether an answer was not stopped and the visitor did not choose another conversation,
+        which an update would change otherwise: Gradio cancels an event some time later."""
+        return any(turn is answer for turn in self.turns)
 
     async def add_change(self, answer: Turn, change: JsonObject) -> None:
         """Add a change of a stream to an answer: images, text, boxes and notes."""
@@ -650,16 +663,16 @@ def known_panel(known: JsonObject) -> str:
     if not known:
         return ""
     rows = []
-    for kind in LISTED:
+    for kind in sorted(known, key=lambda kind: -len(known[kind])):  # things first
         buttons = []
-        for word in known.get(kind, ()):
-            name = html.escape(str(word))
+        for word in known[kind]:
+            name = html.escape(word)
             drawing = ""
             if kind == "things" and word in THUMBNAILS:
                 address = f"gradio_api/file={quote(str(THUMBNAILS[word]))}"
                 drawing = f'<img src="{address}" alt="" loading="lazy">'
             buttons.append(f"<button>{drawing}{name}</button>")
-        rows.append(f'<h3>{kind}</h3><div class="words">{"".join(buttons)}</div>')
+        rows.append(f'<h3>{html.escape(kind)}</h3><div class="words">{"".join(buttons)}</div>')
     return f"<details><summary>What can I draw?</summary><div>{''.join(rows)}</div></details>"
 
 

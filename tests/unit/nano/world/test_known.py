@@ -57,7 +57,7 @@ def test_unknown_of_requests(row, known):
 
 def test_listed_are_phrases_of_captions(known):
     assert known.listed["things"] == [*NAMES]
-    assert known.listed["relations"] == ["left of", "above", "right of", "below"]
+    assert known.listed["opposites"] == ["right of", "below"]
 
 
 @pytest.mark.parametrize("row", TABLES["readings"], ids=str)
