@@ -189,6 +189,10 @@ def _error_sentence(hint: TypeHint, error: ErrorDetails, label: str) -> str:
     *path, last = error["loc"] or ("",)  # keys from the outermost mapping to the value
     if error["type"] == _UNKNOWN_KEY:
         parent = ": ".join([label, *map(str, path)])
+        for name, inner in _inner_types(hint):
+            if last == name or last in _field_names(inner):
+                owner = label if last == name else name
+                return f"{parent}: {last!r} is no key here, but one of {owner}."
         near = nearest(str(last), sorted(_field_names(hint)))
         return f"{parent}: unknown key {last!r}{near}."
     full_label = ": ".join([label, *map(str, error["loc"])])
@@ -198,18 +202,20 @@ def _error_sentence(hint: TypeHint, error: ErrorDetails, label: str) -> str:
     return f"{full_label}: {reason[:1].lower()}{reason[1:]}, not {error['input']!r}."
 
 
+def _inner_types(hint: TypeHint) -> list[tuple[str, TypeHint]]:
+    """The fields of a dataclass, or of those in a type: the items of a list, the members of a
+    union."""
+    if not dataclasses.is_dataclass(hint):
+        return [field for inner in get_args(hint) for field in _inner_types(inner)]
+    hints = get_type_hints(hint)
+    return [(field.name, hints[field.name]) for field in dataclasses.fields(hint) if field.init]
+
+
 def _field_names(hint: TypeHint) -> set[str]:
     """Names of the fields of all dataclasses in a type, at any depth."""
     names: set[str] = set()
-    # The items of a list, the members of a union.
-    if not dataclasses.is_dataclass(hint):
-        for inner in get_args(hint):
-            names |= _field_names(inner)
-        return names
-    hints = get_type_hints(hint)
-    for field in dataclasses.fields(hint):
-        if field.init:
-            names |= {field.name, *_field_names(hints[field.name])}
+    for name, inner in _inner_types(hint):
+        names |= {name, *_field_names(inner)}
     return names
 
 

@@ -195,6 +195,8 @@ def hydra_arguments(command: CommandLine, file: Path) -> tuple[list[str], list[s
             overrides.append(f"{key}={','.join(names)}")
         elif group in keys:
             overrides.append(f"~{key}")
+        elif not (folder / FOLDERS.get(group, group)).is_dir():
+            overrides.append(f"++{group}=null")  # is refused as a key that the training lacks
     return options, overrides, file
 
 

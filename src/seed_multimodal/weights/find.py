@@ -131,7 +131,7 @@ def find_folder(name: str | Path, files: Sequence[str], advice: str) -> Path:
     reason = f"no such {'file' if is_file else 'folder'}"
     if is_hub_name(name) and not is_file:
         _, why = _snapshot(str(name), files)
-        reason = f"neither a local folder nor reachable on the hub ({why})"
+        reason = f"no folder in {Path.cwd()}, nor reachable on the hub ({why})"
     raise CheckpointError(f"{name}: {reason}; {advice}.")
 
 
