@@ -63,7 +63,7 @@ class PairBuilder(BaseDatasetBuilder):
                 source = open_pairs(spec, captioned=model_class.reads_captions)
             except DataError as error:
                 raise DataError(f"datasets.{self.name}.build_info: {error}") from error
-            log(f"{self.name}: {len(source):,} images in split {split!r}.")
+            log(f"{spec.get('files') or self.name}: {len(source):,} images in split {split!r}.")
 
             for ending, splits, processors in uses:
                 if split in splits:

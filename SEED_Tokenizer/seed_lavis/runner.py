@@ -368,17 +368,14 @@ class RunnerSeed(RunnerBase):
                 first_step = self.steps_per_epoch * self.start_epoch
             record = train_stage(task, self.output_dir, self.group, first_step)
 
-        log(f"Next: {shlex.join(self.next_command(record['checkpoint']))}")
+        # A recipe of `seed init` runs its next steps itself.
+        if not Path(self.config.args.cfg_path).with_name("run.sh").is_file():
+            log(f"Next: {shlex.join(self.next_command(record['checkpoint']))}")
         return record
 
     def next_command(self, checkpoint: str) -> list[str]:
         """Stage 2 after stage 1, the export after the others; from any folder."""
-        # A recipe of `seed init` runs all its steps.
         config_file = Path(self.config.args.cfg_path)
-        recipe = config_file.with_name("run.sh")
-        if recipe.is_file():
-            return ["bash", str(recipe)]
-
         model = self.model
         if model.stage == "stage1":
             stage2 = config_file.with_name("pretrain_codebook.yaml")

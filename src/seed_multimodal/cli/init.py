@@ -1,23 +1,27 @@
 """`seed init`: a small model to train on your own data, or the recipe of a SEED on other parts.
 
-`--llm` or `--encoder`: `cli.recipe`. `--like KIND`: initial weights and settings of a small model.
-Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained
-parts are random. A family's `starts` (YAML) has an entry for each kind of training:
+`--llm` or `--encoder`: `cli.recipe`. `--like nano`: the shipped weights, tuned on your data.
+`--like KIND`: initial weights and settings of a small model; frozen parts (vision encoder, VAE,
+tokenizers) are copied from the shipped small system, trained ones are random. A family's `starts`
+(YAML) has an entry for each kind of training, where {out} is the folder:
 
-    system: the shipped small system
+    system: the shipped small system ({shipped})
+    reads: whether it takes --data ({data}) and --chats ({chats})
     copied: its parts that are copied, and their names in the folder
     made: part → function (the shipped system's part, the folder's), "module:function"
-    groups: the groups of the training's configuration, a file each ({out}: the folder)
-    before: what is run first, in the folder MultiModalLLM
-    program, options: of the training; "-m seed_multimodal.training.cli NAME" for one without file
+    groups: the groups of the training's configuration, a file each
+    command: of the training, in the folder MultiModalLLM
+    takes: what is said of it
 """
 
 from __future__ import annotations
 
 import os
 import pkgutil
+import shlex
 import shutil
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import yaml
@@ -28,10 +32,21 @@ from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import families
+from seed_multimodal.pretokenize.inputs import InputSettings, find_inputs
 from seed_multimodal.weights.find import locate_system
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands
+
+SCRIPT = """#!/usr/bin/env bash
+# A stopped training resumes by the same command.
+set -e
+cd {application}
+ROOT=..
+. ../scripts/environment.sh
+PATH="$(dirname "$PYTHON"):$PATH"
+{command}
+"""
 
 
 def templates() -> dict[str, JsonObject]:
@@ -63,11 +78,15 @@ def init(args: Namespace) -> int:
     """A small model to train on your own data, or the recipe of a SEED on other parts."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of a missing GPU
     if args.like is not None:
-        if args.llm or args.encoder or args.data or args.chats or args.size == "full":
+        reads_data = templates()[args.like].get("reads", False)
+        if args.llm or args.encoder or args.size == "full":
+            raise ConfigError("--like has parts of its own: no --llm, --encoder or --size full.")
+        if (args.data or args.chats) and not reads_data:
             raise ConfigError(
-                "--like has parts and data of its own: no --llm, --encoder, --data, --chats or "
-                "--size full."
+                f"--like {args.like} names its data in data.yaml: no --data, --chats."
             )
+        if reads_data and not args.data:
+            raise ConfigError(f"--like {args.like} needs --data: a folder of images with captions.")
         return init_like(args)
     from seed_multimodal.cli.recipe import describe, write_recipe
 
@@ -87,27 +106,40 @@ def init_like(args: Namespace) -> int:
             f"{template['system']}: not found; run from the repository, which has it in "
             "pretrained/."
         )
-    out = output_folder(args.out, force=False, label="the model")
+    values = {"shipped": str(shipped.resolve())}
+    for name in ("data", "chats"):
+        files = getattr(args, name) or ""
+        if files:
+            find_inputs(InputSettings(files=files))  # a wrong name is refused now
+        values[name] = os.path.abspath(files) if os.path.exists(files) else files
+    out = output_folder(args.out, force=False, label="the model").resolve()
+    values["out"] = str(out)
+    command = template["command"]
     with atomic_folder(out, args.out, ConfigError) as folder:
         # 1. Frozen parts, and trained ones that begin at random.
-        for source, target in template["copied"].items():
+        for source, target in template.get("copied", {}).items():
             shutil.copytree(shipped / source, folder / target)
         for name, function in template.get("made", {}).items():
             pkgutil.resolve_name(function)(shipped / name, folder / name)
-        # 2. The groups of the training's configuration.
+        # 2. The groups of the training's configuration, and the command.
         for name, group in template["groups"].items():
-            text = yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out))
-            (folder / f"{name}.yaml").write_text(text)
+            text = yaml.safe_dump(group, sort_keys=False)
+            (folder / f"{name}.yaml").write_text(with_values(text, values))
+        command = with_values(command, {name: shlex.quote(path) for name, path in values.items()})
+        application = shlex.quote(str(shipped.resolve().parents[1] / "MultiModalLLM"))
+        (folder / "run.sh").write_text(SCRIPT.format(application=application, command=command))
 
-    # 3. The command that trains it, run in MultiModalLLM.
-    environment = template.get("before", "").replace("{out}", str(out))
-    files = " ".join(f"{name}={out}/{name}.yaml" for name in template["groups"])
-    options = f"{template['options']} output_dir={out}/run"
-    command = f"{environment} python {template['program']} {files} {options}".strip()
-    emit(
-        args,
-        {"folder": str(out), "command": command},
-        f"{out}: name your data in {out}/data.yaml, then train, in the folder MultiModalLLM:\n"
-        f"{command}",
-    )
+    # 3. What is next.
+    takes = f"Name your data in {out}/data.yaml before it starts."
+    if "takes" in template:
+        takes = with_values(template["takes"], values)
+    text = f"{command}\n{takes}\nNext: bash {out}/run.sh"
+    emit(args, {"folder": str(out), "command": command}, text)
     return DONE
+
+
+def with_values(text: str, values: Mapping[str, str]) -> str:
+    """The text with values in place of their names in braces."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text

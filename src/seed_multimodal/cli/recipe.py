@@ -33,6 +33,7 @@ RECIPE = Path(seed.__file__).with_name("recipe.yaml")
 SCRIPT = RECIPE.with_suffix(".sh")
 PART_FILES = (*WEIGHT_PATTERNS, "*.jinja")  # of a hub id
 PART_ADVICE = "give the folder or hub id of a model of transformers, or --size tiny"
+CODEBOOK, TINY_CODEBOOK = 8192, 256
 MAX_LENGTH = 2048  # tokens of a packed row, as the published training
 
 
@@ -67,7 +68,7 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
             "out": str(out),
             "repository": str(repository.resolve().parents[1]),
             "codes": args.codes,
-            "codebook": args.codebook,
+            "codebook": args.codebook or (TINY_CODEBOOK if args.size == "tiny" else CODEBOOK),
             "decoder": args.decoder,
             "adapter": args.adapter,
         }
@@ -82,7 +83,7 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
             llm = find_part(args.llm)
             encoder = find_part(args.encoder)
             values |= {"llm": str(llm), "encoder": str(encoder)}
-        tokenizer, sizes = read_parts(llm, encoder, args.codes, args.codebook)
+        tokenizer, sizes = read_parts(llm, encoder, args.codes, values["codebook"])
         tokenizer.save_pretrained(folder / "llm_tokenizer")
         values |= sizes
 
@@ -211,9 +212,10 @@ def script_lines(steps: list[Step]) -> str:
 
 
 def describe(out: Path, steps: list[Step]) -> str:
-    """The commands in their order."""
-    lines = [f"{out}: README.md says what to put where. `bash run.sh` runs these steps there:"]
-    for step in steps:
-        when = "" if step.result else " (only if it is named)"
-        lines.append(f"bash run.sh {step.name}{when}  # {step.command}")
-    return "\n".join(lines)
+    """What comes next, and the names of the steps in their order."""
+    names = ", ".join(step.name for step in steps if step.result)
+    others = ", ".join(step.name for step in steps if not step.result)
+    return (
+        f"{out}: README.md says what to put where; the steps are {names}, and if they are named "
+        f"{others}.\nNext: bash {out}/run.sh"
+    )

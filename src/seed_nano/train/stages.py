@@ -7,6 +7,7 @@ from collections.abc import Callable
 from seed_nano.train import assemble as parts
 from seed_nano.train.diffusion import LavitLayoutTask, UnetOfCodesTask, UnetTask, XLayoutTask
 from seed_nano.train.lavit import NarrowTask, ReaderTask, TokenizerTask
+from seed_nano.train.own import OwnImagesTask, OwnWorkspace, install_own_llm, write_data
 from seed_nano.train.pipeline import Application, Stage
 from seed_nano.train.tokenizer import join_stages, records
 from seed_nano.train.vae import VaeTask
@@ -28,6 +29,11 @@ def hydra(name: str, program: str, settings: str, needs: str, *reads: str) -> St
     return Stage(name, Application(arguments, f"train_{settings}"), (needs,), reads)
 
 
+def tool(line: str) -> Application:
+    """A program of the Hydra application."""
+    return Application(tuple(f"{{root}}/MultiModalLLM/src/tools/{line}".split()))
+
+
 def ends(assemble: Callable[..., object], *needs: str) -> tuple[Stage, ...]:
     """The last stages of every pipeline."""
     flags = "--model {out} --judge {judge} --out {out}/report --limit {report_scenes}"
@@ -37,6 +43,16 @@ def ends(assemble: Callable[..., object], *needs: str) -> tuple[Stage, ...]:
         Stage("report", report, ("assemble",), ("report_scenes", "judge")),
     )
 
+
+CODES = (
+    "extract_image_ids_to_torchdata_parallel_chat.py --tokenizer {words} --views {views} "
+    "--image_transform {root}/MultiModalLLM/configs/processer/nano_transform.yaml --num_workers 0 "
+    "--data {work}/data/chats.jsonl --save_dir {work}/codes"
+)
+OWN_REPORT = (
+    "report_system.py --model {out} --held_out {work}/data/held_out.json "
+    "--learned {work}/data/learned.json --save_dir {out}/report"
+)
 
 PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
     "nano": (
@@ -83,6 +99,17 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
             hydra("pixels", "train_lavit_detokenizer", "pixels", "layout", "unet", "records"),
             Stage("llm", parts.install_lavit_llm, ("language",)),
             *ends(parts.assemble_lavit, "narrow", "pixels", "llm"),
+        ),
+    ),
+    "own": (
+        OwnWorkspace,
+        (
+            Stage("data", write_data, (), ("data", "chats", "held_out")),
+            Stage("images", OwnImagesTask, ("data",)),
+            Stage("codes", tool(CODES), ("images",), ("views",)),
+            hydra("sft", "train", "sft", "codes"),
+            Stage("llm", install_own_llm, ("sft",)),
+            Stage("report", tool(OWN_REPORT), ("llm",)),
         ),
     ),
 }

@@ -15,7 +15,8 @@ from seed_nano.world.splits import scene_at
 @pytest.mark.parametrize("file", sorted(PRESETS.glob("*/*.yaml")), ids=str)
 def test_load_settings_reads_every_preset(file):
     # A preset with an unknown key would end a run after hours.
-    key = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}[file.parent.name]
+    keys = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}
+    key = keys.get(file.parent.name, "train_images")
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
     assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
 

@@ -1,0 +1,284 @@
+"""A system of one's own images and conversations, tuned from a shipped nano (`seed init --like
+nano`).
+
+nano's codes name its own things: a robot becomes the dress or the tree that it resembles. So stage
+`images` tunes all of the way from an image to a picture at once: vision encoder, Q-Former,
+codebook, decode head and layout decoder learn to draw the images, and to say the words of their
+captions. The U-Net and the autoencoder stay. Stage `sft` tunes the language model on the new codes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.data.formats.bad_records import RECORD_FAULTS
+from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.images import record_image
+from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
+from seed_multimodal.diffusion.networks import encode_moments
+from seed_multimodal.disk import JsonObject, replace_json, replace_text
+from seed_multimodal.errors import DataError
+from seed_multimodal.images.io import open_image
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.models.seed.spec import SeedLlamaConfig
+from seed_multimodal.pipelines.assemble import write_hub_files
+from seed_multimodal.pipelines.config import SYSTEM, SystemConfig
+from seed_nano.train.assemble import copy_llm, system_settings, trained_folder
+from seed_nano.train.task import Loss, NanoTask, to_signed
+from seed_nano.train.workspace import Workspace, resolve_path
+
+LARGEST = 256  # pixels a side of the copied images
+# Of a view: its scale, and how far it is shifted, in shares of the image.
+SCALES, SHIFT = (0.88, 1.1), 0.06
+WORDS_WEIGHT = 2.0  # of the words in a caption, against the picture
+FEW, RARE = 20, 3  # images, and captions with a word, below which a warning is printed
+DESCRIBING = ("What is in this picture?", "What do you see?", "Describe the picture.")
+DRAWING = ("Draw {}.", "Please draw {}.", "{}")
+
+
+class OwnWorkspace(Workspace):
+    """A run that tunes a nano."""
+
+    system = "own"
+
+    @property
+    def start(self) -> Path:
+        """The system that is tuned."""
+        return resolve_path(self.config.start)
+
+    @property
+    def name(self) -> str:
+        """Of the data, in logs."""
+        return Path(self.config.data).stem
+
+    @cached_property
+    def folders(self) -> dict[str, str]:
+        paths = {"work": self.work, "out": self.out, "words": self.tokenizer_folder}
+        paths |= {"shipped": self.start, "decoder": self.decoder_folder}
+        return {"name": self.name, **{key: str(path.absolute()) for key, path in paths.items()}}
+
+    def images(self, part: str) -> list[JsonObject]:
+        """`image` and `caption` of the learned or held-out images ("learned", "held_out")."""
+        rows: list[JsonObject] = json.loads((self.work / "data" / f"{part}.json").read_text())
+        return rows
+
+
+# ---- stage `data`
+
+
+def write_data(space: OwnWorkspace) -> JsonObject:
+    """Stage `data`: copies of the images, divided into learned and held-out ones, conversations,
+    and what the system begins with; says what may be too little."""
+    folder = space.work / "data"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "images").mkdir(parents=True)
+
+    # 1. The images.
+    pairs = Pairs(space.config.data)
+    parts: dict[str, list[JsonObject]] = {"learned": [], "held_out": []}
+    sources: dict[str, str] = {}  # the copy of each held-out or learned file
+    order = random.Random(0).sample(range(len(pairs)), len(pairs))
+    for position, index in enumerate(order):
+        try:
+            pair = pairs.read(index)
+            content = pair.image() if callable(pair.image) else pair.image
+            image = open_image(content).image
+        except RECORD_FAULTS as error:
+            print(f"[data] left out: {pairs.broken(index, error).location}", flush=True)
+            continue
+        image.thumbnail((LARGEST, LARGEST))
+        file = folder / "images" / f"{index:06d}.png"
+        image.save(file)
+        sources[str(content)] = str(file)
+        part = "held_out" if position % space.config.held_out == 0 else "learned"
+        parts[part].append({"image": str(file), "caption": pair.captions})
+    for name, rows in parts.items():
+        replace_text(folder / f"{name}.json", json.dumps(rows, indent=1))
+    for line in warnings(parts["learned"]):
+        print(f"[data] {line}", flush=True)
+
+    # 2. The conversations without held-out images, and requests made of captions.
+    held_out = {row["image"] for row in parts["held_out"]}
+    chats = own_chats(space.config.chats, sources, held_out)
+    made = caption_chats(parts["learned"], SystemConfig.read(space.start).tasks)
+    lines = [json.dumps(row) + "\n" for row in chats + made]
+    replace_text(folder / "chats.jsonl", "".join(lines))
+
+    # 3. What the system begins with.
+    for name in (space.tokenizer_name, "seed_llama"):
+        shutil.copytree(space.start / name, space.out / name, dirs_exist_ok=True)
+    replace_json(space.out / SYSTEM, system_settings(space))
+    write_hub_files(SeedLlamaConfig, space.out)
+    counts = {name: len(rows) for name, rows in parts.items()}
+    print(f"[data] {counts}, {len(chats)} conversations", flush=True)
+    return {**counts, "chats": len(chats)}
+
+
+def warnings(rows: Sequence[JsonObject]) -> list[str]:
+    """What is too little to be learned."""
+    lines = []
+    if len(rows) < FEW:
+        lines.append(f"only {len(rows)} images are learned; from about 50 on the system is useful.")
+    if not any(row["caption"] for row in rows):
+        raise DataError("The images have no captions, so the system could not describe them.")
+    counts = Counter(word for row in rows for word in caption_words(row))
+    rare = sorted(word for word, count in counts.items() if count < RARE)
+    if rare:
+        named = ", ".join(rare[:8])
+        lines.append(f"{len(rare)} words are in fewer than {RARE} captions ({named} …).")
+    return lines
+
+
+def caption_words(row: JsonObject) -> set[str]:
+    """The words of an image's captions."""
+    return {word.strip(".,;:!?").lower() for text in row["caption"] for word in text.split()}
+
+
+def own_chats(files: str, sources: Mapping[str, str], held_out: set[str]) -> list[JsonObject]:
+    """The user's conversations about other than held-out images, which have the copies' paths."""
+    if not files:
+        return []
+    records = open_records(files)
+    chats = []
+    for index in range(len(records)):
+        record = records.locate(index).parsed()
+        messages = with_messages(record.fields, record.location)["messages"]
+        images = [part for message in messages for part in message["content"] if "image" in part]
+        for part in images:
+            part["image"] = copied(part["image"], record, sources)
+        if not any(part["image"] in held_out for part in images):
+            chats.append({"messages": messages})
+    return chats
+
+
+def copied(value: object, record: Record, sources: Mapping[str, str]) -> str:
+    """The path of the copy of an image of a conversation, or its own."""
+    path = str(record_image(value, record, None))
+    return sources.get(path, path)
+
+
+def caption_chats(rows: Sequence[JsonObject], tasks: Any) -> list[JsonObject]:
+    """Requests to describe each image, and to draw it."""
+    chats = []
+    for row in rows:
+        image = {"image": row["image"]}
+        for caption in row["caption"]:
+            caption = caption.strip().rstrip(".")
+            answer = f"{caption[:1].upper()}{caption[1:]}."
+            for request in (tasks.describe, *DESCRIBING):
+                chats.append(turns([image, request], [answer]))
+            requests = [tasks.draw_request(caption), *(text.format(caption) for text in DRAWING)]
+            for request in requests:
+                chats.append(turns([request], [image]))
+    return chats
+
+
+def turns(request: list[object], answer: list[object]) -> JsonObject:
+    """A conversation of one request."""
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+# ---- stage `images`
+
+
+class OwnImagesTask(NanoTask):
+    """Goes to `{tokenizer}` and `{decoder}/layout`."""
+
+    def __init__(self, space: OwnWorkspace) -> None:
+        torch.manual_seed(space.config.seed)
+        shipped = space.start / space.tokenizer_name
+        self.vae = Detokenizer.load_part(space.start / space.decoder_name, "vae").to(space.device)
+        tokenizer = Seed2Tokenizer.from_pretrained(shipped)
+        layout = LayoutDecoder.from_pretrained(space.start / space.decoder_name / LAYOUT)
+
+        # 1. The images, and the words of their captions.
+        rows = space.images("learned")
+        self.pictures = [Image.open(row["image"]).convert("RGB") for row in rows]
+        words = sorted({word for row in rows for word in caption_words(row)})
+        self.words = torch.zeros(len(rows), len(words))
+        for index, row in enumerate(rows):
+            for word in caption_words(row):
+                self.words[index, words.index(word)] = 1
+
+        # 2. The networks.
+        reader = nn.Linear(tokenizer.config.image_features_dim, len(words))
+        parts = {"tokenizer": tokenizer, "layout": layout, "reader": reader}
+        networks = nn.ModuleDict(parts).requires_grad_(True).train()
+        super().__init__(space, "images", networks)
+
+    def batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Views uint8 `[B, 3, S, S]`, and which words their captions have `[B, W]`."""
+        rows = self.indices(micro_step, len(self.pictures))
+        size = self.space.config.image_size
+        views = []
+        for position, row in enumerate(rows):
+            rng = random.Random(f"{self.space.config.seed} {micro_step} {position}")
+            views.append(np.asarray(view_of(self.pictures[row], size, rng)))
+        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        return pixels.to(self.space.device), self.words[rows].to(self.space.device)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:
+        pixels, words = batch
+        tokenizer: Any = self.module["tokenizer"]
+        # 1. Codes, with the gradient of what is decoded from them.
+        tokenizer.quantize.update()
+        rows, commitment, _ = tokenizer.quantize(tokenizer.pre_quant(normalise(pixels)))
+        decoded = tokenizer.decoder_tokens(tokenizer.decode_task_layer(rows))
+        embedding = tokenizer.project(decoded)
+        # 2. The image's latents, and its words, from the embedding.
+        with torch.no_grad():
+            wanted = encode_moments(self.vae, to_signed(pixels)).chunk(2, dim=1)[0]
+        picture = F.mse_loss(self.module["layout"](embedding)[0].float(), wanted.float())
+        said = self.module["reader"](embedding).float()
+        naming = F.binary_cross_entropy_with_logits(said, words)
+        right = ((said > 0) == (words > 0)).all(1).float().mean()
+        metrics = {"picture": picture.detach(), "words": right}
+        return picture + WORDS_WEIGHT * naming + commitment, metrics
+
+    def save_result(self) -> None:
+        self.module.cpu().half()
+        parts: Any = self.module
+        parts["tokenizer"].save_pretrained(self.space.tokenizer_folder)
+        parts["layout"].save_pretrained(self.space.decoder_folder / LAYOUT)
+
+
+def view_of(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
+    """A slightly scaled and shifted view; what is outside of the image has its corner's colour."""
+    scale = 1 / rng.uniform(*SCALES)
+    middle, shifted = [image.width / 2, image.height / 2], []
+    for half in middle:
+        shifted.append(half - scale * half + rng.uniform(-SHIFT, SHIFT) * 2 * half)
+    matrix = (scale, 0, shifted[0], 0, scale, shifted[1])
+    corner = image.getpixel((0, 0))
+    bilinear = Image.Resampling.BILINEAR
+    view = image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=bilinear, fillcolor=corner
+    )
+    return view.resize((size, size), Image.Resampling.BICUBIC)
+
+
+# ---- stage `llm`
+
+
+def install_own_llm(space: OwnWorkspace) -> None:
+    """The tuned language model into the system."""
+    copy_llm(trained_folder(space, "sft"), space.out / "seed_llama")

@@ -1,0 +1,90 @@
+"""A system of one's own images: what is learned, held out and left out; the whole pipeline."""
+
+import json
+import random
+import re
+
+import pytest
+from llm_runs import environment
+from PIL import Image
+from real_processes import run_checked
+from systems import load
+
+from seed_multimodal.cli.main import main
+from seed_multimodal.errors import DataError
+from seed_nano.train.own import OwnWorkspace, view_of, write_data
+from seed_nano.train.workspace import load_settings
+
+SHORT = "train_images.steps=2 train_images.warmup=1 train_sft.steps=2 train_sft.warmup=1 device=cpu"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve images of two colours with captions, a broken one, and a conversation about each."""
+    folder = tmp_path / "toys"
+    folder.mkdir()
+    chats = []
+    for number in range(12):
+        colour = ("red", "blue")[number % 2]
+        Image.new("RGB", (80, 60), colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {colour} page")
+        turns = [{"from": "human", "value": "<image>\nWhich colour?"}]
+        turns.append({"from": "gpt", "value": colour})
+        chats.append({"image": f"toys/{number}.png", "conversations": turns})
+    (folder / "broken.png").write_text("no image")
+    (folder / "broken.txt").write_text("a broken page")
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    return folder
+
+
+def space_of(data, tmp_path, *overrides):
+    (tmp_path / "own.yaml").write_text(f"data: {data}\nchats: {tmp_path / 'chats.json'}\n")
+    settings = load_settings("own", tmp_path / "own.yaml", [*SHORT.split(), *overrides])
+    return OwnWorkspace(settings, tmp_path / "run", tmp_path / "system")
+
+
+def test_held_out_images_are_in_no_conversation(data, tmp_path, capsys):
+    space = space_of(data, tmp_path)
+    counts = write_data(space)
+    learned, held_out = (space.images(part) for part in ("learned", "held_out"))
+    assert {row["image"] for row in learned}.isdisjoint(row["image"] for row in held_out)
+    assert len(learned) + len(held_out) == 12 and 2 <= len(held_out) <= 3
+    assert counts["chats"] == len(learned)
+    text = (tmp_path / "run/data/chats.jsonl").read_text()
+    assert all(row["image"] in text for row in learned)
+    assert not any(row["image"] in text for row in held_out)
+    # Too little is said before anything is trained.
+    printed = capsys.readouterr().out
+    assert "broken.png" in printed and f"only {len(learned)} images" in printed
+
+
+def test_images_without_captions_are_refused(data, tmp_path):
+    for file in data.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(DataError, match="caption"):
+        write_data(space_of(data, tmp_path))
+
+
+def test_a_view_shows_all_of_the_image_nearly_in_its_place():
+    image = Image.new("RGB", (200, 100), "white")
+    image.paste("red", (80, 40, 120, 60))
+    for seed in range(20):
+        view = view_of(image, 64, random.Random(seed))
+        left, top, right, bottom = view.getchannel("G").point(lambda value: 255 - value).getbbox()
+        assert abs((left + right) / 2 - 32) < 4 and abs((top + bottom) / 2 - 32) < 4
+        assert 9 <= right - left <= 18 and view.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_init_like_nano_trains_a_system_with_a_report(data, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    flags = ["--data", str(data), "--chats", str(tmp_path / "chats.json")]
+    assert main(["init", str(folder), "--like", "nano", *flags]) == 0
+    script = folder / "run.sh"
+    assert capsys.readouterr().out.rstrip().endswith(f"Next: bash {script}")
+    script.write_text(f"{script.read_text().rstrip()} {SHORT}\n")
+    done = run_checked(["bash", str(script)], timeout=300, env=environment())
+    assert re.search("Not useful yet: describes 0 of [23] held-out images", done.stdout)
+    assert (folder / "system/report/sheet.webp").is_file()
+    assert load(folder / "system").describe(data / "1.png")
