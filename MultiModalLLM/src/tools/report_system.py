@@ -86,7 +86,7 @@ def write_report(args: argparse.Namespace) -> int:
         Row("rebuilt, described", [*map(Cell, rebuilt[:SHOWN], described)]),
         Row("drawn", [*map(Cell, drawn[:SHOWN], prompts)]),
     ]
-    name = system.config.name
+    name = "/".join(Path(system.config.name).parts[-2:])
     sheet = contact_sheet(rows, f"{name}: {kind} images")
     sheet.save(args.save_dir / "sheet.webp", quality=90)
     verdict = verdict_of(scores, codes_used, kind)
