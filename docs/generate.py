@@ -168,7 +168,7 @@ def _system_json() -> str:
     """Keys of `system.json`: of all systems, then parts and settings of each family."""
     from seed_multimodal.language.prompts import TaskPrompts
     from seed_multimodal.models.registry import families
-    from seed_multimodal.pipelines.config import KnownImages, SystemConfig
+    from seed_multimodal.pipelines.config import SystemConfig
 
     head = ["| key | default | meaning |", "| --- | --- | --- |"]
     opening = (
@@ -193,8 +193,7 @@ def _system_json() -> str:
         ]
         rows += _setting_rows(spec.config, keys)
         parts.append("\n".join([f'## "system": "{spec.name}"', "", *head, *rows]))
-    tables = [_table("known_images", KnownImages), _table("tasks", TaskPrompts)]
-    return "\n\n".join([*parts, *tables])
+    return "\n\n".join([*parts, _table("tasks", TaskPrompts)])
 
 
 def _setting_rows(kind: Any, keys: Sequence[str]) -> list[str]:

@@ -1,154 +1,206 @@
-"""Which images a system of nano knows: `known_images` of its `system.json`, and how well it works.
+"""Images that a system of nano knows, and others, made by programs; and how well a system tells
+them apart.
 
-    python -m seed_nano.known --model pretrained/nano --images photographs/
+    python -m seed_nano.known --model pretrained/nano --images photographs/ charts/
 
-writes the key, and prints how many images are noted: other scenes and drawings than those of the
-calibration, images of kinds that nano never learned, and those of a folder. The calibration reads
-known images only.
+prints which share of other known images, of images of each kind, and of the images of folders is
+noted. Stage `known` of the trainings learns from the same programs, with other seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import colorsys
+import io
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from torch import Tensor
 
 from seed_multimodal.cli.common import program_parser
-from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.images.io import open_image
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.config import SYSTEM, KnownImages, SystemConfig
-from seed_multimodal.pipelines.known_images import CORNERS, ImageFamiliarity
-from seed_nano.world.scene import (
-    HORIZONTAL_CENTRES,
-    MIDDLE,
-    Slot,
-    render_slots,
-    scene_image,
-)
+from seed_nano.world.scene import HORIZONTAL_CENTRES, MIDDLE, Slot, render_slots, scene_image
 from seed_nano.world.splits import SPLITS, scene_at
 from seed_nano.world.things import BACKGROUNDS, NAMES, STYLES
 
-SIDES = (64, 96, 128, 256)  # of the calibration's images, in pixels
-SCENES = 40  # of each split
-DRAWINGS = 220
-FARTHEST = 2.0  # distance of an image from its opposite
-FALSE_NOTES = 0.0125  # share of known images beyond the threshold
-USUAL = 0.005  # least share of the corners in a usual colour
+SIDES = (64, 96, 128, 256)  # of scenes, in pixels
+DRAWINGS = 0.35  # share of single drawings among known images
+HELD_OUT = 777  # seed
+COUNT = 200  # images of a kind
 BATCH = 32
-CALIBRATION, HELD_OUT = 4242, 777  # seeds
 
+Maker = Callable[[random.Random], Image.Image]
 Images = list[Image.Image]
 
 
-class _Recorder(ImageFamiliarity):
-    """Collects expected latents and pixels, instead of comparing them."""
-
-    def __init__(self, conditioner: Any) -> None:
-        super().__init__(KnownImages(0, ()), conditioner)
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-
-    def distances(self, embeds: Tensor, pixels: Tensor) -> list[float]:
-        expected = self.conditioner.expected_latents(embeds.cpu().float())
-        self.pairs.append((expected, pixels.cpu().float()))
-        return [0.0] * len(pixels)
+# ---- known images
 
 
-def calibrate(folder: Path) -> KnownImages:
-    """Write `known_images` into the `system.json` of a system of nano."""
-    # 1. Expected latents and pixels of known images.
-    config = SystemConfig.find(folder, known_images=KnownImages(0, ()))
-    codec = MultimodalSystem.from_pretrained(config, log=None).images
-    images = known_images(CALIBRATION)
-    assert codec.familiarity is not None
-    codec.familiarity = recorder = _Recorder(codec.familiarity.conditioner)
-    measure(codec, images)
-    expected, pixels = map(torch.cat, zip(*recorder.pairs, strict=True))
-
-    # 2. The preview by least squares, of columns of latents and the pixels in their size.
-    small = F.adaptive_avg_pool2d(pixels, expected.shape[-2:])
-    latents = expected.movedim(1, -1).flatten(0, 2)
-    inputs = torch.cat([latents, torch.ones(len(latents), 1)], 1)
-    preview = torch.linalg.lstsq(
-        inputs, small.movedim(1, -1).flatten(0, 2)
-    ).solution.T  # [3, C + 1]
-
-    # 3. The usual colours of corners.
-    corners = pixels[CORNERS].mT.flatten(0, 1)
-    colours, counts = corners.round(decimals=1).unique(dim=0, return_counts=True)
-    usual = colours[counts >= USUAL * len(corners)]
-
-    # 4. The threshold.
-    known = KnownImages(FARTHEST, _rounded(preview), _rounded(usual))
-    codec = MultimodalSystem.from_pretrained(
-        SystemConfig.find(folder, known_images=known), log=None
-    ).images
-    threshold = float(np.quantile(measure(codec, images), 1 - FALSE_NOTES))
-    known = replace(known, threshold=round(threshold, 3))
-
-    # 5. The key.
-    content = read_json_object(folder / SYSTEM)
-    content.pop("known_images", None)
-    content = {"known_images": asdict(known), **content}
-    replace_text(folder / SYSTEM, json.dumps(content, indent=1) + "\n")
-    return known
+def known(rng: random.Random) -> Image.Image:
+    """A scene of any split, or a single drawing, large or small, on any background."""
+    if rng.random() >= DRAWINGS:
+        scene = scene_at(rng.randrange(10**6), rng.randrange(10**6), rng.choice(SPLITS))
+        return scene_image(scene, rng.choice(SIDES))
+    slot = Slot(rng.choice(NAMES), MIDDLE, MIDDLE, rng.uniform(0.78, 1))
+    if rng.random() < 0.5:
+        x = rng.choice([*HORIZONTAL_CENTRES.values()])
+        slot = Slot(slot.thing, x, MIDDLE, rng.uniform(0.41, 0.47))
+    background = rng.choice(("white", rng.choice(BACKGROUNDS)))
+    return Image.fromarray(render_slots(rng.choice(STYLES), background, [slot], rng.choice(SIDES)))
 
 
-def _rounded(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(round(value, 4) for value in row) for row in matrix.tolist())
+# ---- others: changed scenes
 
 
-def measure(codec: Any, images: Images) -> list[float]:
-    """The distance of each image."""
-    distances: list[float] = []
-    for start in range(0, len(images), BATCH):
-        distances += [image.distance for image in codec.read(images[start : start + BATCH])]
-    return distances
+def turned(rng: random.Random) -> Image.Image:
+    """A scene upside down or on its side."""
+    ways = (Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)
+    sides = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270)
+    return known(rng).transpose(rng.choice((*ways, *ways, *sides)))
 
 
-# ---- images
+def recoloured(rng: random.Random) -> Image.Image:
+    """A scene in other colours: turned hues, a negative, or grey."""
+    image = known(rng)
+    kind = rng.choice(("hue", "hue", "negative", "grey"))
+    if kind == "negative":
+        return Image.eval(image, lambda value: 255 - value)
+    hue, saturation, value = image.convert("HSV").split()
+    if kind == "grey":
+        return value.convert("RGB")
+    turn = rng.randrange(50, 206)
+    hue = hue.point(lambda value: (value + turn) % 256)
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-def known_images(seed: int) -> Images:
-    """Scenes of every split, and single drawings, large and small, on all backgrounds."""
-    rng = random.Random(seed)
-    images: Images = []
-    for split in SPLITS:
-        for index in range(SCENES):
-            images.append(scene_image(scene_at(seed, index, split), rng.choice(SIDES)))
-    for _ in range(DRAWINGS):
-        slot = Slot(rng.choice(NAMES), MIDDLE, MIDDLE, rng.uniform(0.78, 1))
-        if rng.random() < 0.5:
-            x = rng.choice([*HORIZONTAL_CENTRES.values()])
-            slot = Slot(slot.thing, x, MIDDLE, rng.uniform(0.41, 0.47))
-        background = rng.choice(("white", rng.choice(BACKGROUNDS)))
-        pixels = render_slots(rng.choice(STYLES), background, [slot], rng.choice(SIDES))
-        images.append(Image.fromarray(pixels))
-    return images
+def collage(rng: random.Random) -> Image.Image:
+    """Many drawings of any size, anywhere."""
+    slots = []
+    for _ in range(rng.randrange(4, 14)):
+        side = rng.uniform(0.12, 0.7)
+        slots.append(Slot(rng.choice(NAMES), rng.random(), rng.random(), side))
+    pixels = render_slots(rng.choice(STYLES), rng.choice(BACKGROUNDS), slots, rng.choice(SIDES))
+    return Image.fromarray(pixels)
 
 
-def _colour(rng: random.Random) -> tuple[int, int, int]:
-    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+def hybrid(rng: random.Random) -> Image.Image:
+    """A drawing whose halves are of two things, or that is sheared or squeezed."""
+    background = rng.choice(("white", rng.choice(BACKGROUNDS)))
+    side = rng.uniform(0.6, 1)
+    first, second = [
+        Image.fromarray(
+            render_slots(rng.choice(STYLES), background, [Slot(thing, MIDDLE, MIDDLE, side)], 128)
+        )
+        for thing in rng.sample(NAMES, 2)
+    ]
+    if rng.random() < 0.6:
+        box = rng.choice(((0, 0, 128, 64), (0, 0, 64, 128)))
+        first.paste(second.crop(box), box)
+        return first
+    shear, squeeze = rng.choice((-1, 1)) * rng.uniform(0.4, 0.9), rng.uniform(0.5, 1)
+    matrix = (squeeze, shear, 64 - 64 * (squeeze + shear), 0, 1, 0)
+    corner = first.getpixel((0, 0))
+    return first.transform(
+        first.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner
+    )
+
+
+# ---- others: drawn from nothing
+
+
+def _colour(rng: random.Random) -> tuple[int, ...]:
+    hue, saturation, value = rng.random(), rng.uniform(0.2, 1), rng.uniform(0.2, 1)
+    return tuple(round(255 * share) for share in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def _box(rng: random.Random, left: float, top: float, width: float, height: float) -> list[float]:
+    """A random box inside of another: left, top, right, bottom."""
+    x, y = (sorted(rng.uniform(0, 1) for _ in range(2)) for _ in range(2))
+    return [left + x[0] * width, top + y[0] * height, left + x[1] * width, top + y[1] * height]
+
+
+def shapes(rng: random.Random) -> Image.Image:
+    """An object or a face of simple shapes, as emoji are, on a plain page."""
+    image = Image.new("RGB", (256, 256), rng.choice(("white", "white", _colour(rng))))
+    draw = ImageDraw.Draw(image)
+    width = rng.choice((0, 0, 4, 8))
+    size = rng.randrange(90, 230)
+    left, top = (256 - size) / 2, (256 - size) / 2
+    for index in range(rng.randrange(2, 9)):
+        box = _box(rng, left, top, size, size)
+        if index == 0:
+            box = [left, top, left + size, top + size * rng.uniform(0.6, 1)]
+        style: Any = {"fill": _colour(rng), "outline": _colour(rng), "width": width}
+        kind = rng.choice(("ellipse", "ellipse", "rounded", "polygon", "pie"))
+        if kind == "ellipse":
+            draw.ellipse(box, **style)
+        elif kind == "rounded":
+            draw.rounded_rectangle(box, min(box[2] - box[0], box[3] - box[1]) / 3, **style)
+        elif kind == "pie":
+            draw.pieslice(box, rng.randrange(180), rng.randrange(180, 360), **style)
+        else:
+            points = [(rng.uniform(*box[::2]), rng.uniform(*box[1::2])) for _ in range(5)]
+            draw.polygon(points, fill=_colour(rng))
+    return image
+
+
+def noise(rng: random.Random) -> Image.Image:
+    """Coloured noise, fine, blurred, or in large soft patches as photographs have."""
+    side = rng.choice((8, 16, 64, 128))
+    image = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side**2))
+    image = image.resize((128, 128), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+        image = Image.blend(image, Image.new("RGB", image.size, _colour(rng)), rng.random() * 0.7)
+    return image.filter(ImageFilter.GaussianBlur(rng.choice((0, 1, 3, 6))))
+
+
+def chart(rng: random.Random) -> Image.Image:
+    """A chart of matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=rng.choice(((4, 3), (3, 3), (5, 3))), dpi=60)
+    axes = figure.subplots()
+    n = rng.randrange(3, 12)
+    values = [rng.uniform(0.1, 1) for _ in range(n)]
+    colours = [f"#{rng.randrange(16**6):06x}" for _ in range(n)]
+    kind = rng.choice(("bars", "rows", "line", "points", "pie", "pie", "image", "steps"))
+    if kind in ("bars", "rows"):
+        draw_bars: Any = axes.bar if kind == "bars" else axes.barh
+        draw_bars(range(n), values, color=rng.choice((colours, colours[0])))
+    elif kind in ("line", "steps"):
+        for colour in colours[: rng.randrange(1, 4)]:
+            heights = [rng.random() for _ in range(n)]
+            axes.plot(heights, color=colour, drawstyle="steps" if kind == "steps" else "default")
+    elif kind == "points":
+        axes.scatter(values, [rng.random() for _ in range(n)], c=colours)
+    elif kind == "pie":
+        axes.pie(values, colors=rng.choice((colours, None)))
+    else:
+        axes.imshow([[rng.random() for _ in range(n)] for _ in range(n)])
+    if rng.random() < 0.5:
+        axes.set_title(_sentence(rng, 3))
+        axes.grid(rng.random() < 0.5)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return Image.open(stream).convert("RGB")
+
+
+def _sentence(rng: random.Random, count: int) -> str:
+    words = (__doc__ or "").split()
+    return " ".join(rng.choice(words) for _ in range(count))
 
 
 def _write(draw: ImageDraw.ImageDraw, rng: random.Random, box: Sequence[int], size: int) -> None:
     """Lines of words in a box."""
     left, top, right, bottom = box
     font = ImageFont.load_default(size)
-    words = (__doc__ or "").split()
     for y in range(top, bottom - size, round(size * 1.4)):
-        line = " ".join(rng.choice(words) for _ in range((right - left) // size // 2 + 1))
+        line = _sentence(rng, (right - left) // size // 2 + 1)
         while draw.textlength(line, font=font) > right - left and " " in line:
             line = line.rpartition(" ")[0]
         draw.text((left, y), line, fill="black", font=font)
@@ -161,42 +213,6 @@ def text(rng: random.Random) -> Image.Image:
     box = (margin, margin, page.width - margin, page.height - margin)
     _write(ImageDraw.Draw(page), rng, box, rng.choice((10, 14, 20, 28)))
     return page
-
-
-def chart(rng: random.Random) -> Image.Image:
-    """Bars, a line or a pie, with axes and a title."""
-    page = Image.new("RGB", rng.choice(((300, 300), (400, 300))), "white")
-    draw = ImageDraw.Draw(page)
-    left, top, right, bottom = 40, 40, page.width - 20, page.height - 40
-    _write(draw, rng, (left, 8, right, 36), 14)
-    kind = rng.choice(("bars", "line", "pie"))
-    n = rng.randrange(4, 10)
-    values = [rng.uniform(0.1, 1) for _ in range(n)]
-    if kind == "pie":
-        start = 0.0
-        for value in values:
-            end = start + 360 * value / sum(values)
-            draw.pieslice((70, 60, 250, 240), start, end, fill=_colour(rng))
-            start = end
-        return page
-    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 2)
-    points = []
-    for index, value in enumerate(values):
-        x = left + (right - left) * (index + 0.5) / n
-        points.append((x, bottom - value * (bottom - top)))
-        draw.text((x, bottom + 8), str(index), "black")
-        if kind == "bars":
-            draw.rectangle((x - 8, points[-1][1], x + 8, bottom), fill=_colour(rng))
-    if kind == "line":
-        draw.line(points, _colour(rng), 3)
-    return page
-
-
-def noise(rng: random.Random) -> Image.Image:
-    """Coloured noise, fine or blurred."""
-    side = rng.choice((64, 128, 256))
-    image = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side**2))
-    return image.filter(ImageFilter.GaussianBlur(rng.choice((0, 1, 3, 6))))
 
 
 def blank(rng: random.Random) -> Image.Image:
@@ -228,55 +244,62 @@ def screen(rng: random.Random) -> Image.Image:
     return page
 
 
-UNKNOWN: dict[str, Callable[[random.Random], Image.Image]] = {
-    "text": text,
-    "chart": chart,
-    "noise": noise,
-    "blank": blank,
-    "screen": screen,
+OTHERS: dict[str, Maker] = {
+    maker.__name__: maker
+    for maker in (
+        turned,
+        recoloured,
+        collage,
+        hybrid,
+        shapes,
+        noise,
+        chart,
+        text,
+        blank,
+        screen,
+    )
 }
 
 
-def unknown_images(kind: str, count: int) -> Images:
-    """Images of a kind that nano never learned."""
-    return [UNKNOWN[kind](random.Random(f"{kind} {index}")) for index in range(count)]
+def images_of(maker: Maker, count: int, seed: int = HELD_OUT) -> Images:
+    """Images by a program."""
+    return [maker(random.Random(f"{maker.__name__} {seed} {index}")) for index in range(count)]
 
 
-# ---- command
+# ---- how well a system tells them apart
 
 
-def evaluate(folder: Path, images: Path | None) -> dict[str, dict[str, float]]:
-    """Of images that the calibration did not read: shares that are noted, by kind, and the area
-    under the curve of known images against the others."""
-    system = MultimodalSystem.from_pretrained(folder, log=None)
-    known = measure(system.images, known_images(HELD_OUT))
-    distances = {kind: measure(system.images, unknown_images(kind, 60)) for kind in UNKNOWN}
-    if images is not None:
-        files = sorted(path for path in images.iterdir() if path.is_file())
-        distances[images.name] = measure(system.images, [open_image(path).image for path in files])
-    threshold = system.config.known_images.threshold
-    figures = {"known": {"noted": float(np.mean(np.array(known) > threshold))}}
-    for kind, values in distances.items():
-        above = np.array(values)[:, None] > np.array(known)
-        noted = float(np.mean(np.array(values) > threshold))
-        figures[kind] = {"noted": noted, "auroc": float(above.mean())}
-    return figures
+def measure(codec: Any, images: Images) -> list[float]:
+    """The distance of each image."""
+    distances: list[float] = []
+    for start in range(0, len(images), BATCH):
+        distances += [image.distance for image in codec.read(images[start : start + BATCH])]
+    return distances
+
+
+def evaluate(codec: Any, folders: Sequence[Path], count: int = COUNT) -> dict[str, list[float]]:
+    """The distances of images by kind; folders: of other images."""
+    distances = {"known": measure(codec, images_of(known, 2 * count))}
+    for kind, maker in OTHERS.items():
+        distances[kind] = measure(codec, images_of(maker, count))
+    for folder in folders:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        distances[folder.name] = measure(codec, [open_image(path).image for path in files])
+    return distances
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = program_parser("python -m seed_nano.known", __doc__ or "")
     parser.add_argument("--model", type=Path, default=Path("pretrained/nano"))
-    parser.add_argument("--images", type=Path, help="folder of images that nano does not know")
-    parser.add_argument("--only-measure", action="store_true", help="leave system.json as it is")
+    parser.add_argument("--images", type=Path, nargs="*", default=(), help="folders of images")
     return run_program(parser, _run, arguments, "known")
 
 
 def _run(options: argparse.Namespace) -> int:
-    if not options.only_measure:
-        print(f"threshold {calibrate(options.model).threshold}")
-    for kind, values in evaluate(options.model, options.images).items():
-        print(f"{kind:8} " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    codec = MultimodalSystem.from_pretrained(options.model, log=None).images
+    for kind, values in evaluate(codec, options.images).items():
+        print(f"{kind:12} noted {np.mean(np.array(values) > 0):.3f} (n {len(values)})")
     return DONE
 
 

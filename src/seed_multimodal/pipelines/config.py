@@ -91,16 +91,6 @@ class Found:
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class KnownImages:
-    """How images unlike the training's are recognised, see `pipelines.known_images`."""
-
-    threshold: float  # distance above which an image is unknown
-    # from expected latents to red, green and blue: a weight of each channel, and a bias
-    preview: tuple[tuple[float, ...], ...]
-    corners: tuple[tuple[float, ...], ...] = ()  # usual colours of corners, normalised; (): any
-
-
 @dataclass(kw_only=True)
 class SystemConfig:
     """The `system.json` of a system: what families have in common."""
@@ -116,6 +106,7 @@ class SystemConfig:
     llm: Path | None = part("language model", "llm", flag="language model", required=True)
     # of text; SEED-LLaMA: of images, too
     tokenizer: Path | None = part("tokenizer", "tokenizer", flag="text tokenizer", required=True)
+    known_images: Path | None = part("network that notes unlike images", optional=True)
     # pixels a side that the tokenizer reads, if fixed; a setting of SEED-LLaMA
     image_size: int | None = field(default=None, metadata={"saved": False})
     tuned: bool = True  # instruction-tuned; otherwise it continues texts
@@ -127,7 +118,6 @@ class SystemConfig:
     preview_inference_steps: int | None = positive(None)
     notice: str = ""  # what people should know of the weights; logged with the device
     known_words: Path | None = None  # JSON file of the words that it learned
-    known_images: KnownImages | None = None  # None: images are not compared with the training's
     read_back: bool = False  # whether it describes its drawings, see `pipelines.read_back`
 
     @property
@@ -276,7 +266,7 @@ class SystemConfig:
         for key in self.settings():
             value = getattr(self, key)
             if value is not None:
-                is_group = isinstance(value, (TaskPrompts, KnownImages))
+                is_group = isinstance(value, TaskPrompts)
                 settings[key] = dataclasses.asdict(value) if is_group else value
         return settings
 

@@ -310,7 +310,6 @@ class Family:
         prompts = [self.prompt(conversation, task, values) for conversation in conversations]
 
         # 3. Unknown images of a last message are noted; earlier ones were, when they were the last.
-        known = self.config.known_images
         for conversation, own_notes in zip(conversations, notes, strict=False):
             latest: list[float | None] = []
             for message in conversation:
@@ -320,7 +319,7 @@ class Family:
                     is_new = is_image(item)
                     latest.append(next(distances) if is_new else getattr(item, "distance", None))
             if any(distance is not None for distance in latest):
-                note = unknown_images_note(latest, known, self.config.notice)
+                note = unknown_images_note(latest, self.config.notice)
                 own_notes.add(note)
                 own_notes.preface = PREFACE if note else ""
         return prompts

@@ -19,7 +19,6 @@ from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
 from seed_multimodal.pipelines.assemble import join, write_hub_files
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.weights.catalogue import AGENT_CONFIG, VISUAL_WEIGHTS
-from seed_nano.known import calibrate
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import decoder_sizes
 from seed_nano.train.pipeline import TEMPLATES
@@ -175,8 +174,8 @@ def system_settings(space: Workspace) -> JsonObject:
 
 
 def finish(out: Path) -> JsonObject:
-    """Write the known words, float32 weights as float16 (loaders compute in float32 again), and
-    which images are known; returns the MB."""
+    """Write the known words, and float32 weights as float16 (loaders compute in float32 again);
+    returns the MB."""
     write_known_words(out / "known_words.json")
     files = sorted(out.rglob("*.safetensors"))
     for file in files:
@@ -187,6 +186,5 @@ def finish(out: Path) -> JsonObject:
             if value.dtype == torch.float32:
                 state[name] = value.half()
         save_state_dict(state, file, metadata)
-    calibrate(out)
     n_bytes = sum(file.stat().st_size for file in files)
     return {"weights_mb": round(n_bytes / 1e6, 2)}

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from seed_nano.train import assemble as parts
 from seed_nano.train.diffusion import LavitLayoutTask, UnetOfCodesTask, UnetTask, XLayoutTask
+from seed_nano.train.known import KnownTask
 from seed_nano.train.lavit import NarrowTask, ReaderTask, TokenizerTask
 from seed_nano.train.own import OwnImagesTask, OwnWorkspace, install_own_llm, write_data
 from seed_nano.train.pipeline import Application, Stage
+from seed_nano.train.sharp import SharpTask
 from seed_nano.train.tokenizer import join_stages, records
 from seed_nano.train.vae import VaeTask
 from seed_nano.train.vision import ClipTask, XVisionTask
@@ -34,13 +36,20 @@ def tool(line: str) -> Application:
     return Application(tuple(f"{{root}}/MultiModalLLM/src/tools/{line}".split()))
 
 
-def ends(assemble: Callable[..., object], *needs: str) -> tuple[Stage, ...]:
-    """The last stages of every pipeline."""
+def ends(
+    assemble: Callable[..., object], *needs: str, sharpen: tuple[Stage, ...] = ()
+) -> tuple[Stage, ...]:
+    """The last stages of every pipeline; sharpen: between the assembly and what learns from its
+    images."""
     flags = "--model {out} --judge {judge} --out {out}/report --limit {report_scenes}"
     report = Application(("-m", "seed_nano.report", *flags.split()))
     return (
         Stage("assemble", assemble, needs),
-        Stage("report", report, ("assemble",), ("report_scenes", "judge")),
+        *sharpen,
+        Stage(
+            "known", KnownTask, tuple(stage.name for stage in sharpen) or ("assemble",), ("known",)
+        ),
+        Stage("report", report, ("known",), ("report_scenes", "judge")),
     )
 
 
@@ -71,7 +80,11 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
             Stage("unet2", UnetOfCodesTask, ("unet", "tokenizer"), ("pool", "unet")),
             hydra("llm_sft", "train", "sft", "llm_pretrain", "llm"),
             Stage("llm", parts.install_llm, ("llm_sft",)),
-            *ends(parts.assemble_nano, "tiny", "clip", "tokenizer", "unet2", "llm"),
+            *ends(
+                parts.assemble_nano,
+                *("tiny", "clip", "tokenizer", "unet2", "llm"),
+                sharpen=(Stage("sharp", SharpTask, ("assemble",), ("pool", "sharp")),),
+            ),
         ),
     ),
     "nano_x": (

@@ -201,7 +201,8 @@ class LavitFamily(Family):
     def load(cls, config: LavitConfig, placement: Placement) -> Self:
         tokenizer = load_lavit_tokenizer(config.words or config.path("llm"))
         images = load_images(config, placement)  # before the language model, which takes longest
-        images.familiarity = ImageFamiliarity.load(config.known_images, config.pixels)
+        decoder = config.pixels
+        images.familiarity = ImageFamiliarity.load(config.known_images, decoder, decoder)
         if images.familiarity is not None:
             folder = config.path("decoder")
             images.familiarity_decoder = CodeDecoder.from_pretrained(folder, head=config.head)

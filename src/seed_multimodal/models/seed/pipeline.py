@@ -176,7 +176,8 @@ class SeedLlamaFamily(Family):
     def load(cls, config: SeedLlamaConfig, placement: Placement) -> Self:
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)
-        images.familiarity = ImageFamiliarity.load(config.known_images, config.detokenizer)
+        decoder = config.detokenizer
+        images.familiarity = ImageFamiliarity.load(config.known_images, decoder, decoder)
         return cls.of_parts(config, tokenizer, images, placement)
 
 

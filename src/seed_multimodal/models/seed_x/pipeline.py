@@ -166,9 +166,9 @@ class SeedXImageCodec(ImageCodec):
         familiarity = self.familiarity
         if familiarity is None or image.distance is None or len(views) < 3:
             return image
-        if image.distance <= familiarity.settings.threshold:
+        if image.distance <= 0:
             return image
-        distances = familiarity.distances(image.value[:-1], views[:-1], views[-1:])
+        distances = familiarity.distances(image.value[:-1], views[:-1])
         return image._replace(distance=min(image.distance, sorted(distances)[1]))
 
     def encode(
@@ -312,7 +312,8 @@ class SeedXFamily(Family):
         config.require("llm", "agent", "tokenizer", "vision")
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)  # before the language model, which takes longest
-        images.familiarity = ImageFamiliarity.load(config.known_images, config.detokenizer)
+        decoder = config.detokenizer
+        images.familiarity = ImageFamiliarity.load(config.known_images, decoder, config.sdxl)
         agent = load_agent_model(config, tokenizer, placement)
         resampler = agent.input_resampler.config
         input_width = resampler.kv_dim or resampler.embed_dim
