@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,8 +51,17 @@ class LayoutConfig:
     patch: int = 2  # side of the latents that one token stands for
     # Width of the convolutions that decide where latents of a condition image stay; 0: none.
     keeps: int = 0
-    # (W, n): a linear layer first reduces each W numbers of the embedding to n.
+    # (W, …, n): a small network first reduces each W numbers of the embedding to n.
     reading: tuple[int, ...] = ()
+
+
+def reading_layers(sizes: Sequence[int]) -> nn.Module:
+    """Rows of `sizes[0]` numbers → `sizes[-1]`: a linear layer, or several with GELU between."""
+    layers: list[nn.Module] = []
+    for width, reduced in pairwise(sizes):
+        layers += [nn.Linear(width, reduced), nn.GELU()]
+    del layers[-1]
+    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
 
 
 class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
@@ -78,9 +88,9 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
 
         # 1. Heads, on the embedding or on its reduced rows.
         embedding = config.embedding
-        self.reading = nn.Linear(*config.reading) if config.reading else None
+        self.reading = reading_layers(config.reading) if config.reading else None
         if config.reading:
-            embedding = embedding // config.reading[0] * config.reading[1]
+            embedding = embedding // config.reading[0] * config.reading[-1]
         self.heads = LabelHeads(embedding, classes)
 
         # 2. Feature maps of things: the sum of the vectors of its classes → [features, side, side].
@@ -162,7 +172,7 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
         """Input of the heads, `[B, E']`."""
         if self.reading is None:
             return embedding
-        rows = embedding.unflatten(1, (-1, self.reading.in_features))  # [B, E / W, W]
+        rows = embedding.unflatten(1, (-1, self.config.reading[0]))  # [B, E / W, W]
         return self.reading(rows).flatten(1)
 
     def _keep_condition(self, keep: nn.Module, mean: Tensor, condition: Tensor) -> Tensor:

@@ -356,7 +356,7 @@ class LavitLayoutTask(LayoutTask):
         features = rebuilt_features(space)
         torch.manual_seed(space.config.seed + 4)
         frozen = dict(load_reader(space).named_children())
-        reading = (features.shape[2], space.config.tokenizer.reading)
+        reading = (features.shape[2], *space.config.tokenizer.reading)
         super().__init__(space, space.decoder_folder, features, frozen, reading=reading)
 
     def loss(self, model: nn.Module, rows: Tensor) -> Loss:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.labels import LabelHeads, label_divergence
+from seed_multimodal.diffusion.layout import reading_layers
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -96,15 +97,15 @@ def pool_features(space: LavitWorkspace) -> Tensor:
 
 
 class Reader(nn.Module):
-    """Features `[B, N, D]` → `[B, N · n]`, which its heads read: one linear layer for all
+    """Features `[B, N, D]` → `[B, N · n]`, which its heads read: one small network for all
     patches."""
 
     def __init__(self, space: LavitWorkspace) -> None:
         super().__init__()
         vit = space.encoder_sizes
-        reading = space.config.tokenizer.reading
-        self.reading = nn.Linear(vit.width, reading)
-        self.heads = LabelHeads(vit.grid**2 * reading, LABELS)
+        sizes = (vit.width, *space.config.tokenizer.reading)
+        self.reading = reading_layers(sizes)
+        self.heads = LabelHeads(vit.grid**2 * sizes[-1], LABELS)
 
     def forward(self, features_BND: Tensor) -> Tensor:
         return self.reading(features_BND.float()).flatten(1)
