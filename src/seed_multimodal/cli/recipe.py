@@ -7,6 +7,7 @@ first writes small random parts of the same classes.
 from __future__ import annotations
 
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
 from seed_multimodal.config import read_yaml
+from seed_multimodal.data.formats.contents import IMAGE_SUFFIXES
 from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.storage import list_files
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.llm import llm_config
 from seed_multimodal.models import seed
@@ -34,6 +37,7 @@ SCRIPT = RECIPE.with_suffix(".sh")
 PART_FILES = (*WEIGHT_PATTERNS, "*.jinja")  # of a hub id
 PART_ADVICE = "give the folder or hub id of a model of transformers, or --size tiny"
 CODEBOOK, TINY_CODEBOOK = 8192, 256
+FEW_IMAGES = 5000  # of a folder, below which a warning is printed
 MAX_LENGTH = 2048  # tokens of a packed row, as the published training
 
 
@@ -170,6 +174,15 @@ def data_values(args: Namespace, out: Path) -> tuple[JsonObject, list[str]]:
             # The YAML files are read in other folders.
             values[section] = os.path.abspath(files) if os.path.exists(files) else files
             find_inputs(InputSettings(files=files))
+    if args.data and os.path.isdir(args.data):
+        n_images = sum(path.lower().endswith(IMAGE_SUFFIXES) for path in list_files(args.data))
+        if n_images < FEW_IMAGES:
+            warnings.warn(
+                f"{args.data}: {n_images} images. The recipe begins at random weights, which learn "
+                "nothing useful from so few; `seed init --like nano` tunes trained ones.",
+                SeedWarning,
+                stacklevel=2,
+            )
     if "data/chats.jsonl" in needed:
         values["chat_images"] = f"{out}/data/images"
     values["needed_data"] = " ".join(needed)
