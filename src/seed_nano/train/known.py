@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +39,10 @@ class KnownTask(NanoTask):
         if not self.folder.is_dir():
             self.comparison.save_pretrained(self.folder)
         count = space.config.known // 2
-        sides = []
-        for name, makers in (("known", [known]), ("others", [*OTHERS.values()])):
-            make = lambda makers=makers: self.pictures(makers, count, seed=0)  # noqa: E731
-            sides.append(space.cached(name, "assemble", make, known=count))
-        self.known, self.others = sides
+        make_known = partial(self.pictures, [known], count, seed=0)
+        make_others = partial(self.pictures, [*OTHERS.values()], count, seed=0)
+        self.known = space.cached("known", "assemble", make_known, known=count)
+        self.others = space.cached("others", "assemble", make_others, known=count)
         super().__init__(space, "known", self.comparison)
 
     def pictures(self, makers: Sequence[Maker], count: int, seed: int) -> Tensor:
