@@ -3,7 +3,7 @@
     python src/tools/report_system.py --model SYSTEM --held_out IMAGES --save_dir OUT
 
 `sheet.webp`: each image, rebuilt from its codes or features, its description; and what is drawn for
-its caption. `report.md`: scores with 95 % intervals (bootstrap), and the verdict.
+its caption. `report.md`: scores with 95 % intervals (Wilson's), and the verdict.
 
 described: the description is one of the image's captions, articles, case and punctuation aside.
 drawn: of all images, the nearest one to the drawing (32 × 32 pixels, the best of small shifts) has
@@ -11,6 +11,7 @@ the caption that was asked for. rebuilt: the nearest one is the image itself or 
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from seed_multimodal.data.formats.contents import registered_formats  # noqa: E4
 from seed_multimodal.data.formats.pairs import Pairs  # noqa: E402
 from seed_multimodal.disk import replace_text  # noqa: E402
 from seed_multimodal.entry import DONE, run_program  # noqa: E402
-from seed_multimodal.evaluation.metrics import Estimate, bootstrap  # noqa: E402
+from seed_multimodal.evaluation.metrics import Estimate  # noqa: E402
 from seed_multimodal.images.io import open_image  # noqa: E402
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet  # noqa: E402
 
@@ -33,6 +34,7 @@ SIDE = 32
 SHIFTS = (-2, 0, 2)  # pixels
 SHOWN = 10
 GOOD, POOR = 0.8, 0.5  # shares
+Z = 1.96  # of 95 %
 
 Captioned = tuple[Image.Image, list[str]]
 
@@ -73,9 +75,9 @@ def write_report(args: argparse.Namespace) -> int:
         for text, (_, captions) in zip(described, held_out, strict=True)
     ]
     scores = {
-        "described": bootstrap(right),
-        "rebuilt": bootstrap(recognised(rebuilt, held_out, candidates)),
-        "drawn": bootstrap(recognised(drawn, held_out, candidates)),
+        "described": share(right),
+        "rebuilt": share(recognised(rebuilt, held_out, candidates)),
+        "drawn": share(recognised(drawn, held_out, candidates)),
     }
     codes_used = share_of_codes(system, [image for image, _ in candidates])
 
@@ -112,6 +114,15 @@ def read_pairs(files: str, limit: int | None = None) -> list[Captioned]:
 
 
 # ---- scores
+
+
+def share(right: Sequence[bool]) -> Estimate:
+    """The share of right ones with Wilson's interval."""
+    n = len(right)
+    mean = sum(right) / n
+    middle = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    return Estimate(mean, middle - half, middle + half, n)
 
 
 def plain(text: str) -> str:
@@ -167,9 +178,9 @@ def verdict_of(scores: dict[str, Estimate], codes_used: float | None, kind: str)
         return f"Useful: {'; '.join(parts)}."
     advice = []
     if codes_used is not None and codes_used < 0.1:
-        advice.append(f"only {codes_used:.0%} of the codes are used: take a smaller codebook")
+        advice.append(f"only {codes_used:.0%} of the codes are used")
     if scores["rebuilt"].value < GOOD:
-        advice.append("rebuilt images are not recognisable: train the tokenizer and decoder longer")
+        advice.append("not all rebuilt images are recognisable: train tokenizer and decoder longer")
     elif drawn.value < GOOD or described.value < GOOD:
         advice.append("the codes are good enough: train the language model longer")
     if max(described.value, drawn.value) < POOR:

@@ -22,7 +22,7 @@ import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -123,8 +123,8 @@ def init_like(args: Namespace) -> int:
             pkgutil.resolve_name(function)(shipped / name, folder / name)
         # 2. The groups of the training's configuration, and the command.
         for name, group in template["groups"].items():
-            text = yaml.safe_dump(group, sort_keys=False)
-            (folder / f"{name}.yaml").write_text(with_values(text, values))
+            text = yaml.safe_dump(with_values(group, values), sort_keys=False)
+            (folder / f"{name}.yaml").write_text(text)
         command = with_values(command, {name: shlex.quote(path) for name, path in values.items()})
         application = shlex.quote(str(shipped.resolve().parents[1] / "MultiModalLLM"))
         (folder / "run.sh").write_text(SCRIPT.format(application=application, command=command))
@@ -133,13 +133,18 @@ def init_like(args: Namespace) -> int:
     takes = f"Name your data in {out}/data.yaml before it starts."
     if "takes" in template:
         takes = with_values(template["takes"], values)
-    text = f"{command}\n{takes}\nNext: bash {out}/run.sh"
+    text = f"{command}\n{takes}\nNext: bash {shlex.quote(f'{out}/run.sh')}"
     emit(args, {"folder": str(out), "command": command}, text)
     return DONE
 
 
-def with_values(text: str, values: Mapping[str, str]) -> str:
-    """The text with values in place of their names in braces."""
-    for name, value in values.items():
-        text = text.replace(f"{{{name}}}", value)
-    return text
+def with_values(item: Any, values: Mapping[str, str]) -> Any:
+    """A text, or the texts of lists and mappings, with values in place of their names in braces."""
+    if isinstance(item, dict):
+        return {key: with_values(inner, values) for key, inner in item.items()}
+    if isinstance(item, list):
+        return [with_values(inner, values) for inner in item]
+    if isinstance(item, str):
+        for name, value in values.items():
+            item = item.replace(f"{{{name}}}", value)
+    return item

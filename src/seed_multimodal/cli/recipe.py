@@ -7,6 +7,7 @@ first writes small random parts of the same classes.
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
@@ -230,5 +231,5 @@ def describe(out: Path, steps: list[Step]) -> str:
     others = ", ".join(step.name for step in steps if not step.result)
     return (
         f"{out}: README.md says what to put where; the steps are {names}, and if they are named "
-        f"{others}.\nNext: bash {out}/run.sh"
+        f"{others}.\nNext: bash {shlex.quote(f'{out}/run.sh')}"
     )

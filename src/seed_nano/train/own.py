@@ -9,9 +9,12 @@ captions. The U-Net and the autoencoder stay. Stage `sft` tunes the language mod
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -24,17 +27,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.data.formats.bad_records import RECORD_FAULTS
-from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, broken_note
+from seed_multimodal.data.formats.conversations import not_a_conversation, with_messages
 from seed_multimodal.data.formats.images import record_image
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.diffusion.networks import encode_moments
 from seed_multimodal.disk import JsonObject, replace_json, replace_text
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
@@ -43,13 +46,14 @@ from seed_multimodal.pipelines.assemble import write_hub_files
 from seed_multimodal.pipelines.config import SYSTEM, SystemConfig
 from seed_nano.train.assemble import copy_llm, system_settings, trained_folder
 from seed_nano.train.task import Loss, NanoTask, to_signed
-from seed_nano.train.workspace import Workspace, resolve_path
+from seed_nano.train.workspace import ROOT, Settings, Workspace, resolve_path
 
 LARGEST = 256  # pixels a side of the copied images
 # Of a view: its scale, and how far it is shifted, in shares of the image.
 SCALES, SHIFT = (0.88, 1.1), 0.06
 WORDS_WEIGHT = 2.0  # of the words in a caption, against the picture
 FEW, RARE = 20, 3  # images, and captions with a word, below which a warning is printed
+ENCODER = "extract_image_ids_to_torchdata_parallel_chat.py"
 DESCRIBING = ("What is in this picture?", "What do you see?", "Describe the picture.")
 DRAWING = ("Draw {}.", "Please draw {}.", "{}")
 
@@ -58,6 +62,11 @@ class OwnWorkspace(Workspace):
     """A run that tunes a nano."""
 
     system = "own"
+
+    def __init__(self, config: Settings, work: Path, out: Path) -> None:
+        super().__init__(config, work, out)
+        # New and changed files are noticed by the stages' records.
+        config.data_state = str(open_records(config.data).checksum)
 
     @property
     def start(self) -> Path:
@@ -95,21 +104,28 @@ def write_data(space: OwnWorkspace) -> JsonObject:
     pairs = Pairs(space.config.data)
     parts: dict[str, list[JsonObject]] = {"learned": [], "held_out": []}
     sources: dict[str, str] = {}  # the copy of each held-out or learned file
+    part_of: dict[bytes, str] = {}  # by content, so that copies of an image are in one part
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     for position, index in enumerate(order):
         try:
             pair = pairs.read(index)
             content = pair.image() if callable(pair.image) else pair.image
             image = open_image(content).image
+            if not pair.captions:
+                raise BadRecord("no caption", f"{pair.location}: has no caption.")
         except RECORD_FAULTS as error:
             print(f"[data] left out: {pairs.broken(index, error).location}", flush=True)
             continue
         image.thumbnail((LARGEST, LARGEST))
         file = folder / "images" / f"{index:06d}.png"
         image.save(file)
-        sources[str(content)] = str(file)
+        if isinstance(content, Path):
+            sources[str(content.resolve())] = str(file)
         part = "held_out" if position % space.config.held_out == 0 else "learned"
+        part = part_of.setdefault(hashlib.sha256(image.tobytes()).digest(), part)
         parts[part].append({"image": str(file), "caption": pair.captions})
+    if not parts["learned"]:
+        raise DataError(f"{space.config.data}: {len(pairs)} images, of which none can be learned.")
     for name, rows in parts.items():
         replace_text(folder / f"{name}.json", json.dumps(rows, indent=1))
     for line in warnings(parts["learned"]):
@@ -117,14 +133,15 @@ def write_data(space: OwnWorkspace) -> JsonObject:
 
     # 2. The conversations without held-out images, and requests made of captions.
     held_out = {row["image"] for row in parts["held_out"]}
-    chats = own_chats(space.config.chats, sources, held_out)
+    chats = own_chats(space, sources, held_out)
     made = caption_chats(parts["learned"], SystemConfig.read(space.start).tasks)
     lines = [json.dumps(row) + "\n" for row in chats + made]
     replace_text(folder / "chats.jsonl", "".join(lines))
 
-    # 3. What the system begins with.
+    # 3. What the system begins with; changed data leave trained parts as they are.
     for name in (space.tokenizer_name, "seed_llama"):
-        shutil.copytree(space.start / name, space.out / name, dirs_exist_ok=True)
+        if not (space.out / name).exists():
+            shutil.copytree(space.start / name, space.out / name)
     replace_json(space.out / SYSTEM, system_settings(space))
     write_hub_files(SeedLlamaConfig, space.out)
     counts = {name: len(rows) for name, rows in parts.items()}
@@ -137,8 +154,6 @@ def warnings(rows: Sequence[JsonObject]) -> list[str]:
     lines = []
     if len(rows) < FEW:
         lines.append(f"only {len(rows)} images are learned; from about 50 on the system is useful.")
-    if not any(row["caption"] for row in rows):
-        raise DataError("The images have no captions, so the system could not describe them.")
     counts = Counter(word for row in rows for word in caption_words(row))
     rare = sorted(word for word, count in counts.items() if count < RARE)
     if rare:
@@ -152,27 +167,49 @@ def caption_words(row: JsonObject) -> set[str]:
     return {word.strip(".,;:!?").lower() for text in row["caption"] for word in text.split()}
 
 
-def own_chats(files: str, sources: Mapping[str, str], held_out: set[str]) -> list[JsonObject]:
+def own_chats(
+    space: OwnWorkspace, sources: Mapping[str, str], held_out: set[str]
+) -> list[JsonObject]:
     """The user's conversations about other than held-out images, which have the copies' paths."""
-    if not files:
+    if not space.config.chats:
         return []
-    records = open_records(files)
+    records = open_records(space.config.chats)
     chats = []
+    n_held_out = 0
     for index in range(len(records)):
-        record = records.locate(index).parsed()
-        messages = with_messages(record.fields, record.location)["messages"]
-        images = [part for message in messages for part in message["content"] if "image" in part]
-        for part in images:
-            part["image"] = copied(part["image"], record, sources)
-        if not any(part["image"] in held_out for part in images):
+        location = records.locate(index).location
+        try:
+            record = records.locate(index).parsed()
+            fields = with_messages(record.fields, location)
+            if "messages" not in fields:
+                raise not_a_conversation(record.fields)
+            messages = fields["messages"]
+            images = [part for turn in messages for part in turn["content"] if "image" in part]
+            for part in images:
+                part["image"] = copied(part["image"], record, space.config.data, sources)
+        except RECORD_FAULTS as error:
+            print(f"[data] left out: {broken_note(error, location).location}", flush=True)
+            continue
+        if any(part["image"] in held_out for part in images):
+            n_held_out += 1
+        else:
             chats.append({"messages": messages})
+    print(f"[data] left out: {n_held_out} conversations about held-out images", flush=True)
     return chats
 
 
-def copied(value: object, record: Record, sources: Mapping[str, str]) -> str:
-    """The path of the copy of an image of a conversation, or its own."""
-    path = str(record_image(value, record, None))
-    return sources.get(path, path)
+def copied(value: object, record: Record, data: str, sources: Mapping[str, str]) -> str:
+    """The path of the copy of an image of a conversation, or its own.
+
+    It counts from the conversations' file, else from the folder of the images.
+    """
+    try:
+        path = record_image(value, record, None)
+    except ImageError:
+        path = record_image(value, record, data)
+    if not isinstance(path, Path):
+        raise BadRecord("no file", f"{record.location}: its image is no file.")
+    return sources.get(str(path.resolve()), str(path.resolve()))
 
 
 def caption_chats(rows: Sequence[JsonObject], tasks: Any) -> list[JsonObject]:
@@ -276,7 +313,19 @@ def view_of(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
     return view.resize((size, size), Image.Resampling.BICUBIC)
 
 
-# ---- stage `llm`
+# ---- stages `codes`, `llm`
+
+
+def encode_chats(space: OwnWorkspace) -> None:
+    """Stage `codes`: the conversations with the codes of several views of each image, anew."""
+    folder = space.work / "codes"
+    shutil.rmtree(folder, ignore_errors=True)
+    application = ROOT / "MultiModalLLM"
+    command: list[Any] = [sys.executable, application / "src/tools" / ENCODER, "--num_workers", 0]
+    command += ["--tokenizer", space.tokenizer_folder, "--views", space.config.views]
+    command += ["--image_transform", application / "configs/processer/nano_transform.yaml"]
+    command += ["--data", space.work / "data/chats.jsonl", "--save_dir", folder]
+    subprocess.run([*map(str, command)], check=True)
 
 
 def install_own_llm(space: OwnWorkspace) -> None:

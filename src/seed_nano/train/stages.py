@@ -8,7 +8,13 @@ from seed_nano.train import assemble as parts
 from seed_nano.train.diffusion import LavitLayoutTask, UnetOfCodesTask, UnetTask, XLayoutTask
 from seed_nano.train.known import KnownTask
 from seed_nano.train.lavit import NarrowTask, ReaderTask, TokenizerTask
-from seed_nano.train.own import OwnImagesTask, OwnWorkspace, install_own_llm, write_data
+from seed_nano.train.own import (
+    OwnImagesTask,
+    OwnWorkspace,
+    encode_chats,
+    install_own_llm,
+    write_data,
+)
 from seed_nano.train.pipeline import Application, Stage
 from seed_nano.train.sharp import SharpTask
 from seed_nano.train.tokenizer import join_stages, records
@@ -31,11 +37,6 @@ def hydra(name: str, program: str, settings: str, needs: str, *reads: str) -> St
     return Stage(name, Application(arguments, f"train_{settings}"), (needs,), reads)
 
 
-def tool(line: str) -> Application:
-    """A program of the Hydra application."""
-    return Application(tuple(f"{{root}}/MultiModalLLM/src/tools/{line}".split()))
-
-
 def ends(
     assemble: Callable[..., object], *needs: str, sharpen: tuple[Stage, ...] = ()
 ) -> tuple[Stage, ...]:
@@ -53,14 +54,10 @@ def ends(
     )
 
 
-CODES = (
-    "extract_image_ids_to_torchdata_parallel_chat.py --tokenizer {words} --views {views} "
-    "--image_transform {root}/MultiModalLLM/configs/processer/nano_transform.yaml --num_workers 0 "
-    "--data {work}/data/chats.jsonl --save_dir {work}/codes"
-)
 OWN_REPORT = (
-    "report_system.py --model {out} --held_out {work}/data/held_out.json "
-    "--learned {work}/data/learned.json --save_dir {out}/report"
+    "{root}/MultiModalLLM/src/tools/report_system.py",
+    *("--model", "{out}", "--save_dir", "{out}/report"),
+    *("--held_out", "{work}/data/held_out.json", "--learned", "{work}/data/learned.json"),
 )
 
 PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
@@ -117,12 +114,12 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
     "own": (
         OwnWorkspace,
         (
-            Stage("data", write_data, (), ("data", "chats", "held_out")),
+            Stage("data", write_data, (), ("data", "data_state", "chats", "held_out")),
             Stage("images", OwnImagesTask, ("data",)),
-            Stage("codes", tool(CODES), ("images",), ("views",)),
+            Stage("codes", encode_chats, ("images",), ("views",)),
             hydra("sft", "train", "sft", "codes"),
             Stage("llm", install_own_llm, ("sft",)),
-            Stage("report", tool(OWN_REPORT), ("llm",)),
+            Stage("report", Application(OWN_REPORT), ("llm",)),
         ),
     ),
 }

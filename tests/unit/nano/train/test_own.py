@@ -26,7 +26,9 @@ def data(tmp_path):
     chats = []
     for number in range(12):
         colour = ("red", "blue")[number % 2]
-        Image.new("RGB", (80, 60), colour).save(folder / f"{number}.png")
+        image = Image.new("RGB", (80, 60), colour)
+        image.putpixel((number // 2 % 5, 0), (255, 255, 255))  # two of each are copies
+        image.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a {colour} page")
         turns = [{"from": "human", "value": "<image>\nWhich colour?"}]
         turns.append({"from": "gpt", "value": colour})
@@ -48,20 +50,49 @@ def test_held_out_images_are_in_no_conversation(data, tmp_path, capsys):
     counts = write_data(space)
     learned, held_out = (space.images(part) for part in ("learned", "held_out"))
     assert {row["image"] for row in learned}.isdisjoint(row["image"] for row in held_out)
-    assert len(learned) + len(held_out) == 12 and 2 <= len(held_out) <= 3
+    assert len(learned) + len(held_out) == 12 and 2 <= len(held_out) <= 4
     assert counts["chats"] == len(learned)
     text = (tmp_path / "run/data/chats.jsonl").read_text()
     assert all(row["image"] in text for row in learned)
     assert not any(row["image"] in text for row in held_out)
-    # Too little is said before anything is trained.
+    # Too little is said before anything is trained, and what is left out.
     printed = capsys.readouterr().out
     assert "broken.png" in printed and f"only {len(learned)} images" in printed
+    assert f"{len(held_out)} conversations about held-out images" in printed
+
+
+@pytest.mark.parametrize("form", ["../toys/{}", "{}", "/{}", "gone/{}"])
+def test_chats_find_their_images_and_keep_held_out_ones_out(data, tmp_path, form, capsys):
+    # By a path with `..`, by the name in the folder, absolutely; what is nowhere is named.
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]
+    base = f"{data}/" if form == "/{}" else ""
+    rows = [
+        {"image": base + form.strip("/").format(f"{n}.png"), "messages": turns} for n in range(12)
+    ]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/chats.json").write_text(json.dumps(rows))
+    space = space_of(data, tmp_path, f"chats={tmp_path / 'lists/chats.json'}")
+    kept = write_data(space)["chats"]
+    if form == "gone/{}":
+        assert kept == 0 and capsys.readouterr().out.count("gone/") >= 12
+    else:
+        assert kept == len(space.images("learned")) < 12
+
+
+def test_copies_of_an_image_are_in_one_part(data, tmp_path):
+    space = space_of(data, tmp_path)
+    write_data(space)
+    contents = [
+        {open(row["image"], "rb").read() for row in space.images(part)}
+        for part in ("learned", "held_out")
+    ]
+    assert contents[0].isdisjoint(contents[1])
 
 
 def test_images_without_captions_are_refused(data, tmp_path):
     for file in data.glob("*.txt"):
         file.unlink()
-    with pytest.raises(DataError, match="caption"):
+    with pytest.raises(DataError, match="has no caption"):
         write_data(space_of(data, tmp_path))
 
 
@@ -88,3 +119,11 @@ def test_init_like_nano_trains_a_system_with_a_report(data, tmp_path, capsys):
     assert re.search("Not useful yet: describes 0 of [23] held-out images", done.stdout)
     assert (folder / "system/report/sheet.webp").is_file()
     assert load(folder / "system").describe(data / "1.png")
+
+    # New data are named, and tuned parts stay until they are trained again.
+    weights = folder / "system/seed_llama/model.safetensors"
+    before = weights.read_bytes()
+    Image.new("RGB", (80, 60), "green").save(data / "new.png")
+    (data / "new.txt").write_text("a green page")
+    done = run_checked(["bash", str(script)], timeout=300, env=environment())
+    assert "data was run again" in done.stdout and weights.read_bytes() == before
