@@ -125,6 +125,8 @@ MultiModalLLM/eval/eval_caption.py --captions absent.json -> absent.json
 MultiModalLLM/eval/eval_caption_to_images.py --captions absent.json -> absent.json
 MultiModalLLM/src/tools/merge_lora_weights.py --model_cfg absent.yaml --lora_model absent
     --save_path out -> absent.yaml
+MultiModalLLM/src/tools/report_system.py --model {seed} --held_out absent.json --save_dir out
+    -> absent.json
 MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel.py --tokenizer absent.yaml
     --data absent.yaml --save_dir out -> absent.yaml
 MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel_chat.py --tokenizer absent.yaml

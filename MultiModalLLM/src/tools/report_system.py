@@ -25,7 +25,7 @@ from seed_multimodal import MultimodalSystem  # noqa: E402
 from seed_multimodal.data.formats.contents import registered_formats  # noqa: E402
 from seed_multimodal.data.formats.pairs import Pairs  # noqa: E402
 from seed_multimodal.disk import replace_text  # noqa: E402
-from seed_multimodal.entry import DONE, run_program  # noqa: E402
+from seed_multimodal.entry import DONE, add_device, run_program  # noqa: E402
 from seed_multimodal.evaluation.metrics import Estimate  # noqa: E402
 from seed_multimodal.images.io import open_image  # noqa: E402
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet  # noqa: E402
@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--learned", help="those that it learned, among which the nearest may be")
     parser.add_argument("--limit", type=int, default=60, help="images (default: %(default)s)")
     parser.add_argument("--save_dir", type=Path, required=True)
+    add_device(parser)
     return run_program(parser, write_report, None, "report")
 
 
@@ -59,7 +60,7 @@ def write_report(args: argparse.Namespace) -> int:
     kind = "held-out" if args.held_out else "learned"
     held_out = read_pairs(args.held_out or args.images, args.limit)
     others = read_pairs(args.learned) if args.learned else []
-    system = MultimodalSystem.from_pretrained(args.model)
+    system = MultimodalSystem.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     images = [image for image, _ in held_out]
     prompts = [captions[0] for _, captions in held_out]
 
