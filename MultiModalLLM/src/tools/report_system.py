@@ -109,8 +109,7 @@ def read_pairs(files: str, limit: int | None = None) -> list[Captioned]:
     rows: list[Captioned] = []
     for index in range(len(pairs))[:limit]:
         pair = pairs.read(index)
-        content = pair.image() if callable(pair.image) else pair.image
-        rows.append((open_image(content).image, pair.captions))
+        rows.append((open_image(pair.image).image, pair.captions))
     return rows
 
 

@@ -32,7 +32,6 @@ from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import families
-from seed_multimodal.pretokenize.inputs import InputSettings, find_inputs
 from seed_multimodal.weights.find import locate_system
 
 if TYPE_CHECKING:
@@ -106,12 +105,12 @@ def init_like(args: Namespace) -> int:
             f"{template['system']}: not found; run from the repository, which has it in "
             "pretrained/."
         )
+    from seed_multimodal.cli.recipe import data_files
+
     values = {"shipped": str(shipped.resolve())}
     for name in ("data", "chats"):
-        files = getattr(args, name) or ""
-        if files:
-            find_inputs(InputSettings(files=files))  # a wrong name is refused now
-        values[name] = os.path.abspath(files) if os.path.exists(files) else files
+        files = getattr(args, name)
+        values[name] = data_files(files) if files else ""
     out = output_folder(args.out, force=False, label="the model").resolve()
     values["out"] = str(out)
     command = template["command"]

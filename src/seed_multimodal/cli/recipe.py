@@ -172,12 +172,10 @@ def data_values(args: Namespace, out: Path) -> tuple[JsonObject, list[str]]:
             values[section] = f"{out}/{default}"
             needed.append(default)
         else:
-            # The YAML files are read in other folders.
-            values[section] = os.path.abspath(files) if os.path.exists(files) else files
-            find_inputs(InputSettings(files=files))
+            values[section] = data_files(files)
     if args.data and os.path.isdir(args.data):
         n_images = sum(path.lower().endswith(IMAGE_SUFFIXES) for path in list_files(args.data))
-        if n_images < FEW_IMAGES:
+        if 0 < n_images < FEW_IMAGES:  # none: the folder has tars or tables
             warnings.warn(
                 f"{args.data}: {n_images} images. The recipe begins at random weights, which learn "
                 "nothing useful from so few; `seed init --like nano` tunes trained ones.",
@@ -188,6 +186,15 @@ def data_values(args: Namespace, out: Path) -> tuple[JsonObject, list[str]]:
         values["chat_images"] = f"{out}/data/images"
     values["needed_data"] = " ".join(needed)
     return values, sections
+
+
+def data_files(files: str) -> str:
+    """A user's files as named in YAML files, which are read in other folders.
+
+    Raises DataError: nothing that can be read.
+    """
+    find_inputs(InputSettings(files=files))
+    return os.path.abspath(files) if os.path.exists(files) else files
 
 
 def compose(values: JsonObject, size: str, data_sections: Sequence[str]) -> JsonObject:

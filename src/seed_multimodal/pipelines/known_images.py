@@ -4,8 +4,8 @@
       └───────────────────────────────► pixels ─────────────────────────────────────┴─► distance
 
 An image that the system learned looks as its codes or features lead to expect; others do not. A
-small network compares both. It was trained on pairs of known images, and of others that were made
-by programs (`seed_nano.known`). Nothing is denoised.
+small network compares both; it was trained on pairs of known images, and of others. Nothing is
+denoised.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ from seed_nano.train.assemble import copy_llm, system_settings, trained_folder
 from seed_nano.train.task import Loss, NanoTask, to_signed
 from seed_nano.train.workspace import ROOT, Settings, Workspace, resolve_path
 
+# The vision encoder of before: an evaluation would take its embeddings for the tuned one's targets.
+OUTDATED = shutil.ignore_patterns("image_encoder", "model_index.json")
 LARGEST = 256  # pixels a side of the copied images
 # Of a view: its scale, and how far it is shifted, in shares of the image.
 SCALES, SHIFT = (0.88, 1.1), 0.06
@@ -109,8 +111,7 @@ def write_data(space: OwnWorkspace) -> JsonObject:
     for position, index in enumerate(order):
         try:
             pair = pairs.read(index)
-            content = pair.image() if callable(pair.image) else pair.image
-            image = open_image(content).image
+            image = open_image(pair.image).image
             if not pair.captions:
                 raise BadRecord("no caption", f"{pair.location}: has no caption.")
         except RECORD_FAULTS as error:
@@ -119,8 +120,8 @@ def write_data(space: OwnWorkspace) -> JsonObject:
         image.thumbnail((LARGEST, LARGEST))
         file = folder / "images" / f"{index:06d}.png"
         image.save(file)
-        if isinstance(content, Path):
-            sources[str(content.resolve())] = str(file)
+        if isinstance(pair.image, Path):
+            sources[str(pair.image.resolve())] = str(file)
         part = "held_out" if position % space.config.held_out == 0 else "learned"
         part = part_of.setdefault(hashlib.sha256(image.tobytes()).digest(), part)
         parts[part].append({"image": str(file), "caption": pair.captions})
@@ -141,7 +142,7 @@ def write_data(space: OwnWorkspace) -> JsonObject:
     # 3. What the system begins with; changed data leave trained parts as they are.
     for name in (space.tokenizer_name, "seed_llama"):
         if not (space.out / name).exists():
-            shutil.copytree(space.start / name, space.out / name)
+            shutil.copytree(space.start / name, space.out / name, ignore=OUTDATED)
     replace_json(space.out / SYSTEM, system_settings(space))
     write_hub_files(SeedLlamaConfig, space.out)
     counts = {name: len(rows) for name, rows in parts.items()}
@@ -301,10 +302,12 @@ class OwnImagesTask(NanoTask):
 def view_of(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
     """A slightly scaled and shifted view; what is outside of the image has its corner's colour."""
     scale = 1 / rng.uniform(*SCALES)
-    middle, shifted = [image.width / 2, image.height / 2], []
-    for half in middle:
-        shifted.append(half - scale * half + rng.uniform(-SHIFT, SHIFT) * 2 * half)
-    matrix = (scale, 0, shifted[0], 0, scale, shifted[1])
+    # The middle stays, but for a shift.
+    left, top = [
+        side * ((1 - scale) / 2 + rng.uniform(-SHIFT, SHIFT))
+        for side in (image.width, image.height)
+    ]
+    matrix = (scale, 0, left, 0, scale, top)
     corner = image.getpixel((0, 0))
     bilinear = Image.Resampling.BILINEAR
     view = image.transform(
