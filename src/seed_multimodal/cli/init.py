@@ -111,6 +111,8 @@ def init_like(args: Namespace) -> int:
     for name in ("data", "chats"):
         files = getattr(args, name)
         values[name] = data_files(files) if files else ""
+    if template.get("reads"):
+        check_data(values["data"], values["chats"])
     out = output_folder(args.out, force=False, label="the model").resolve()
     values["out"] = str(out)
     command = template["command"]
@@ -135,6 +137,18 @@ def init_like(args: Namespace) -> int:
     text = f"{command}\n{takes}\nNext: bash {shlex.quote(f'{out}/run.sh')}"
     emit(args, {"folder": str(out), "command": command}, text)
     return DONE
+
+
+def check_data(data: str, chats: str) -> None:
+    """Raise DataError: the first samples have no captions, or the first chats are none."""
+    from seed_multimodal.data.formats.conversations import conversation
+    from seed_multimodal.data.formats.pairs import Pairs
+    from seed_multimodal.data.formats.records import open_records
+
+    Pairs(data).check_usable(captioned=True)
+    if chats:
+        records = open_records(chats)
+        records.check_usable(lambda index: conversation(records.read(index).fields, chats))
 
 
 def with_values(item: Any, values: Mapping[str, str]) -> Any:

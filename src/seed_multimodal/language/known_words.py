@@ -2,7 +2,7 @@
 
 {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …],
  "said": ["happy", "president", …], "readings": {"plane": "airplane", …},
- "spellings": {"plz": "please", …}, "other": ["mouse", …]}
+ "spellings": {"plz": "please", …}, "nearest": {"sandwich": ["burger", …], …}, "other": ["mouse", …]}
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ARTICLE = r"(?i:\ban?(?= (?:([aeio]|u[^fn])|\w)))"
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
 MAX_CORRECTED = 20  # words of a text that may be misspelt
-N_NEAREST = 3  # known things in a note, the nearest by their spelling
+N_NEAREST = 3  # known things in a note
 
 
 class Reading(NamedTuple):
@@ -57,6 +57,7 @@ class KnownWords:
     phrases: by which descriptions of drawings are compared with requests, see `Phrases`.
     readings: words or phrases that are read as known ones, which the user is told.
     spellings: those of chats, which he is not told.
+    nearest: known things that are most like an unknown one; of others those that are spelt like it.
     other: words that are spelt like known ones, and mean something else.
     """
 
@@ -67,6 +68,7 @@ class KnownWords:
     phrases: Mapping[str, ByValue] = field(default_factory=dict)
     readings: dict[str, str] = field(default_factory=dict)
     spellings: dict[str, str] = field(default_factory=dict)
+    nearest: dict[str, tuple[str, ...]] = field(default_factory=dict)
     other: tuple[str, ...] = ()
 
     @cached_property
@@ -229,8 +231,9 @@ class KnownWords:
             named.append(f"{word!r} of things" if word in self.colours else f"{word[:40]!r}")
         note = f"This system does not know {', '.join(named)}: it learned {self.about}"
         if unknown[0] not in self.colours:
-            things = self.listed["things"]
-            nearest = get_close_matches(unknown[0], things, N_NEAREST, cutoff=0)
+            nearest = self.nearest.get(unknown[0]) or get_close_matches(
+                unknown[0], self.listed["things"], N_NEAREST, cutoff=0
+            )
             note += f", such as {', '.join(nearest)}"
         return [*notes, f"{note}."]
 

@@ -31,8 +31,7 @@ from seed_multimodal.config import read_table
 from seed_multimodal.data.decoders.seed_llama_pretrain import is_interleaved
 from seed_multimodal.data.formats.conversations import (
     REPAIRED,
-    not_a_conversation,
-    with_messages,
+    conversation,
 )
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
@@ -379,9 +378,7 @@ def _read_chat(sample: Sample) -> JsonObject:
     image = sample.record.member(*IMAGE_KEYS)
     if image is not None:
         fields = {**fields, "image": image}
-    fields = with_messages(fields, sample.location)
-    if "messages" not in fields:
-        raise not_a_conversation(fields)
+    fields = conversation(fields, sample.location)
     sample.repaired = fields.get(REPAIRED, "")
 
     # 2. Their images; only those of the user have views.

@@ -28,9 +28,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, broken_note
-from seed_multimodal.data.formats.conversations import not_a_conversation, with_messages
+from seed_multimodal.data.formats.conversations import conversation
 from seed_multimodal.data.formats.images import record_image
-from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.formats.pairs import Pairs, no_caption
 from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.diffusion.base import Detokenizer
@@ -113,7 +113,7 @@ def write_data(space: OwnWorkspace) -> JsonObject:
             pair = pairs.read(index)
             image = open_image(pair.image).image
             if not pair.captions:
-                raise BadRecord("no caption", f"{pair.location}: has no caption.")
+                raise no_caption(pair)
         except RECORD_FAULTS as error:
             print(f"[data] left out: {pairs.broken(index, error).location}", flush=True)
             continue
@@ -181,10 +181,7 @@ def own_chats(
         location = records.locate(index).location
         try:
             record = records.locate(index).parsed()
-            fields = with_messages(record.fields, location)
-            if "messages" not in fields:
-                raise not_a_conversation(record.fields)
-            messages = fields["messages"]
+            messages = conversation(record.fields, location)["messages"]
             images = [part for turn in messages for part in turn["content"] if "image" in part]
             for part in images:
                 part["image"] = copied(part["image"], record, space.config.data, sources)

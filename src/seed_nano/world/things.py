@@ -131,6 +131,10 @@ def write_known_words(file: Path) -> None:
     readings = names_by_phrase(VOCABULARY["phrase_readings"])
     for name, written in VOCABULARY["readings"].items():
         readings |= dict.fromkeys(map(plural, written), plural(name)) | dict.fromkeys(written, name)
+    nearest = {}
+    for group in VOCABULARY["nearest"]:
+        for word in group["words"].split():
+            nearest |= dict.fromkeys((word, plural(word)), group["things"])
     content = {
         "about": f"{len(NAMES)} things",
         "names": sorted(forms),
@@ -139,6 +143,7 @@ def write_known_words(file: Path) -> None:
         "phrases": drawing_phrases(),
         "readings": readings,
         "spellings": names_by_phrase(VOCABULARY["spellings"]),
+        "nearest": nearest,
         "other": ENGLISH.read_text(encoding="utf-8").split(),
     }
     replace_text(file, json.dumps(content, ensure_ascii=False))

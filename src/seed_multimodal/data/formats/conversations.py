@@ -149,6 +149,14 @@ def with_messages(item: RecordFields, location: str) -> JsonObject:
     return fields
 
 
+def conversation(item: RecordFields, location: str) -> JsonObject:
+    """As `with_messages`; raises BadRecord also for a record that is no conversation."""
+    fields = with_messages(item, location)
+    if "messages" not in fields:
+        raise not_a_conversation(fields)
+    return fields
+
+
 def not_a_conversation(fields: RecordFields) -> BadRecord:
     """The error of a record without `messages`."""
     forms = [*TURNS, "texts", "data", *(" with ".join(pair) for pair in PAIRS)]

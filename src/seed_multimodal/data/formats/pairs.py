@@ -37,7 +37,6 @@ from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.settings import check_keys
 
 LABEL_FIELDS = ("labels", "label")
-N_PROBED = 20  # samples tried before a source is rejected
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Pairs:
         self.keys = PairKeys(**{**format_keys, **keys})
         in_shards = any(isinstance(file, TarFile | ParquetFile) for file in record_files)
         self.shard_sizes = self._records.shard_sizes if in_shards else None
-        self._check_usable()
+        self.check_usable()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -138,18 +137,26 @@ class Pairs:
                 return [text]
         return captions(record, caption_key)
 
-    def _check_usable(self) -> None:
-        """Raise the first sample's error if none of the first `N_PROBED` samples is usable."""
-        notes: list[RecordNote] = []
-        for index in range(min(N_PROBED, len(self))):
+    def check_usable(self, *, captioned: bool = False) -> None:
+        """Raise the first sample's error if none of the first ones is usable.
+
+        captioned: only one with a caption is.
+        """
+
+        def read(index: int) -> None:
             try:
-                self.read(index)
-                return
+                pair = self.read(index)
             except ImageError:
                 return  # the image may still be missing
-            except RECORD_FAULTS as error:
-                notes.append(self.broken(index, error))
-        raise DataError(notes[0].location)
+            if captioned and not pair.captions:
+                raise no_caption(pair)
+
+        self._records.check_usable(read)
+
+
+def no_caption(pair: Pair) -> BadRecord:
+    """The error of a sample that needs a caption."""
+    return BadRecord("no caption", f"{pair.location}: has no caption.")
 
 
 def open_pairs(spec: Mapping[str, Any], captioned: bool = True) -> Pairs:

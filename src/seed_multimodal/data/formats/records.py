@@ -25,7 +25,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from seed_multimodal.data.formats.bad_records import VALUE_ERRORS, unusable_value
+from seed_multimodal.data.formats.bad_records import (
+    RECORD_FAULTS,
+    VALUE_ERRORS,
+    RecordNote,
+    broken_note,
+    unusable_value,
+)
 from seed_multimodal.data.formats.contents import FOLDER, find_files, registered_formats
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import ImageFolder
@@ -52,6 +58,7 @@ _OPENERS: dict[str, Callable[[DataFile], RecordFile]] = {
     "arrow": ArrowFile,
     FOLDER: ImageFolder,
 }
+N_PROBED = 20  # samples tried before a source is rejected
 REMOTE_THREADS = 16  # that read indexes of remote files
 # For a checksum; blocks of 64 KiB of all of them.
 CHECKED_FILES = 32
@@ -168,6 +175,17 @@ class FileRecords:
         Raises DataError: damaged or missing.
         """
         return self.complete(self.locate(index))
+
+    def check_usable(self, read: Callable[[int], object]) -> None:
+        """Raise the first sample's error if `read` can use none of the first `N_PROBED`."""
+        notes: list[RecordNote] = []
+        for index in range(min(N_PROBED, len(self))):
+            try:
+                read(index)
+                return
+            except RECORD_FAULTS as error:
+                notes.append(broken_note(error, self.locate(index).location))
+        raise DataError(notes[0].location)
 
     def complete(self, record: Record) -> Record:
         """As `read`, for a record of `locate`."""

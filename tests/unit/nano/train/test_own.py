@@ -106,6 +106,20 @@ def test_a_view_shows_all_of_the_image_nearly_in_its_place():
         assert 9 <= right - left <= 18 and view.getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("fault", ["captions", "chats"])
+def test_init_like_nano_refuses_what_cannot_be_learned(data, tmp_path, fault, capsys):
+    chats = tmp_path / "chats.json"
+    if fault == "captions":
+        for file in data.glob("*.txt"):
+            file.unlink()
+    else:
+        chats.write_text(json.dumps([{"title": "no chat"}]))
+    flags = ["--data", str(data), "--chats", str(chats)]
+    assert main(["init", str(tmp_path / "mine"), "--like", "nano", *flags]) == 2
+    named = {"captions": "has no caption", "chats": "is not a conversation"}[fault]
+    assert named in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.process
 def test_init_like_nano_trains_a_system_with_a_report(data, tmp_path, capsys):

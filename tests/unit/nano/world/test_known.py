@@ -51,8 +51,14 @@ def test_unknown_of_requests(row, known):
     assert known.notes("A pengiun.") == ["Read 'pengiun' as 'penguin'."]
     # A reader of the note has no file of known words: it ends with things, not of a colour's word.
     assert "it learned 150 things, such as planet, " in known.notes("A planetarium.")[0]
+    assert "such as palm tree, sun, sailboat." in known.notes("a fox on the beaches")[0]
     (note,) = known.notes("make it green", drawing=True)
     assert note == "This system does not know 'green' of things: it learned 150 things."
+
+
+def test_nearest_are_of_what_cannot_be_drawn(known):
+    for word, things in known.nearest.items():
+        assert known.unknown(word, drawing=True) == [word] and {*things} <= {*NAMES}
 
 
 def test_listed_are_phrases_of_captions(known):
