@@ -50,6 +50,7 @@ from seed_nano.train.workspace import ROOT, Settings, Workspace, resolve_path
 
 # The vision encoder of before: an evaluation would take its embeddings for the tuned one's targets.
 OUTDATED = shutil.ignore_patterns("image_encoder", "model_index.json")
+MAX_RATIO = 3  # of an image's sides, from which on it is hardly recognised as a square
 LARGEST = 256  # pixels a side of the copied images
 # Of a view: its scale, and how far it is shifted, in shares of the image.
 SCALES, SHIFT = (0.88, 1.1), 0.06
@@ -107,6 +108,7 @@ def write_data(space: OwnWorkspace) -> JsonObject:
     parts: dict[str, list[JsonObject]] = {"learned": [], "held_out": []}
     sources: dict[str, str] = {}  # the copy of each held-out or learned file
     part_of: dict[bytes, str] = {}  # by content, so that copies of an image are in one part
+    narrow = []
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     for position, index in enumerate(order):
         try:
@@ -117,6 +119,8 @@ def write_data(space: OwnWorkspace) -> JsonObject:
         except RECORD_FAULTS as error:
             print(f"[data] left out: {pairs.broken(index, error).location}", flush=True)
             continue
+        if max(image.size) > MAX_RATIO * min(image.size):
+            narrow.append(pair.location)
         image.thumbnail((LARGEST, LARGEST))
         file = folder / "images" / f"{index:06d}.png"
         image.save(file)
@@ -129,6 +133,9 @@ def write_data(space: OwnWorkspace) -> JsonObject:
         raise DataError(f"{space.config.data}: {len(pairs)} images, of which none can be learned.")
     for name, rows in parts.items():
         replace_text(folder / f"{name}.json", json.dumps(rows, indent=1))
+    if narrow:
+        said = f"more than {MAX_RATIO} times as wide as high, or the reverse, which become squares"
+        print(f"[data] {len(narrow)} images are {said}: {', '.join(narrow[:3])} …", flush=True)
     for line in warnings(parts["learned"]):
         print(f"[data] {line}", flush=True)
 

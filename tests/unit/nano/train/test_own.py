@@ -33,6 +33,7 @@ def data(tmp_path):
         turns = [{"from": "human", "value": "<image>\nWhich colour?"}]
         turns.append({"from": "gpt", "value": colour})
         chats.append({"image": f"toys/{number}.png", "conversations": turns})
+    Image.new("RGB", (400, 20), "blue").save(folder / "11.png")
     (folder / "broken.png").write_text("no image")
     (folder / "broken.txt").write_text("a broken page")
     (tmp_path / "chats.json").write_text(json.dumps(chats))
@@ -57,6 +58,7 @@ def test_held_out_images_are_in_no_conversation(data, tmp_path, capsys):
     assert not any(row["image"] in text for row in held_out)
     # Too little is said before anything is trained, and what is left out.
     printed = capsys.readouterr().out
+    assert "[data] 1 images are more than 3 times as wide" in printed and "11.png …" in printed
     assert "broken.png" in printed and f"only {len(learned)} images" in printed
     assert f"{len(held_out)} conversations about held-out images" in printed
 
