@@ -26,6 +26,7 @@ from seed_nano.train.workspace import Workspace
 
 KNOWN = "known_images"
 DRAWN_EVERY = 8  # of the batches of known images one is drawn by the system
+HARD = ("turned", "hybrid", "shapes")  # kinds of which three times as many are learned
 FALSE_NOTES = 0.0125  # share of known images that are noted
 
 
@@ -40,7 +41,8 @@ class KnownTask(NanoTask):
             self.comparison.save_pretrained(self.folder)
         count = space.config.known // 2
         make_known = partial(self.pictures, [known], count, seed=0)
-        make_others = partial(self.pictures, [*OTHERS.values()], count, seed=0)
+        makers = [*OTHERS.values(), *2 * [OTHERS[kind] for kind in HARD]]
+        make_others = partial(self.pictures, makers, count, seed=0)
         self.known = space.cached("known", "assemble", make_known, known=count)
         self.others = space.cached("others", "assemble", make_others, known=count)
         super().__init__(space, "known", self.comparison)
