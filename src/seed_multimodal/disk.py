@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import stat
 import sys
@@ -43,6 +44,14 @@ READ_PAUSES = (
     "1 2 4 8 16 32"  # seconds before a read is tried again; SEED_READ_PAUSES replaces them
 )
 MAX_STEM = 200  # bytes of 255; tags, numbers and suffixes take the others
+
+
+def raise_file_limit() -> int:
+    """Allow this process as many open files as the system does, and return their number."""
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @contextlib.contextmanager

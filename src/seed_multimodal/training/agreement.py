@@ -14,6 +14,7 @@ import platform
 import socket
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import seed_multimodal
 from seed_multimodal.data.formats.contents import expand_pattern
 from seed_multimodal.data.formats.storage import list_files
-from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import COMMAND_FAILED
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import changed_settings, leaves
@@ -33,6 +34,7 @@ OWN_SETTINGS = ("trainer.device", "trainer.dataloader_num_workers", "run.device"
 PROGRAMS = ("trainer.report_to",)  # whose names are also those of folders that they write
 COMPARED_FILES = 20_000  # of a folder
 SHOWN_DIFFERENCES = 5
+PARTS = 256  # in which lists that differ are compared
 FOLDER_SECONDS = 5.0  # in which a new file appears on all nodes of a shared disk
 
 
@@ -57,24 +59,48 @@ def agree(group: ProcessGroup, config: Mapping[str, object], output_dir: Path) -
     }
 
     # 1. Usually all are equal, and checksums suffice.
-    text = json.dumps(values, sort_keys=True, default=str)
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    if len({process["checksum"] for process in group.gather({"checksum": checksum})}) == 1:
+    host = {"host": socket.gethostname()}
+    rows = group.gather({"checksum": _checksum(values), **host})
+    others = [rank for rank, row in enumerate(rows) if row["checksum"] != rows[0]["checksum"]]
+    if not others:
         return
 
-    # 2. What differs from the first process, and where.
-    first, *others = group.gather({"host": socket.gethostname(), "values": json.loads(text)})
-    for rank, process in enumerate(others, start=1):
-        changes = changed_settings(first["values"], process["values"])
-        if changes:
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                raise SystemExit(COMMAND_FAILED)  # the first process of each node prints it
-            more = len(changes) - SHOWN_DIFFERENCES
-            raise ConfigError(
-                f"The processes must make the same run. rank 0 on {first['host']} -> rank {rank} "
-                f"on {process['host']}: {'; '.join(changes[:SHOWN_DIFFERENCES])}"
-                f"{f'; and {more} more' if more > 0 else ''}."
-            )
+    # 2. Only the first process and the first that differs go on; they compare parts of what they
+    # have by checksums, and exchange those that differ: a few of 100,000 names.
+    rank = others[0]
+    pair = group.pair(rank)
+    if pair is None:
+        group.sum([0])  # a launcher ends all processes with the first
+        raise SystemExit(COMMAND_FAILED)
+    parts = _parts(values)
+    sums = pair.gather({name: _checksum(part) for name, part in parts.items()})
+    differing = [name for name in parts if sums[0][name] != sums[1][name]]
+    leaves_of_them: JsonObject = {}
+    for name in differing[:SHOWN_DIFFERENCES]:
+        leaves_of_them |= parts[name]
+    changes = changed_settings(*pair.gather(leaves_of_them))
+    group.sum([0])
+    raise ConfigError(
+        f"The processes must make the same run. rank 0 on {rows[0]['host']} -> rank {rank} on "
+        f"{rows[rank]['host']}: {'; '.join(changes[:SHOWN_DIFFERENCES])}. "
+        f"{len(others)} of {group.world} processes differ from rank 0."
+    )
+
+
+def _parts(values: JsonObject) -> dict[str, JsonObject]:
+    """The values as JSON has them, divided into `PARTS` by the checksums of their keys."""
+    parts: dict[str, JsonObject] = {str(number): {} for number in range(PARTS)}
+    for section, value in json.loads(json.dumps(values, default=str)).items():
+        for key, leaf in (value if isinstance(value, dict) else {"": value}).items():
+            name = f"{section}.{key}".rstrip(".")
+            parts[str(zlib.crc32(name.encode()) % PARTS)][name] = leaf
+    return parts
+
+
+def _checksum(value: object) -> str:
+    """Of what JSON has of a value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _sees_folder(group: ProcessGroup, folder: Path) -> bool:

@@ -5,6 +5,7 @@ Gradients use the engine's group, everything else a separate gloo group.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from seed_multimodal.device import choose_device, is_out_of_memory
-from seed_multimodal.disk import JsonObject
+from seed_multimodal.disk import JsonObject, raise_file_limit
 from seed_multimodal.entry import rank_and_world_size
 from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
@@ -30,6 +31,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOST_PROCESS_TEXTS = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "Connection refused",
     "Broken pipe",
     "Timed out waiting",
     "timed out",
@@ -62,6 +64,13 @@ class ProcessGroup:
             self.rank = dist.get_rank()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self.first = self.rank == 0
+
+    def pair(self, rank: int) -> ProcessGroup | None:
+        """The first process and another one; None in all others."""
+        pair = copy.copy(self)
+        pair.world = 2
+        pair._group = dist.new_group([0, rank], backend="gloo")
+        return pair if self.rank in (0, rank) else None
 
     def log(self, name: str, *texts: str) -> None:
         """Print lines in the first process, after `[name]`; empty ones are left out."""
@@ -135,6 +144,9 @@ def join_processes(
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         if world > 1:
+            # gloo would connect each process with all others, a file each.
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+            raise_file_limit()
             dist.init_process_group(backend, timeout=timeout)
         elif single_process_group:
             dist.init_process_group(

@@ -88,7 +88,7 @@ dist.init_process_group("gloo")
 os.environ["LOCAL_RANK"] = "0"  # as the first process of a node
 rank = dist.get_rank()
 agreement.FOLDER_SECONDS = 0.2
-for config, folder, torch_version in json.loads(sys.argv[1 + rank]):
+for config, folder, torch_version in json.loads(sys.argv[1 + min(rank, 1)]):
     os.chdir(Path(folder).parent)
     agreement.version = lambda name: torch_version
     try:
@@ -96,6 +96,8 @@ for config, folder, torch_version in json.loads(sys.argv[1 + rank]):
         line = f"{rank}: equal"
     except ConfigError as error:
         line = f"{rank}: {error}"
+    except SystemExit:  # only the first that differs says how
+        line = f"{rank}: ended"
     os.write(1, f"{line}\\n".encode())  # at once: lines of two processes do not mix
 """
 
@@ -138,14 +140,17 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
     ]
     program = tmp_path / "agree.py"
     program.write_text(AGREE)
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 3"
     arguments = [json.dumps([case[rank] for case in cases]) for rank in (0, 1)]
     command = [sys.executable, *launcher.split(), str(program), *arguments]
     done = run_process(command, timeout=200, env=environment())
-    for rank in "01":
+    for rank in "012":
         sentences = [line[3:] for line in done.stdout.splitlines() if line.startswith(f"{rank}: ")]
         assert len(sentences) == len(cases), done
         for sentence, (_, _, expected) in zip(sentences, cases, strict=True):
-            assert expected in sentence
-            assert expected == "equal" or sentence.count(socket.gethostname()) == 2
+            if expected == "equal" or rank == "2":
+                assert sentence == ("equal" if expected == "equal" else "ended")
+                continue
+            assert expected in sentence and sentence.count(socket.gethostname()) == 2
+            assert sentence.endswith("2 of 3 processes differ from rank 0.")
     assert not list(Path(tmp_path).rglob(".processes-*"))

@@ -26,6 +26,7 @@ from seed_multimodal.disk import (
     folder_lock,
     is_file,
     is_machine_fault,
+    raise_file_limit,
     read_patiently,
     reading_reason,
     writing,
@@ -81,10 +82,7 @@ class HandleCache:
         """By default half of what the system allows, after raising its soft limit."""
         if self._limit is not None:
             return self._limit
-        _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(ValueError, OSError):  # macOS allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
-        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = raise_file_limit()
         return MAX_LOCAL if allowed == resource.RLIM_INFINITY else min(MAX_LOCAL, allowed // 2)
 
     def take(self, key: Key) -> IO[bytes]:
