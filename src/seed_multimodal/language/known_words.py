@@ -2,7 +2,8 @@
 
 {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …],
  "said": ["happy", "president", …], "readings": {"plane": "airplane", …},
- "spellings": {"plz": "please", …}, "nearest": {"sandwich": ["burger", …], …}, "other": ["mouse", …]}
+ "spellings": {"plz": "please", …}, "nearest": {"sandwich": ["burger", …], …},
+ "other": ["mouse", …]}
 """
 
 from __future__ import annotations

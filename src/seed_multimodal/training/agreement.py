@@ -78,7 +78,8 @@ def agree(group: ProcessGroup, config: Mapping[str, object], output_dir: Path) -
     leaves_of_them: JsonObject = {}
     for name in differing[:SHOWN_DIFFERENCES]:
         leaves_of_them |= parts[name]
-    changes = changed_settings(*pair.gather(leaves_of_them))
+    first, other = pair.gather(leaves_of_them)
+    changes = changed_settings(first, other)
     group.sum([0])
     raise ConfigError(
         f"The processes must make the same run. rank 0 on {rows[0]['host']} -> rank {rank} on "

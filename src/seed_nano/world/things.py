@@ -131,7 +131,7 @@ def write_known_words(file: Path) -> None:
     readings = names_by_phrase(VOCABULARY["phrase_readings"])
     for name, written in VOCABULARY["readings"].items():
         readings |= dict.fromkeys(map(plural, written), plural(name)) | dict.fromkeys(written, name)
-    nearest = {}
+    nearest: dict[str, list[str]] = {}
     for group in VOCABULARY["nearest"]:
         for word in group["words"].split():
             nearest |= dict.fromkeys((word, plural(word)), group["things"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import as_mapping
-from seed_multimodal.data.formats.bad_records import RECORD_FAULTS, RecordNote, broken_note
+from seed_multimodal.data.formats.bad_records import RecordNote, broken_note
 from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.images import (
     CAPTION_FIELDS,
@@ -33,7 +33,7 @@ from seed_multimodal.data.formats.record import (
 )
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.tar import TarFile
-from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.errors import ImageError
 from seed_multimodal.settings import check_keys
 
 LABEL_FIELDS = ("labels", "label")

@@ -15,7 +15,6 @@ import resource
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
