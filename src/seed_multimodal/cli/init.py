@@ -148,7 +148,12 @@ def check_data(data: str, chats: str) -> None:
     Pairs(data).check_usable(captioned=True)
     if chats:
         records = open_records(chats)
-        records.check_usable(lambda index: conversation(records.read(index).fields, chats))
+
+        def read(index: int) -> None:
+            record = records.locate(index).parsed()
+            conversation(record.fields, record.location)
+
+        records.check_usable(read)
 
 
 def with_values(item: Any, values: Mapping[str, str]) -> Any:

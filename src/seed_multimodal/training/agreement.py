@@ -80,10 +80,14 @@ def agree(group: ProcessGroup, config: Mapping[str, object], output_dir: Path) -
         leaves_of_them |= parts[name]
     first, other = pair.gather(leaves_of_them)
     changes = changed_settings(first, other)
+    is_all = max(len(changes), len(differing)) <= SHOWN_DIFFERENCES
+    more = "" if is_all else "; and more"
     group.sum([0])
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        raise SystemExit(COMMAND_FAILED)  # the first process of its node prints it
     raise ConfigError(
         f"The processes must make the same run. rank 0 on {rows[0]['host']} -> rank {rank} on "
-        f"{rows[rank]['host']}: {'; '.join(changes[:SHOWN_DIFFERENCES])}. "
+        f"{rows[rank]['host']}: {'; '.join(changes[:SHOWN_DIFFERENCES])}{more}. "
         f"{len(others)} of {group.world} processes differ from rank 0."
     )
 
