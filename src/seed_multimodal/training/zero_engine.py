@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -184,22 +186,148 @@ class ZeroEngine(Engine):
         )
 
     def load(self, folder: Path, step: int) -> None:
-        """Load the shards. Raises CheckpointError: of another run, damaged or unsafe."""
+        """Load the shards, also of another number of processes.
+
+        Raises CheckpointError: of another run, damaged or unsafe.
+        """
+        from deepspeed.utils.zero_to_fp32 import get_model_state_file
+
+        shards = folder / f"global_step{step}"
         # torch.load would unpickle anything, so only known types are allowed in the shards.
         with _weights_only(), keeping_hyperparameters(self.optimizer):
             try:
-                path, _ = self.model.load_checkpoint(
-                    str(folder), tag=f"global_step{step}", load_module_strict=False
-                )
-            except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
+                header = _read(get_model_state_file(str(shards), self.stage))
+                if header["dp_world_size"] == self.group.world:
+                    self.model.load_checkpoint(
+                        str(folder), tag=shards.name, load_module_strict=False
+                    )
+                else:
+                    self._load_resharded(shards, header)
+            except (
+                RuntimeError,
+                ValueError,
+                LookupError,
+                TypeError,
+                AssertionError,
+                OSError,
+            ) as error:
                 raise CheckpointError(
                     f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
-                    "they need the same model, optimizer, ZeRO stage and number of processes."
+                    "they need the same model, optimizer and ZeRO stage."
                 ) from error
-        if path is None:
-            raise CheckpointError(
-                f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete."
-            )
+
+    def _load_resharded(self, folder: Path, header: Mapping[str, Any]) -> None:
+        """Load this process's parts of the shards of another number of processes.
+
+        header: DeepSpeed's state of the model, from the first one.
+        """
+        from deepspeed.utils.zero_to_fp32 import get_optim_files
+
+        rank, world = self.group.rank, self.group.world
+        weights_key, states_key = "single_partition_of_fp32_groups", "base_optimizer_state"
+        if self.stage == 3:
+            weights_key, states_key = "fp32_flat_groups", "optimizer_state_dict"
+
+        # 1. (state, parameter) → its parts in all shards. Only those that are used below are read
+        #    from the disk.
+        parts = defaultdict(list)
+        steps = set()
+        shard: Any = {}
+        files = get_optim_files(str(folder))
+        for index, file in enumerate(files):
+            shard = _read(file)["optimizer_state_dict"]
+            states = shard[states_key]["state"]
+            layout = self._layout(shard, header["param_shapes"], index, len(files))
+            for group, addresses in enumerate(layout):
+                flat = {"weight": shard[weights_key][group], **states[group]}
+                steps.add(float(flat.pop("step")))
+                for name, address in addresses.items():
+                    for key, tensor in flat.items():
+                        parts[key, name].append(tensor.narrow(0, address.start, address.numel))
+
+        # 2. All shards are there, of one step and of this model.
+        shapes = self.model._get_zero_param_shapes()
+        sizes = {name: shape.numel() for group in shapes for name, shape in group.items()}
+        keys = {key for key, _ in parts}
+        expected = {(key, name): size for key in keys for name, size in sizes.items()}
+        if {key: sum(map(len, tensors)) for key, tensors in parts.items()} != expected:
+            raise ValueError("a shard is missing, or of another model")
+        if len(steps) > 1:
+            raise ValueError(f"they are of steps {sorted(steps)}")
+
+        # 3. The shard that this process would have written.
+        own = self.optimizer.state_dict()
+        paddings = own.get("group_paddings", [0] * len(shapes))
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        weights, states = [], {}
+        for group, addresses in enumerate(self._layout(own, shapes, rank, world)):
+            size = own[weights_key][group].numel() + paddings[group]
+            flat = {key: torch.zeros(size) for key in keys}
+            for name, address in addresses.items():
+                if self.stage == 3:
+                    start = rank * parameters[name].ds_tensor.numel()
+                else:
+                    start = parameters[name]._hp_mapping.lp_fragment_address.start
+                for key in keys:
+                    part = flat[key].narrow(0, address.start, address.numel)
+                    part.copy_(_section(parts[key, name], start, address.numel))
+            weights.append(flat.pop("weight"))
+            states[group] = {"step": torch.tensor(*steps), **flat}
+        own |= {key: shard[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow")}
+        own[weights_key] = weights
+        own[states_key] = {**own[states_key], "state": states}
+
+        # 4. DeepSpeed loads it; the weights in 16 bits follow those in fp32.
+        buffers = {name: header["module"][name] for name, _ in self.module.named_buffers()}
+        self.module.load_state_dict(buffers, strict=False)
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self.model, name, header[name])
+        if self.stage == 3:
+            self.optimizer.checkpoint_event_prologue()
+        self.optimizer.load_state_dict({rank: own}, load_from_fp32_weights=True)
+        if self.stage == 3:
+            self.optimizer.checkpoint_event_epilogue()
+        else:
+            self.optimizer.update_lp_params()
+
+    def _layout(
+        self,
+        shard: Mapping[str, Any],
+        shapes: Sequence[Mapping[str, torch.Size]],
+        rank: int,
+        world: int,
+    ) -> Sequence[Mapping[str, Any]]:
+        """Where the flat tensors of a process have its parts of parameters: for each group, name →
+        DeepSpeed's `fragment_address`."""
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        if self.stage < 3:
+            return shard["param_slice_mappings"]
+        layout = []
+        for group in shapes:
+            start = 0
+            addresses = {}
+            for name, shape in group.items():
+                padded = math.ceil(shape.numel() / world)
+                numel = min(max(shape.numel() - rank * padded, 0), padded)
+                addresses[name] = fragment_address(numel=numel, start=start)
+                start += padded
+            layout.append(addresses)
+        return layout
+
+
+def _read(file: str) -> Any:
+    """A torch file of tensors and plain containers, its tensors mapped."""
+    return torch.load(file, "cpu", weights_only=True, mmap=True)
+
+
+def _section(parts: Sequence[Tensor], start: int, numel: int) -> Tensor:
+    """`numel` numbers of concatenated tensors, from `start` on."""
+    sections = []
+    for part in parts:
+        sections.append(part[max(start, 0) : max(start + numel, 0)])
+        start -= len(part)
+    return torch.cat(sections)
 
 
 def gather_full_weights(module: nn.Module) -> dict[str, Tensor]:
