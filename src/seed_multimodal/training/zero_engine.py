@@ -203,117 +203,90 @@ class ZeroEngine(Engine):
                     )
                 else:
                     self._load_resharded(shards, header)
-            except (
-                RuntimeError,
-                ValueError,
-                LookupError,
-                TypeError,
-                AssertionError,
-                OSError,
-            ) as error:
+            except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
                 raise CheckpointError(
                     f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
                     "they need the same model, optimizer and ZeRO stage."
                 ) from error
 
     def _load_resharded(self, folder: Path, header: Mapping[str, Any]) -> None:
-        """Load this process's parts of the shards of another number of processes.
+        """Load this process's part of the shards of another number of processes.
 
-        header: DeepSpeed's state of the model, from the first one.
+        DeepSpeed's universal checkpoints are not used: a file for each parameter, state and
+        process, and with ZeRO-3 all groups share one counter of steps, which then runs too fast.
+
+        header: DeepSpeed's state of the model, of the first process.
         """
         from deepspeed.utils.zero_to_fp32 import get_optim_files
 
-        rank, world = self.group.rank, self.group.world
-        weights_key, states_key = "single_partition_of_fp32_groups", "base_optimizer_state"
+        optimizer: Any = self.optimizer
         if self.stage == 3:
             weights_key, states_key = "fp32_flat_groups", "optimizer_state_dict"
+            flat_groups = optimizer.fp32_partitioned_groups_flat
+        else:
+            weights_key, states_key = "single_partition_of_fp32_groups", "base_optimizer_state"
+            flat_groups = optimizer.single_partition_of_fp32_groups
 
-        # 1. (state, parameter) → its parts in all shards. Only those that are used below are read
-        #    from the disk.
-        parts = defaultdict(list)
-        steps = set()
-        shard: Any = {}
         files = get_optim_files(str(folder))
-        for index, file in enumerate(files):
-            shard = _read(file)["optimizer_state_dict"]
-            states = shard[states_key]["state"]
-            layout = self._layout(shard, header["param_shapes"], index, len(files))
-            for group, addresses in enumerate(layout):
-                flat = {"weight": shard[weights_key][group], **states[group]}
-                steps.add(float(flat.pop("step")))
-                for name, address in addresses.items():
-                    for key, tensor in flat.items():
-                        parts[key, name].append(tensor.narrow(0, address.start, address.numel))
+        saved_shapes, shapes = header["param_shapes"], self.model._get_zero_param_shapes()
+        units = self._units(saved_shapes)
+        if len(files) != header["dp_world_size"] or units != self._units(shapes):
+            raise ValueError("a shard is missing, or the trained parameters are others")
 
-        # 2. All shards are there, of one step and of this model.
-        shapes = self.model._get_zero_param_shapes()
-        sizes = {name: shape.numel() for group in shapes for name, shape in group.items()}
-        keys = {key for key, _ in parts}
-        expected = {(key, name): size for key in keys for name, size in sizes.items()}
-        if {key: sum(map(len, tensors)) for key, tensors in parts.items()} != expected:
-            raise ValueError("a shard is missing, or of another model")
+        # 1. The blocks of each state, of all units, process after process; read when they are used.
+        blocks: dict[str, list[Tensor]] = defaultdict(list)
+        steps = set()
+        for file in files:
+            shard = _read(file)["optimizer_state_dict"]
+            for index, group in enumerate(saved_shapes):
+                flat = {"weight": shard[weights_key][index], **shard[states_key]["state"][index]}
+                steps.add(float(flat.pop("step")))
+                for key, tensor in flat.items():
+                    blocks[key] += tensor.split(self._sizes(group, len(files), len(tensor)))
         if len(steps) > 1:
             raise ValueError(f"they are of steps {sorted(steps)}")
 
-        # 3. The shard that this process would have written.
-        own = self.optimizer.state_dict()
-        paddings = own.get("group_paddings", [0] * len(shapes))
-        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        # 2. The shard that this process would have written.
         weights, states = [], {}
-        for group, addresses in enumerate(self._layout(own, shapes, rank, world)):
-            size = own[weights_key][group].numel() + paddings[group]
-            flat = {key: torch.zeros(size) for key in keys}
-            for name, address in addresses.items():
-                if self.stage == 3:
-                    start = rank * parameters[name].ds_tensor.numel()
-                else:
-                    start = parameters[name]._hp_mapping.lp_fragment_address.start
-                for key in keys:
-                    part = flat[key].narrow(0, address.start, address.numel)
-                    part.copy_(_section(parts[key, name], start, address.numel))
+        first = 0
+        for index, group in enumerate(shapes):
+            sizes = self._sizes(group, self.group.world, len(flat_groups[index]))
+            flat = {
+                key: torch.cat(
+                    [
+                        _section(tensors[unit :: len(units)], self.group.rank, size)
+                        for unit, size in enumerate(sizes, first)
+                    ]
+                )
+                for key, tensors in blocks.items()
+            }
+            first += len(sizes)
             weights.append(flat.pop("weight"))
-            states[group] = {"step": torch.tensor(*steps), **flat}
-        own |= {key: shard[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow")}
-        own[weights_key] = weights
-        own[states_key] = {**own[states_key], "state": states}
+            states[index] = {"step": torch.tensor(*steps), **flat}
+        shard[weights_key] = weights
+        shard[states_key] = {**optimizer.state_dict()[states_key], "state": states}
 
-        # 4. DeepSpeed loads it; the weights in 16 bits follow those in fp32.
-        buffers = {name: header["module"][name] for name, _ in self.module.named_buffers()}
-        self.module.load_state_dict(buffers, strict=False)
-        for name in ("global_steps", "global_samples", "skipped_steps"):
-            setattr(self.model, name, header[name])
+        # 3. DeepSpeed loads it; the weights in 16 bits follow those in fp32.
         if self.stage == 3:
-            self.optimizer.checkpoint_event_prologue()
-        self.optimizer.load_state_dict({rank: own}, load_from_fp32_weights=True)
+            optimizer.checkpoint_event_prologue()
+        optimizer.load_state_dict({self.group.rank: shard}, load_from_fp32_weights=True)
         if self.stage == 3:
-            self.optimizer.checkpoint_event_epilogue()
+            optimizer.checkpoint_event_epilogue()
         else:
-            self.optimizer.update_lp_params()
+            optimizer.update_lp_params()
 
-    def _layout(
-        self,
-        shard: Mapping[str, Any],
-        shapes: Sequence[Mapping[str, torch.Size]],
-        rank: int,
-        world: int,
-    ) -> Sequence[Mapping[str, Any]]:
-        """Where the flat tensors of a process have its parts of parameters: for each group, name →
-        DeepSpeed's `fragment_address`."""
-        from deepspeed.utils.tensor_fragment import fragment_address
-
+    def _units(self, shapes: Sequence[Mapping[str, torch.Size]]) -> Sequence[object]:
+        """What is cut into equal blocks for the processes: each group of parameters, or each
+        parameter (ZeRO-3)."""
         if self.stage < 3:
-            return shard["param_slice_mappings"]
-        layout = []
-        for group in shapes:
-            start = 0
-            addresses = {}
-            for name, shape in group.items():
-                padded = math.ceil(shape.numel() / world)
-                numel = min(max(shape.numel() - rank * padded, 0), padded)
-                addresses[name] = fragment_address(numel=numel, start=start)
-                start += padded
-            layout.append(addresses)
-        return layout
+            return shapes
+        return [item for group in shapes for item in group.items()]
+
+    def _sizes(self, group: Mapping[str, torch.Size], world: int, size: int) -> list[int]:
+        """Sizes of the blocks of a group in a process, which has `size` numbers of it."""
+        if self.stage < 3:
+            return [size]
+        return [math.ceil(shape.numel() / world) for shape in group.values()]
 
 
 def _read(file: str) -> Any:
@@ -321,13 +294,15 @@ def _read(file: str) -> Any:
     return torch.load(file, "cpu", weights_only=True, mmap=True)
 
 
-def _section(parts: Sequence[Tensor], start: int, numel: int) -> Tensor:
-    """`numel` numbers of concatenated tensors, from `start` on."""
+def _section(blocks: Sequence[Tensor], index: int, size: int) -> Tensor:
+    """The block with this index, if those of a unit are of `size` instead; padded by zeros."""
+    start = index * size
     sections = []
-    for part in parts:
-        sections.append(part[max(start, 0) : max(start + numel, 0)])
-        start -= len(part)
-    return torch.cat(sections)
+    for block in blocks:
+        sections.append(block[max(start, 0) : max(start + size, 0)])
+        start -= len(block)
+    section = torch.cat(sections)
+    return nn.functional.pad(section, (0, size - len(section)))
 
 
 def gather_full_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -1,15 +1,23 @@
-"""What DeepSpeed leaves behind (unequal numbers of forward passes: e2e/test_trainers.py)."""
+"""What DeepSpeed leaves behind, and its shards in another number of processes (unequal numbers of
+forward passes: e2e/test_trainers.py)."""
 
+import json
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import loop_toy as toy
 import pytest
 import torch
 import torch.distributed as dist
+import zero_toy
+from llm_runs import environment
+from real_processes import run_checked
 from torch import nn
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import MuonWithAdamW
@@ -56,3 +64,66 @@ def test_zero_engine_refuses_muon(lone_group):
     with pytest.raises(ConfigError, match="muon"):
         task.deepspeed = {"zero_optimization": {"stage": 2}}
         ZeroEngine(task, lone_group, CPU)
+
+
+def run_zero(folder: Path, stage: int, *runs: str):
+    """Runs of `zero_toy`, one after the other."""
+    command = [sys.executable, zero_toy.__file__, str(folder), str(stage), *runs]
+    run_checked(command, timeout=300, env=environment())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Those of two processes after steps 1 and 2, ZeRO-2."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("shards")
+    run_zero(folder, 2, "2:0:2")
+    return folder
+
+
+@pytest.mark.process
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("stage", "runs"),
+    [
+        (3, ("4:0:2", "3:2:4")),
+        *(
+            pytest.param(stage, ("4:0:2", "3:2:4", "4:4:6", "1:6:8"), marks=pytest.mark.nightly)
+            for stage in (1, 2, 3)
+        ),
+    ],
+)
+def test_zero_engine_continues_in_another_number_of_processes(stage, runs, tmp_path):
+    # A node is lost, and comes back.
+    pytest.importorskip("deepspeed")
+    run_zero(tmp_path, stage, *runs)
+    losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    plain = zero_toy.engine(0)
+    expected = [zero_toy.train(plain, step) for step in range(len(losses))]
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def first_shard(folder: Path, step: int = 2) -> Path:
+    return next(folder.glob(f"global_step{step}/*pp_rank_0*optim_states.pt"))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda folder: first_shard(folder).unlink(),
+    "truncated": lambda folder: os.truncate(first_shard(folder), 1000),
+    "of steps": lambda folder: shutil.copy(first_shard(folder, 1), first_shard(folder)),
+}
+
+
+@pytest.mark.process
+@pytest.mark.timeout(300)
+def test_zero_engine_in_another_number_of_processes_refuses_damaged_shards(
+    shards, lone_group, tmp_path
+):
+    engine = zero_toy.engine(2)
+    engine.load(shards, 2)
+    for name, damage in DAMAGES.items():
+        shutil.copytree(shards, tmp_path / name)
+        damage(tmp_path / name)
+        with pytest.raises(CheckpointError, match="" if name == "truncated" else name):
+            engine.load(tmp_path / name, 2)
+    engine.close()
