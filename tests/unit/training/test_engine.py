@@ -66,65 +66,63 @@ def test_zero_engine_refuses_muon(lone_group):
         ZeroEngine(task, lone_group, CPU)
 
 
-def run_zero(folder: Path, stage: int, *runs: str):
-    """Runs of `zero_toy`, one after the other."""
-    command = [sys.executable, zero_toy.__file__, str(folder), str(stage), *runs]
-    run_checked(command, timeout=300, env=environment())
+ALL_RUNS = "4:0:2 3:2:4 4:4:6 1:6:8"
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    """Those of two processes after steps 1 and 2, ZeRO-2."""
+def shards(request, tmp_path_factory) -> Path:
+    """The folder of runs of `zero_toy` with a stage, one after the other."""
     pytest.importorskip("deepspeed")
+    stage, runs = request.param
     folder = tmp_path_factory.mktemp("shards")
-    run_zero(folder, 2, "2:0:2")
+    command = [sys.executable, zero_toy.__file__, str(folder), str(stage), *runs.split()]
+    run_checked(command, timeout=500, env=environment())
     return folder
+
+
+def after_runs(*parameters) -> pytest.MarkDecorator:
+    """A test of shards of these stages and runs; in the suite of ZeRO-3."""
+    rows = [pytest.param((3, "4:0:2 3:2:4"), id="shrink")]
+    rows += [pytest.param(row, id=f"zero{row[0]}", marks=pytest.mark.nightly) for row in parameters]
+    return pytest.mark.parametrize("shards", rows, indirect=True)
 
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("stage", "runs"),
-    [
-        (3, ("4:0:2", "3:2:4")),
-        *(
-            pytest.param(stage, ("4:0:2", "3:2:4", "4:4:6", "1:6:8"), marks=pytest.mark.nightly)
-            for stage in (1, 2, 3)
-        ),
-    ],
-)
-def test_zero_engine_continues_in_another_number_of_processes(stage, runs, tmp_path):
+@after_runs((1, ALL_RUNS), (2, ALL_RUNS), (3, ALL_RUNS))
+def test_zero_engine_continues_in_another_number_of_processes(shards):
     # A node is lost, and comes back.
-    pytest.importorskip("deepspeed")
-    run_zero(tmp_path, stage, *runs)
-    losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    losses = [json.loads(line) for line in (shards / "losses.jsonl").read_text().splitlines()]
     plain = zero_toy.engine(0)
     expected = [zero_toy.train(plain, step) for step in range(len(losses))]
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
-def first_shard(folder: Path, step: int = 2) -> Path:
-    return next(folder.glob(f"global_step{step}/*pp_rank_0*optim_states.pt"))
+def first_shard(folder: Path, step: int = 4) -> Path:
+    return folder / f"global_step{step}" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "missing": lambda folder: first_shard(folder).unlink(),
+    "a shard is missing": lambda folder: first_shard(folder).unlink(),
     "cannot be read": lambda folder: os.truncate(first_shard(folder), 1000),
-    "of steps": lambda folder: shutil.copy(first_shard(folder, 1), first_shard(folder)),
+    r"of steps \[3.0, 4.0\]": lambda folder: shutil.copy(
+        first_shard(folder, 3), first_shard(folder)
+    ),
 }
 
 
 @pytest.mark.process
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
+@after_runs()
 def test_zero_engine_in_another_number_of_processes_refuses_damaged_shards(
     shards, lone_group, tmp_path
 ):
-    engine = zero_toy.engine(2)
-    engine.load(shards, 2)
+    engine = zero_toy.engine(3)
+    engine.load(shards, 4)
     for index, (text, damage) in enumerate(DAMAGES.items()):
         damaged = tmp_path / str(index)
         shutil.copytree(shards, damaged)
         damage(damaged)
         with pytest.raises(CheckpointError, match=text):
-            engine.load(damaged, 2)
+            engine.load(damaged, 4)
     engine.close()
