@@ -198,9 +198,8 @@ class RunTask(Task):
         identity.fixed["engine"] = "plain"
         identity.fixed["zero_stage"] = self.zero_stage
         identity.fixed["optimizer"] = self.run.optim.name
-        if self.run.deepspeed is not None:  # each process has its shard of a checkpoint
+        if self.run.deepspeed is not None:
             identity.fixed["engine"] = "deepspeed"
-            identity.fixed["processes"] = world
         return identity
 
     def _log(self, *texts: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -184,22 +186,123 @@ class ZeroEngine(Engine):
         )
 
     def load(self, folder: Path, step: int) -> None:
-        """Load the shards. Raises CheckpointError: of another run, damaged or unsafe."""
+        """Load the shards, also of another number of processes.
+
+        Raises CheckpointError: of another run, damaged or unsafe.
+        """
+        from deepspeed.utils.zero_to_fp32 import get_model_state_file
+
+        shards = folder / f"global_step{step}"
         # torch.load would unpickle anything, so only known types are allowed in the shards.
         with _weights_only(), keeping_hyperparameters(self.optimizer):
             try:
-                path, _ = self.model.load_checkpoint(
-                    str(folder), tag=f"global_step{step}", load_module_strict=False
-                )
+                header = _read(get_model_state_file(str(shards), self.stage))
+                if header["dp_world_size"] == self.group.world:
+                    self.model.load_checkpoint(
+                        str(folder), tag=shards.name, load_module_strict=False
+                    )
+                else:
+                    self._load_resharded(shards, header)
             except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
                 raise CheckpointError(
                     f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
-                    "they need the same model, optimizer, ZeRO stage and number of processes."
+                    "they need the same model, optimizer and ZeRO stage."
                 ) from error
-        if path is None:
-            raise CheckpointError(
-                f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete."
-            )
+
+    def _load_resharded(self, folder: Path, header: Mapping[str, Any]) -> None:
+        """Load this process's part of the shards of another number of processes.
+
+        DeepSpeed's universal checkpoints are not used: a file for each parameter, state and
+        process, and with ZeRO-3 all groups share one counter of steps, which then runs too fast.
+
+        header: DeepSpeed's state of the model, of the first process.
+        """
+        from deepspeed.utils.zero_to_fp32 import get_optim_files
+
+        optimizer: Any = self.optimizer
+        if self.stage == 3:
+            weights_key, states_key = "fp32_flat_groups", "optimizer_state_dict"
+            flat_groups = optimizer.fp32_partitioned_groups_flat
+        else:
+            weights_key, states_key = "single_partition_of_fp32_groups", "base_optimizer_state"
+            flat_groups = optimizer.single_partition_of_fp32_groups
+
+        files = get_optim_files(str(folder))
+        saved_shapes, shapes = header["param_shapes"], self.model._get_zero_param_shapes()
+        units = self._units(saved_shapes)
+        if len(files) != header["dp_world_size"] or units != self._units(shapes):
+            raise ValueError("a shard is missing, or the trained parameters are others")
+
+        # 1. The blocks of each state, of all units, process after process; read when they are used.
+        blocks: dict[str, list[Tensor]] = defaultdict(list)
+        steps = set()
+        for file in files:
+            shard = _read(file)["optimizer_state_dict"]
+            for index, group in enumerate(saved_shapes):
+                flat = {"weight": shard[weights_key][index], **shard[states_key]["state"][index]}
+                steps.add(float(flat.pop("step")))
+                for key, tensor in flat.items():
+                    blocks[key] += tensor.split(self._sizes(group, len(files), len(tensor)))
+        if len(steps) > 1:
+            raise ValueError(f"they are of steps {sorted(steps)}")
+
+        # 2. The shard that this process would have written.
+        weights, states = [], {}
+        first = 0
+        for index, group in enumerate(shapes):
+            sizes = self._sizes(group, self.group.world, len(flat_groups[index]))
+            flat = {
+                key: torch.cat(
+                    [
+                        _section(tensors[unit :: len(units)], self.group.rank, size)
+                        for unit, size in enumerate(sizes, first)
+                    ]
+                )
+                for key, tensors in blocks.items()
+            }
+            first += len(sizes)
+            weights.append(flat.pop("weight"))
+            states[index] = {"step": torch.tensor(*steps), **flat}
+        shard[weights_key] = weights
+        shard[states_key] = {**optimizer.state_dict()[states_key], "state": states}
+
+        # 3. DeepSpeed loads it; the weights in 16 bits follow those in fp32.
+        if self.stage == 3:
+            optimizer.checkpoint_event_prologue()
+        optimizer.load_state_dict({self.group.rank: shard}, load_from_fp32_weights=True)
+        if self.stage == 3:
+            optimizer.checkpoint_event_epilogue()
+        else:
+            optimizer.update_lp_params()
+
+    def _units(self, shapes: Sequence[Mapping[str, torch.Size]]) -> Sequence[object]:
+        """What is cut into equal blocks for the processes: each group of parameters, or each
+        parameter (ZeRO-3)."""
+        if self.stage < 3:
+            return shapes
+        return [item for group in shapes for item in group.items()]
+
+    def _sizes(self, group: Mapping[str, torch.Size], world: int, size: int) -> list[int]:
+        """Sizes of the blocks of a group in a process, which has `size` numbers of it."""
+        if self.stage < 3:
+            return [size]
+        return [math.ceil(shape.numel() / world) for shape in group.values()]
+
+
+def _read(file: str) -> Any:
+    """A torch file of tensors and plain containers, its tensors mapped."""
+    return torch.load(file, "cpu", weights_only=True, mmap=True)
+
+
+def _section(blocks: Sequence[Tensor], index: int, size: int) -> Tensor:
+    """The block with this index, if those of a unit are of `size` instead; padded by zeros."""
+    start = index * size
+    sections = []
+    for block in blocks:
+        sections.append(block[max(start, 0) : max(start + size, 0)])
+        start -= len(block)
+    section = torch.cat(sections)
+    return nn.functional.pad(section, (0, size - len(section)))
 
 
 def gather_full_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -13,21 +13,27 @@ from data_files import lines
 from real_processes import (  # noqa: F401
     STARTED,
     free_port,
+    kill,
     nothing_stays_behind,
     processes_with,
     wait_until,
 )
 from trainers import TRAINERS, TWO
 
+from seed_multimodal.training.checkpoint import checkpoints
+
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
 QUICK = "trainer.timeout_minutes=0.5"
 
 
-def start(tmp_path, max_steps, **variables: str) -> subprocess.Popen:
+def start(
+    tmp_path, max_steps, *more: str, deepspeed: str = "none", **variables: str
+) -> subprocess.Popen:
     """The script with groups that replace its own, and so all its flags on them."""
     files = runs.write_files(tmp_path, model={"lora": {**runs.LORA, "lora_dropout": 0.0}})
-    options = ["deepspeed=none", f"trainer.max_steps={max_steps}", "trainer.save_steps=2"]
+    options = [f"deepspeed={deepspeed}", f"trainer.max_steps={max_steps}", *more]
+    options.append("trainer.save_steps=2")
     process = subprocess.Popen(
         ["sh", SCRIPT, *runs.overrides(files, tmp_path / "out", *options)],
         cwd=runs.APPLICATION,
@@ -63,6 +69,34 @@ def test_script_with_a_killed_process_ends_without_traceback(tmp_path):
     # The other process may be the first to report that this one is gone.
     assert process.returncode in (2, 128 + signal.SIGKILL), errors
     assert "Traceback" not in errors, errors
+
+
+@pytest.mark.nightly
+def test_script_continues_without_a_lost_node(tmp_path):
+    pytest.importorskip("deepspeed")
+    zero = {"deepspeed": "configs/deepspeed/stage2_bf16.json", "NPROC": "2"}
+    nodes = {"HOST_NUM": "2", "CHIEF_IP": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [start(tmp_path, 100_000, INDEX=str(index), **nodes, **zero) for index in range(2)]
+    out = tmp_path / "out"
+    wait_until(lambda: bool(checkpoints(out)), processes[0])
+    kill(processes[1], group=True)
+    _, errors = processes[0].communicate(timeout=100)
+    assert processes[0].returncode, errors
+    assert "Traceback" not in errors, errors
+
+    # What is left makes the steps of both, or smaller ones in a folder of their own.
+    step, last = checkpoints(out)[0]
+    options = {
+        "out": ["trainer.gradient_accumulation_steps=2"],
+        "branch": [f"trainer.resume={last}", f"output_dir={tmp_path / 'branch'}"],
+    }
+    for name, more in options.items():
+        process = start(tmp_path, step + 2, *more, **zero)
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, output + errors
+        assert "saved with 4 processes, this run has 2" in output
+        assert f"resumes from {last}" in output
+        assert checkpoints(tmp_path / name)[0][0] == step + 2
 
 
 @pytest.mark.nightly
