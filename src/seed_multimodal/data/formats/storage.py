@@ -7,6 +7,7 @@ cache, others exactly. Keys, end points and regions are fsspec settings, from th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import os
 import resource
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -23,8 +24,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from seed_multimodal.disk import (
     atomic_path,
     folder_lock,
-    is_file,
     is_machine_fault,
+    path_type,
     raise_file_limit,
     read_patiently,
     reading_reason,
@@ -284,22 +285,41 @@ def list_files(folder: str | Path) -> list[str]:
 def _local_files(folder: str | Path) -> list[str]:
     paths = []
     visited = set()
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    folders = [os.fspath(folder)]
+    while folders:
+        parent = folders.pop()
         target = os.path.realpath(parent)
         if target in visited:
-            folders.clear()
             continue
         visited.add(target)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return sorted(filter(is_file, paths), key=lambda path: path.split(os.sep))
+        try:
+            types = entry_types(parent)
+        except OSError as error:
+            if is_machine_fault(error):
+                raise
+            raise DataError(f"{parent}: cannot be read ({reading_reason(error)}).") from error
+        names = [name for name in types if not name.startswith(".")]
+        paths += [os.path.join(parent, name) for name in names if types[name] == "file"]
+        subfolders = [os.path.join(parent, name) for name in names if types[name] == "folder"]
+        folders += reversed(subfolders)
+    return sorted(paths, key=lambda path: path.split(os.sep))
 
 
-def _refuse(error: OSError) -> None:
-    """Raise the error of a folder, which `os.walk` would leave out."""
-    if is_machine_fault(error):
-        raise error
-    raise DataError(f"{error.filename}: cannot be read ({reading_reason(error)}).")
+def entry_types(folder: str | Path) -> dict[str, str]:
+    """Name → type, as of `disk.path_type`, of each entry of a folder, by one listing.
+
+    Only links need a further call each. Raises OSError, ReadError.
+    """
+    types = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                types[entry.name] = "file"
+            elif entry.is_dir(follow_symlinks=False):
+                types[entry.name] = "folder"
+            else:
+                types[entry.name] = path_type(entry.path)
+    return types
 
 
 def remote_files(url: str, method: str) -> list[str]:
@@ -320,11 +340,39 @@ def stat(path: str | Path) -> tuple[int, str]:
             status = os.stat(path)
             return status.st_size, str(status.st_mtime_ns)
         files, name = filesystem(str(path))
-        info = files.info(name)
-        versions = filter(None, map(info.get, VERSION_KEYS))
-        return int(info["size"]), str(next(versions, ""))
+        return _size_and_version(files.info(name))
 
     return read_safely(path, read)
+
+
+def _size_and_version(info: Mapping[str, Any]) -> tuple[int, str]:
+    versions = filter(None, map(info.get, VERSION_KEYS))
+    return int(info["size"]), str(next(versions, ""))
+
+
+def stat_files(folder: str, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Name → `stat` of the files of a folder, of a remote one by one listing.
+
+    Missing are files that cannot be read, and those that a server does not list with sizes.
+    """
+    if not is_remote(folder):
+        stats = {}
+        for name in names:
+            with contextlib.suppress(DataError):
+                stats[name] = stat(os.path.join(folder, name))
+        return stats
+
+    def list_details() -> list[dict[str, Any]]:
+        files, name = filesystem(folder)
+        details: list[dict[str, Any]] = files.ls(name, detail=True)
+        return details
+
+    listed = {}
+    with contextlib.suppress(DataError):
+        for info in read_safely(folder, list_details):
+            if info.get("size") is not None:
+                listed[info["name"].rpartition("/")[2]] = _size_and_version(info)
+    return {name: listed[name] for name in names if name in listed}
 
 
 def default_cache() -> Path:
