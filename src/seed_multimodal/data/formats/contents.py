@@ -21,6 +21,7 @@ from braceexpand import braceexpand
 
 from seed_multimodal.config import read_table
 from seed_multimodal.data.formats.storage import (
+    by_folder,
     entry_types,
     is_remote,
     list_files,
@@ -217,18 +218,13 @@ def _matches(name: str, types: Mapping[str, str]) -> dict[str, bool]:
     return {path: type == "folder" for path, type in _path_types(paths).items() if type}
 
 
-def _path_types(paths: Iterable[str]) -> dict[str, str]:
+def _path_types(paths: Collection[str]) -> dict[str, str]:
     """Path → `disk.path_type`, of many paths in a folder by one listing."""
-    names: dict[str, list[str]] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        names.setdefault(folder, []).append(name)
     types = {}
-    for folder in names:
-        if len(names[folder]) >= LISTED_FILES:
-            with contextlib.suppress(OSError):  # a folder that may be searched, but not listed
-                listed = entry_types(folder or ".")
-                types.update({os.path.join(folder, name): listed[name] for name in listed})
+    for folder, files in by_folder(paths, LISTED_FILES).items():
+        with contextlib.suppress(OSError):  # a folder that may be searched, but not listed
+            listed = entry_types(folder or ".")
+            types.update({path: listed.get(name) for name, path in files.items()})
     return {path: types.get(path) or path_type(path) for path in paths}
 
 

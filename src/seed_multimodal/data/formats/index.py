@@ -6,6 +6,7 @@ It is in SEED_INDEX_DIR, else of local files in FOLDER/.seed-index/NAME.npz, of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zlib
@@ -22,9 +23,10 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, ReadError
 
 INDEX_FOLDER = ".seed-index"
-MANIFEST = ".manifest"  # stands for a file of this name, which has an index
 MIN_STORED_BYTES = 1 << 20  # no index is written for smaller files
 VERSION = "6"
+MANIFEST = ".manifest"  # stands for a file of this name, which has an index
+MANIFEST_HEAD = np.array([MANIFEST, VERSION])
 CACHED_BYTES = 64 << 20  # of stored indexes in a process
 
 Arrays = Mapping[str, np.ndarray]
@@ -54,11 +56,15 @@ class CountedFile(FileReader):
 
     def check_entry(self, entry: FileEntry) -> None:
         """Raise ReadError if the file is not the one that was counted; it will be counted anew."""
+        if self.entry is not None and is_remote(self.path):  # listings may have other versions
+            entry = entry._replace(version=self.entry.version)
         if self.entry not in (None, entry):
-            manifest_path(os.path.dirname(self.path)).unlink(missing_ok=True)
+            manifest = manifest_path(os.path.dirname(self.path))
+            with contextlib.suppress(OSError):  # else the next run would count as this one
+                manifest.unlink()
             raise ReadError(
-                f"{self.path}: changed since its records were counted; start again with the file "
-                "as it is."
+                f"{self.path}: changed since its records were counted; start again without "
+                f"{manifest}."
             )
         self.entry = entry
 
@@ -67,7 +73,7 @@ class IndexedFile(CountedFile):
     """A file with indexed records; base of the readers."""
 
     kind = ""
-    _unstored: Arrays | None = None  # an index that cannot be read again
+    _arrays: Arrays | None = None
 
     @staticmethod
     def count_indexed(arrays: Arrays) -> int:
@@ -89,11 +95,13 @@ class IndexedFile(CountedFile):
     @property
     def arrays(self) -> Arrays:
         """The stored index, else a new one, which is stored."""
-        arrays = INDEXES.get(self) or self._unstored
+        arrays = self._arrays
         if arrays is None:
             arrays = self._read_index()
-            if self._unstored is None:
-                INDEXES.put(self, arrays)
+            if self._arrays is None:  # it is stored
+                self._arrays = arrays
+                _recent[self] = sum(array.nbytes for array in arrays.values())
+                _drop_oldest()
         return arrays
 
     def _read_index(self, must_store: bool = False) -> Arrays:
@@ -110,41 +118,25 @@ class IndexedFile(CountedFile):
             may_store = must_store or has_folder or size >= MIN_STORED_BYTES
             effect = f"every process rebuilds the index of {self.path}"
             if not (may_store and write_arrays(path, arrays, effect, must_store)):
-                self._unstored = arrays
+                self._arrays = arrays  # it cannot be read again
         self.check_entry(FileEntry(size, version, self.count_indexed(arrays)))
         return arrays
 
 
-class IndexCache:
-    """The stored indexes that this process read last, of `CACHED_BYTES`, but at least one."""
-
-    def __init__(self) -> None:
-        self._indexes: dict[IndexedFile, Arrays] = {}
-        self._n_bytes = 0
-        self.get = self._indexes.get
-
-    def put(self, file: IndexedFile, arrays: Arrays) -> None:
-        """Keep an index, and drop those read longest ago."""
-        self._drop(file)
-        self._indexes[file] = arrays
-        self._n_bytes += _n_bytes(arrays)
-        while self._n_bytes > CACHED_BYTES and len(self._indexes) > 1:
-            self._drop(next(iter(self._indexes)))
-
-    def _drop(self, file: IndexedFile) -> None:
-        self._n_bytes -= _n_bytes(self._indexes.pop(file, {}))
+_recent: dict[IndexedFile, int] = {}  # reader → bytes of its stored index; the last read one last
 
 
-INDEXES = IndexCache()
-
-
-def _n_bytes(arrays: Arrays) -> int:
-    return sum(array.nbytes for array in arrays.values())
+def _drop_oldest() -> None:
+    """Drop the stored indexes that were read longest ago, but not the last one."""
+    while sum(_recent.values()) > CACHED_BYTES and len(_recent) > 1:
+        oldest = next(iter(_recent))
+        del _recent[oldest]
+        oldest._arrays = None
 
 
 def manifest_path(folder: str) -> Path:
     """Where the manifest of a folder is stored: as the index of a file in it."""
-    return index_path(os.path.join(folder, MANIFEST), np.array([MANIFEST, VERSION]))
+    return index_path(os.path.join(folder, MANIFEST), MANIFEST_HEAD)
 
 
 def index_path(path: str, head: np.ndarray) -> Path:

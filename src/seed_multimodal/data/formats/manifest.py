@@ -14,32 +14,29 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from seed_multimodal.data.formats.index import (
-    MANIFEST,
-    VERSION,
+    MANIFEST_HEAD,
     FileEntry,
     manifest_path,
     read_arrays,
     write_arrays,
 )
-from seed_multimodal.data.formats.storage import is_remote, stat, stat_files
-from seed_multimodal.errors import DataError
+from seed_multimodal.data.formats.storage import by_folder, is_remote, stat, stat_files
 
 MIN_FILES = 256  # in a folder with a manifest
 
-Entries = dict[str, FileEntry]  # name in the folder → its entry
+Entries = dict[str, FileEntry]
 
 
-def read(paths: Iterable[str]) -> dict[str, FileEntry]:
+def read(paths: Iterable[str]) -> Entries:
     """Path → entry of the files that have one and are as when they were counted.
 
     Local files are compared where their folder's time changed; what else changed in place is
     noticed where the file is first read (`index.CountedFile.check_entry`).
     """
     known = {}
-    for folder, names in _by_folder(paths).items():
-        entries = _unchanged(folder)
-        for name in names & entries.keys():
-            known[os.path.join(folder, name)] = entries[name]
+    for folder, files in by_folder(paths, MIN_FILES).items():
+        entries, _ = _current(folder)
+        known.update({files[name]: entries[name] for name in entries.keys() & files})
     return known
 
 
@@ -49,68 +46,54 @@ def write(counts: Mapping[str, int]) -> None:
     Call it once, when all are written: files that are written later change the folder's time. If a
     manifest cannot be written, this is logged.
     """
-    for folder, names in _by_folder(counts).items():
-        # 1. The folder's time before those of its files: a later change is noticed.
-        path = manifest_path(folder)
+    for folder, files in by_folder(counts, MIN_FILES).items():
+        # The folder's time is that of its names; the folder of indexes is one of them.
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        entries = _unchanged(folder)
-        version = _version(folder)
-
-        # 2. Files as they are now.
-        for name in names - entries.keys():
-            file = os.path.join(folder, name)
-            with contextlib.suppress(DataError):  # removed
-                entries[name] = FileEntry(*stat(file), counts[file])
-        sizes, versions, records = zip(*entries.values(), strict=True)
-        arrays = {
-            "head": np.array([MANIFEST, VERSION]),
-            "version": np.array(version),
-            "names": np.array(list(map(os.fsencode, entries)), bytes),
-            "sizes": np.array(sizes, np.int64),
-            "versions": np.array([text.encode() for text in versions], bytes),
-            "records": np.array(records, np.int64),
-        }
-        write_arrays(path, arrays, f"every process opens each file of {folder or '.'}")
+            manifest_path(folder).parent.mkdir(parents=True, exist_ok=True)
+        entries, time = _current(folder)
+        new = files.keys() - entries
+        stats = stat_files(folder, new)
+        for name in new & stats.keys():
+            entries[name] = FileEntry(*stats[name], counts[files[name]])
+        _store(folder, entries, time)
 
 
-def _by_folder(paths: Iterable[str]) -> dict[str, set[str]]:
-    """Folder → names, of folders with `MIN_FILES` of these files."""
-    names: dict[str, set[str]] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        names.setdefault(folder, set()).add(name)
-    return {folder: names[folder] for folder in names if len(names[folder]) >= MIN_FILES}
+def _store(folder: str, entries: Entries, time: str) -> None:
+    if not entries:  # a server that lists no sizes
+        return
+    rows = [
+        (os.fsencode(name), entry.size, entry.version.encode(), entry.records)
+        for name, entry in entries.items()
+    ]
+    arrays = {"head": MANIFEST_HEAD, "time": np.array(time), "files": np.rec.fromrecords(rows)}
+    effect = f"every process opens each file of {folder or '.'}"
+    write_arrays(manifest_path(folder), arrays, effect)
 
 
-def _version(folder: str) -> str:
-    """The time of a local folder, which changes with its names; "" of a remote one."""
-    return "" if is_remote(folder) else stat(folder or ".")[1]
+def _current(folder: str) -> tuple[Entries, str]:
+    """Name → entry of the files that are as they were, and the folder's time before they were read.
 
-
-def _unchanged(folder: str) -> Entries:
-    """The stored entries of files that are as they were."""
+    The time of a local folder changes with its names; a remote one has none.
+    """
     # 1. A damaged manifest is none.
-    arrays = read_arrays(manifest_path(folder), np.array([MANIFEST, VERSION]))
+    time = "" if is_remote(folder) else stat(folder or ".")[1]
+    arrays = read_arrays(manifest_path(folder), MANIFEST_HEAD)
+    if arrays is None:
+        return {}, time
     try:
-        entries = _entries(arrays or {})
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return {}
+        entries = {
+            os.fsdecode(name): FileEntry(size, version.decode(), records)
+            for name, size, version, records in arrays["files"].tolist()
+            if records >= 0
+        }
+        stored_time = str(arrays["time"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return {}, time
 
-    # 2. If the folder may have other files, each is compared.
-    version = _version(folder)
-    if arrays is None or (version and version == str(arrays["version"])):
-        return entries
-    stats = stat_files(folder, entries)
-    return {name: entry for name, entry in entries.items() if stats.get(name) == entry[:2]}
-
-
-def _entries(arrays: Mapping[str, np.ndarray]) -> Entries:
-    """The entries of a manifest. Raises ValueError, LookupError, TypeError: none, or damaged."""
-    columns = [arrays[name].tolist() for name in ("names", "sizes", "versions", "records")]
-    entries = {}
-    for name, size, version, records in zip(*columns, strict=True):
-        if size < 0 or records < 0:
-            raise ValueError("negative")
-        entries[os.fsdecode(name)] = FileEntry(size, version.decode(), records)
-    return entries
+    # 2. If the folder's names changed, each file is compared, once.
+    if time == "" or time != stored_time:
+        stats = stat_files(folder, entries)
+        entries = {name: entry for name, entry in entries.items() if stats.get(name) == entry[:2]}
+        if time and os.environ.get("LOCAL_RANK", "0") == "0":
+            _store(folder, entries, time)
+    return entries, time

@@ -121,19 +121,14 @@ class FileRecords:
         is_main = rank_and_world_size()[0] == 0
         counted_files = [file for file in self.record_files if isinstance(file, CountedFile)]
         known = manifest.read(file.path for file in counted_files)
-        for file in counted_files:
-            file.entry = known.get(file.path)
-        sizes = [
-            [known[file.path].records] if file.path in known else [] for file in self.record_files
-        ]
+        for counted in counted_files:
+            counted.entry = known.get(counted.path)
+        files = self.record_files
+        sizes = [list(file.sizes) if file.path in known else [] for file in files]
 
         # 2. The others.
-        order = [
-            index
-            for index in _indexing_order(len(sizes))
-            if self.record_files[index].path not in known
-        ]
-        ordered_files = [self.record_files[index] for index in order]
+        order = [i for i in _indexing_order(len(files)) if files[i].path not in known]
+        ordered_files = [files[index] for index in order]
         with (
             ThreadPoolExecutor(REMOTE_THREADS) as pool,
             Progress("index", len(order), "file", log=log_line if is_main else None) as bar,

@@ -32,7 +32,7 @@ from seed_multimodal.disk import (
     writing,
 )
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import DataError, SeedError, name_content
+from seed_multimodal.errors import DataError, ReadError, SeedError, name_content
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -272,6 +272,15 @@ def read_all(path: str | Path) -> bytes:
     return read_safely(path, read)
 
 
+def by_folder(paths: Iterable[str], n_files: int) -> dict[str, dict[str, str]]:
+    """Folder → name → path, of the folders with at least `n_files` of these paths."""
+    paths_of: dict[str, dict[str, str]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        paths_of.setdefault(folder, {})[name] = path
+    return {folder: files for folder, files in paths_of.items() if len(files) >= n_files}
+
+
 def list_files(folder: str | Path) -> list[str]:
     """The files at any depth below a folder, without hidden ones, sorted.
 
@@ -353,26 +362,24 @@ def _size_and_version(info: Mapping[str, Any]) -> tuple[int, str]:
 def stat_files(folder: str, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Name → `stat` of the files of a folder, of a remote one by one listing.
 
-    Missing are files that cannot be read, and those that a server does not list with sizes.
+    Missing are files that cannot be read, and those that a server does not list with their sizes.
+    Its listing may have other versions than `stat`.
     """
+    stats = {}
     if not is_remote(folder):
-        stats = {}
         for name in names:
             with contextlib.suppress(DataError):
                 stats[name] = stat(os.path.join(folder, name))
         return stats
 
-    def list_details() -> list[dict[str, Any]]:
-        files, name = filesystem(folder)
-        details: list[dict[str, Any]] = files.ls(name, detail=True)
-        return details
+    def list_folder() -> None:
+        files, path = filesystem(folder)
+        for info in filter(lambda info: info["size"], files.ls(path, detail=True)):
+            stats[info["name"].rpartition("/")[2]] = _size_and_version(info)
 
-    listed = {}
-    with contextlib.suppress(DataError):
-        for info in read_safely(folder, list_details):
-            if info.get("size") is not None:
-                listed[info["name"].rpartition("/")[2]] = _size_and_version(info)
-    return {name: listed[name] for name in names if name in listed}
+    with contextlib.suppress(DataError, ReadError):
+        read_safely(folder, list_folder)
+    return stats
 
 
 def default_cache() -> Path:
