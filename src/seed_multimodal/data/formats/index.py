@@ -106,7 +106,7 @@ class IndexedFile(CountedFile):
 
     def _read_index(self, must_store: bool = False) -> Arrays:
         # 1. The stored index must have the file's size and version, and those of this module.
-        size, version = stat(self.path)
+        size, version = stat(self.path, was_there=self.entry is not None)
         head = np.array([self.kind, VERSION, str(size), version])
         path = index_path(self.path, head)
         arrays = read_arrays(path, head)

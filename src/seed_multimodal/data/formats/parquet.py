@@ -37,9 +37,11 @@ class ParquetFile(CountedFile):
     @cached_property
     def _ends(self) -> list[int]:
         """The end of each row group, in rows."""
+        if self.entry is None:
+            return self._read_ends()
+        size, version = stat(self.path, was_there=True)
         ends = self._read_ends()
-        if self.entry is not None:
-            self.check_entry(FileEntry(*stat(self.path), sum(ends[-1:])))
+        self.check_entry(FileEntry(size, version, sum(ends[-1:])))
         return ends
 
     def _read_ends(self) -> list[int]:

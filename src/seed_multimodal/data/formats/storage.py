@@ -341,7 +341,7 @@ def remote_files(url: str, method: str) -> list[str]:
     return read_safely(url, find)
 
 
-def stat(path: str | Path) -> tuple[int, str]:
+def stat(path: str | Path, was_there: bool = False) -> tuple[int, str]:
     """Size in bytes and version (modification time or ETag). Raises as `read_safely`."""
 
     def read() -> tuple[int, str]:
@@ -351,7 +351,7 @@ def stat(path: str | Path) -> tuple[int, str]:
         files, name = filesystem(str(path))
         return _size_and_version(files.info(name))
 
-    return read_safely(path, read)
+    return read_safely(path, read, was_there=was_there)
 
 
 def _size_and_version(info: Mapping[str, Any]) -> tuple[int, str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_files import fields_of, lines
 from fsspec.implementations.memory import MemoryFileSystem
@@ -104,6 +106,31 @@ def test_changed_folder_is_counted_again(shards, change):
     for _ in range(2):  # also by the new manifest
         records = open_records(shards)
         assert len(fields_of(records)) == len(records) == 2 * COUNT + difference
+
+
+def test_parquet_files_are_counted_once(tmp_path, calls):
+    table = pyarrow.Table.from_pylist([{"text": "a"}] * 3)
+    pyarrow.parquet.write_table(table, tmp_path / "000.parquet")
+    for n in range(1, COUNT):
+        os.link(tmp_path / "000.parquet", tmp_path / f"{n:03d}.parquet")
+    assert len(open_records(tmp_path)) == 3 * COUNT
+    records = open_records(tmp_path)
+    assert len(records) == 3 * COUNT
+    assert not any("_ends" in vars(file) for file in records.record_files)
+    assert records.read(4).fields == {"text": "a"}
+    pyarrow.parquet.write_table(table.slice(1), tmp_path / "000.parquet")
+    with pytest.raises(ReadError, match=r"002\.parquet: changed"):
+        records.read(7)
+
+
+def test_shard_removed_in_use_ends_the_run(shards, monkeypatch):
+    # As a shard that was indexed: it is no bad record, which would be skipped.
+    monkeypatch.setenv("SEED_READ_PAUSES", "")
+    records = open_records(shards)
+    assert len(records) == 2 * COUNT
+    (shards / "007.tar").unlink()
+    with pytest.raises(ReadError, match="was there before"):
+        records.read(14)
 
 
 @pytest.mark.parametrize("n_records", [2, 6])
