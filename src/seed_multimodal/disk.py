@@ -187,11 +187,16 @@ def read_patiently(
 
 def is_file(path: str | Path) -> bool:
     """Whether a file exists. Raises ReadError, where `os.path.isfile` returns False."""
+    return path_type(path) == "file"
+
+
+def path_type(path: str | Path) -> str:
+    """`file`, `folder`, or "": neither, or missing. Raises ReadError."""
     try:
-        status = read_patiently(path, lambda: os.stat(path))
+        mode = read_patiently(path, lambda: os.stat(path)).st_mode
     except (OSError, ValueError):  # no such file, or no valid name
-        return False
-    return stat.S_ISREG(status.st_mode)
+        return ""
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else ""
 
 
 def reading_reason(error: Exception) -> str:

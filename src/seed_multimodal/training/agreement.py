@@ -20,8 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import seed_multimodal
+from seed_multimodal.data.formats import manifest
 from seed_multimodal.data.formats.contents import expand_pattern
-from seed_multimodal.data.formats.storage import list_files
+from seed_multimodal.data.formats.storage import is_remote, list_files
 from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import COMMAND_FAILED
 from seed_multimodal.errors import ConfigError, DataError
@@ -137,23 +138,27 @@ def _file_sizes(config: Mapping[str, object], output_dir: Path) -> Iterator[tupl
         if key not in PROGRAMS:
             texts += value if isinstance(value, list) else [value]
     for text in dict.fromkeys(text for text in texts if isinstance(text, str)):
-        for path in _paths(text):
-            is_parent = Path(os.path.abspath(output_dir)).is_relative_to(path.absolute())
-            if path.is_file():
-                yield str(path), path.stat().st_size
+        names: list[str] = []
+        for path, is_folder in _paths(text).items():
+            is_parent = Path(os.path.abspath(output_dir)).is_relative_to(os.path.abspath(path))
+            if not is_folder:
+                names.append(path)
             elif not is_parent:
-                for name in list_files(path)[:COMPARED_FILES]:
-                    yield name, os.path.getsize(name)
+                names += list_files(path)[:COMPARED_FILES]
+        known = manifest.read(names)
+        for name in names:
+            yield name, known[name].size if name in known else os.path.getsize(name)
 
 
-def _paths(text: str) -> list[Path]:
-    """Existing files and folders that a setting may mean."""
+def _paths(text: str) -> dict[str, bool]:
+    """Existing files and folders that a setting may mean, and whether each is a folder."""
     path = locate(text)
     if path is not None:
-        return [path]
+        return {str(path): path.is_dir()}
     with contextlib.suppress(DataError, OSError, ValueError):  # no pattern of files
-        return [path for path in map(Path, expand_pattern([text])) if path.exists()]
-    return []
+        paths = expand_pattern([text])
+        return {path: paths[path] for path in paths if not is_remote(path)}
+    return {}
 
 
 def _code_checksum() -> str:

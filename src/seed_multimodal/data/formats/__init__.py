@@ -9,5 +9,6 @@ pairs              `open_pairs`: image-caption pairs
 tar, jsonl, parquet, images    a reader for each format; `shards` writes tars
 conversations      fields of a conversation → `messages`
 images             fields of an image and its caption → content, path, texts
-index, storage     stored indexes; data files on disk and behind URLs
+index, manifest    stored offsets of a file's records; counts of a folder's files
+storage            data files on disk and behind URLs
 """

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -20,12 +21,15 @@ from braceexpand import braceexpand
 
 from seed_multimodal.config import read_table
 from seed_multimodal.data.formats.storage import (
+    by_folder,
+    entry_types,
     is_remote,
     list_files,
     open_binary,
     read_safely,
     remote_files,
 )
+from seed_multimodal.disk import path_type
 from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import ConfigError, DataError, foreign_content, pluralize
 from seed_multimodal.plugins import registered
@@ -69,6 +73,7 @@ _IMAGE_FIELD = re.compile(
 )
 _IMAGE_NAME = re.compile(rf'[^"/\\,<>\n]+(?:{"|".join(IMAGE_SUFFIXES)})', re.IGNORECASE)
 LIST_HEAD = 1 << 16  # bytes
+LISTED_FILES = 16  # of a folder, whose types are read from one listing
 _SPLIT = re.compile(r"[/_.-](train|test|val|valid|validation|dev)(?=[/_.-])")
 
 
@@ -128,8 +133,8 @@ def find_files(patterns: Sequence[str | Path], format: str = "auto") -> list[tup
 
     # 2. The format of each file; a dictionary, since patterns may overlap.
     format_of: dict[str, str] = {}
-    for path in expand_pattern(patterns):
-        if _is_folder(path):
+    for path, is_folder in expand_pattern(patterns).items():
+        if is_folder:
             format_of.update(_in_folder(path, format))
         elif _by_suffix(path) in _ACCEPTED.get(format, ()):
             format_of[path] = _by_suffix(path)
@@ -158,27 +163,34 @@ def _head(path: str, size: int = 512) -> bytes:
         return file.read(size)
 
 
-def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
-    """Distinct files matching patterns, in order (wildcards sorted); folders where no file matches.
+def expand_pattern(patterns: Sequence[str | Path]) -> dict[str, bool]:
+    """Distinct files matching patterns, in order (wildcards sorted), and whether each is a folder.
+
+    Folders are there where no file matches.
 
     Raises DataError: a pattern matches nothing, or a file named by braces is missing.
     """
-    matches: dict[str, None] = {}
+    # 1. The names that braces stand for; a file or folder whose name has braces is itself.
+    names: list[str] = []
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
-        # A file or folder whose name has braces is itself.
-        names = [expanded] if os.path.exists(expanded) else braceexpand(expanded, escape=False)
-        for name in names:
-            paths = _matches(name)
-            if not paths:
-                reason = f"no such file or folder{nearest_path(name)}"
-                if _WILDCARD.search(name):
-                    reason = "no file matches this pattern"
-                raise DataError(f"{name[:200]}: {reason}.")
-            # Folders are used only where no file matches.
-            files = [path for path in paths if not _is_folder(path)]
-            matches.update(dict.fromkeys(files or paths))
-    return list(matches)
+        is_name = "{" not in expanded or os.path.exists(expanded)
+        names += [expanded] if is_name else braceexpand(expanded, escape=False)
+
+    # 2. The paths of each.
+    types = _path_types([name for name in names if not is_remote(name)])
+    matches: dict[str, bool] = {}
+    for name in names:
+        paths = _matches(name, types)
+        if not paths:
+            reason = f"no such file or folder{nearest_path(name)}"
+            if _WILDCARD.search(name):
+                reason = "no file matches this pattern"
+            raise DataError(f"{name[:200]}: {reason}.")
+        # Folders are used only where no file matches.
+        files = [path for path, is_folder in paths.items() if not is_folder]
+        matches.update(dict.fromkeys(files, False) if files else paths)
+    return matches
 
 
 def nearest_path(path: str | Path) -> str:
@@ -190,19 +202,30 @@ def nearest_path(path: str | Path) -> str:
     return nearest(name, os.listdir(folder)[:2000])
 
 
-def _matches(name: str) -> list[str]:
-    """Paths with this name or matching its wildcards.
+def _matches(name: str, types: Mapping[str, str]) -> dict[str, bool]:
+    """Paths with this name or matching its wildcards, and whether each is a folder.
 
-    Whether remote files exist is not checked.
+    types: of local names. Whether remote files exist is not checked; URLs are classified by suffix.
     """
-    if not is_remote(name):
-        # A file whose name has wildcards is itself.
-        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        # Without broken links, sockets and devices.
-        return [path for path in paths if os.path.isfile(path) or os.path.isdir(path)]
-    if not _WILDCARD.search(name):
-        return [name]
-    return remote_files(name, "glob")
+    if is_remote(name):
+        urls = remote_files(name, "glob") if _WILDCARD.search(name) else [name]
+        return {url: not _by_suffix(url) for url in urls}
+    # A file whose name has wildcards is itself.
+    if types[name]:
+        return {name: types[name] == "folder"}
+    # Without broken links, sockets and devices.
+    paths = sorted(glob.glob(name, recursive=True))
+    return {path: type == "folder" for path, type in _path_types(paths).items() if type}
+
+
+def _path_types(paths: Collection[str]) -> dict[str, str]:
+    """Path → `disk.path_type`, of many paths in a folder by one listing."""
+    types = {}
+    for folder, files in by_folder(paths, LISTED_FILES).items():
+        with contextlib.suppress(OSError):  # a folder that may be searched, but not listed
+            listed = entry_types(folder or ".")
+            types.update({path: listed.get(name) for name, path in files.items()})
+    return {path: types.get(path) or path_type(path) for path in paths}
 
 
 def _suffix(path: str) -> str:
@@ -215,11 +238,6 @@ def _by_suffix(path: str) -> str:
 
 
 # ---- folders
-
-
-def _is_folder(path: str) -> bool:
-    """Whether it is a folder; URLs are classified by suffix."""
-    return not _by_suffix(path) if is_remote(path) else os.path.isdir(path)
 
 
 def folder_contents(folder: str, any_list: bool = False) -> dict[str, list[str]]:

@@ -49,10 +49,10 @@ class JsonLines(IndexedFile):
                 position += len(line)
         return {"lines": np.array(lines).reshape(-1, 3)}
 
-    @property
-    def sizes(self) -> Sequence[int]:
-        """One shard with all records."""
-        return [len(self.arrays["lines"])]
+    @staticmethod
+    def count_indexed(arrays: Arrays) -> int:
+        """Number of records."""
+        return len(arrays["lines"])
 
     def locate(self, row: int) -> Record:
         """An unread record."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
+from seed_multimodal.data.formats.index import CountedFile, FileEntry
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record, find_part
 from seed_multimodal.data.formats.storage import (
     EXACT_READS,
     DataFile,
-    FileReader,
     is_remote,
     open_ranges,
     read_safely,
+    stat,
 )
 from seed_multimodal.errors import first_line
 
@@ -30,20 +31,27 @@ CACHED_BYTES = 1 << 30  # of row groups in a process
 _groups: OrderedDict[tuple[int, int], pyarrow.Table] = OrderedDict()
 
 
-class ParquetFile(FileReader):
+class ParquetFile(CountedFile):
     """The unread rows of a parquet file by index."""
 
     @cached_property
     def _ends(self) -> list[int]:
         """The end of each row group, in rows."""
+        if self.entry is None:
+            return self._read_ends()
+        size, version = stat(self.path, was_there=True)
+        ends = self._read_ends()
+        self.check_entry(FileEntry(size, version, sum(ends[-1:])))
+        return ends
+
+    def _read_ends(self) -> list[int]:
         metadata = read_parquet(self.path, lambda file: file.metadata)
         groups = range(metadata.num_row_groups)
         return list(accumulate(metadata.row_group(group).num_rows for group in groups))
 
-    @property
-    def sizes(self) -> Sequence[int]:
-        """One shard with all rows."""
-        return self._ends[-1:]
+    def count(self) -> int:
+        """Number of rows."""
+        return sum(self._ends[-1:])
 
     def locate(self, row: int) -> Record:
         """An unread record."""
@@ -58,8 +66,7 @@ class ParquetFile(FileReader):
 class ArrowFile(ParquetFile):
     """The rows of an Arrow file or stream, as `save_to_disk` of Hugging Face's datasets writes."""
 
-    @cached_property
-    def _ends(self) -> list[int]:
+    def _read_ends(self) -> list[int]:
         return [read_arrow(self.path).num_rows]
 
     def locate(self, row: int) -> Record:

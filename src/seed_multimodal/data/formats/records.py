@@ -1,7 +1,6 @@
 """Records by index from webdataset tars, JSONL, JSON lists, parquet and image folders.
 
-Indexes are read or built by the first `len()`; call it before forking workers so that they share
-them.
+Files are counted by the first `len()`, from manifests or indexes; call it before forking workers.
 
 Other packages register formats by entry points of the group `seed_multimodal.formats`: a function
 `open_mine(path, …)`, whose further parameters are its options, returns a `record.RecordFile`,
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from seed_multimodal.data.formats import manifest
 from seed_multimodal.data.formats.bad_records import (
     RECORD_FAULTS,
     VALUE_ERRORS,
@@ -35,7 +36,7 @@ from seed_multimodal.data.formats.bad_records import (
 from seed_multimodal.data.formats.contents import FOLDER, find_files, registered_formats
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import ImageFolder
-from seed_multimodal.data.formats.index import IndexedFile
+from seed_multimodal.data.formats.index import CountedFile, IndexedFile
 from seed_multimodal.data.formats.jsonl import CsvTable, JsonLines, JsonList
 from seed_multimodal.data.formats.parquet import ArrowFile, ParquetFile
 from seed_multimodal.data.formats.record import JsonObject, Record, RecordFile, find_part
@@ -116,10 +117,18 @@ class FileRecords:
     @cached_property
     def _sizes(self) -> list[list[int]]:
         """Number of records of each shard of each file."""
+        # 1. Those that manifests have.
         is_main = rank_and_world_size()[0] == 0
-        order = _indexing_order(len(self.record_files))
-        ordered_files = [self.record_files[index] for index in order]
-        sizes: list[list[int]] = [[] for _ in order]
+        counted_files = [file for file in self.record_files if isinstance(file, CountedFile)]
+        known = manifest.read(file.path for file in counted_files)
+        for counted in counted_files:
+            counted.entry = known.get(counted.path)
+        files = self.record_files
+        sizes = [list(file.sizes) if file.path in known else [] for file in files]
+
+        # 2. The others.
+        order = [i for i in _indexing_order(len(files)) if files[i].path not in known]
+        ordered_files = [files[index] for index in order]
         with (
             ThreadPoolExecutor(REMOTE_THREADS) as pool,
             Progress("index", len(order), "file", log=log_line if is_main else None) as bar,
@@ -129,6 +138,11 @@ class FileRecords:
             for index, file, _ in zip(order, ordered_files, prefetched, strict=True):
                 sizes[index] = [int(size) for size in file.sizes]
                 bar.update()
+
+        # 3. A manifest for the next start, by one process of each machine.
+        counts = {file.path: sum(file.sizes) for file in counted_files}
+        if counts.keys() - known and os.environ.get("LOCAL_RANK", "0") == "0":
+            manifest.write(counts)
         if not any(map(any, sizes)):
             raise DataError(f"{self.name}: contains no record.")
         return sizes
@@ -219,8 +233,9 @@ def write_indexes(patterns: Sequence[str | Path], processes: int) -> int:
     """Write the indexes of all tars and JSONL files; returns their number."""
     files = [_OPENERS[format](DataFile(path)) for path, format in find_files(patterns)]
     indexed = [file for file in files if isinstance(file, IndexedFile)]
-    results = run_in_processes(IndexedFile.write_index, indexed, processes, "index")
-    return len(list(results))
+    counts = run_in_processes(IndexedFile.write_index, indexed, processes, "index")
+    manifest.write({file.path: count for file, count in zip(indexed, counts, strict=True)})
+    return len(indexed)
 
 
 def run_in_processes(

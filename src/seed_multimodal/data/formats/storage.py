@@ -7,6 +7,7 @@ cache, others exactly. Keys, end points and regions are fsspec settings, from th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import os
 import resource
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -23,15 +24,15 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from seed_multimodal.disk import (
     atomic_path,
     folder_lock,
-    is_file,
     is_machine_fault,
+    path_type,
     raise_file_limit,
     read_patiently,
     reading_reason,
     writing,
 )
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import DataError, SeedError, name_content
+from seed_multimodal.errors import DataError, ReadError, SeedError, name_content
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -271,6 +272,15 @@ def read_all(path: str | Path) -> bytes:
     return read_safely(path, read)
 
 
+def by_folder(paths: Iterable[str], n_files: int) -> dict[str, dict[str, str]]:
+    """Folder → name → path, of the folders with at least `n_files` of these paths."""
+    paths_of: dict[str, dict[str, str]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        paths_of.setdefault(folder, {})[name] = path
+    return {folder: files for folder, files in paths_of.items() if len(files) >= n_files}
+
+
 def list_files(folder: str | Path) -> list[str]:
     """The files at any depth below a folder, without hidden ones, sorted.
 
@@ -284,22 +294,41 @@ def list_files(folder: str | Path) -> list[str]:
 def _local_files(folder: str | Path) -> list[str]:
     paths = []
     visited = set()
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    folders = [os.fspath(folder)]
+    while folders:
+        parent = folders.pop()
         target = os.path.realpath(parent)
         if target in visited:
-            folders.clear()
             continue
         visited.add(target)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return sorted(filter(is_file, paths), key=lambda path: path.split(os.sep))
+        try:
+            types = entry_types(parent)
+        except OSError as error:
+            if is_machine_fault(error):
+                raise
+            raise DataError(f"{parent}: cannot be read ({reading_reason(error)}).") from error
+        names = [name for name in types if not name.startswith(".")]
+        paths += [os.path.join(parent, name) for name in names if types[name] == "file"]
+        subfolders = [os.path.join(parent, name) for name in names if types[name] == "folder"]
+        folders += reversed(subfolders)
+    return sorted(paths, key=lambda path: path.split(os.sep))
 
 
-def _refuse(error: OSError) -> None:
-    """Raise the error of a folder, which `os.walk` would leave out."""
-    if is_machine_fault(error):
-        raise error
-    raise DataError(f"{error.filename}: cannot be read ({reading_reason(error)}).")
+def entry_types(folder: str | Path) -> dict[str, str]:
+    """Name → type, as of `disk.path_type`, of each entry of a folder, by one listing.
+
+    Only links need a further call each. Raises OSError, ReadError.
+    """
+    types = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                types[entry.name] = "file"
+            elif entry.is_dir(follow_symlinks=False):
+                types[entry.name] = "folder"
+            else:
+                types[entry.name] = path_type(entry.path)
+    return types
 
 
 def remote_files(url: str, method: str) -> list[str]:
@@ -312,7 +341,7 @@ def remote_files(url: str, method: str) -> list[str]:
     return read_safely(url, find)
 
 
-def stat(path: str | Path) -> tuple[int, str]:
+def stat(path: str | Path, was_there: bool = False) -> tuple[int, str]:
     """Size in bytes and version (modification time or ETag). Raises as `read_safely`."""
 
     def read() -> tuple[int, str]:
@@ -320,11 +349,37 @@ def stat(path: str | Path) -> tuple[int, str]:
             status = os.stat(path)
             return status.st_size, str(status.st_mtime_ns)
         files, name = filesystem(str(path))
-        info = files.info(name)
-        versions = filter(None, map(info.get, VERSION_KEYS))
-        return int(info["size"]), str(next(versions, ""))
+        return _size_and_version(files.info(name))
 
-    return read_safely(path, read)
+    return read_safely(path, read, was_there=was_there)
+
+
+def _size_and_version(info: Mapping[str, Any]) -> tuple[int, str]:
+    versions = filter(None, map(info.get, VERSION_KEYS))
+    return int(info["size"]), str(next(versions, ""))
+
+
+def stat_files(folder: str, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Name → `stat` of the files of a folder, of a remote one by one listing.
+
+    Missing are files that cannot be read, and those that a server does not list with their sizes.
+    Its listing may have other versions than `stat`.
+    """
+    stats = {}
+    if not is_remote(folder):
+        for name in names:
+            with contextlib.suppress(DataError):
+                stats[name] = stat(os.path.join(folder, name))
+        return stats
+
+    def list_folder() -> None:
+        files, path = filesystem(folder)
+        for info in filter(lambda info: info["size"], files.ls(path, detail=True)):
+            stats[info["name"].rpartition("/")[2]] = _size_and_version(info)
+
+    with contextlib.suppress(DataError, ReadError):
+        read_safely(folder, list_folder)
+    return stats
 
 
 def default_cache() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from typing import IO
@@ -78,11 +78,11 @@ class TarFile(IndexedFile):
             "damage": np.array(damage),
         }
 
-    @property
-    def sizes(self) -> Sequence[int]:
-        """One shard with all samples, including a damaged one."""
-        is_damaged = bool(str(self.arrays["damage"]))
-        return [len(self.arrays["keys"]) + is_damaged]
+    @staticmethod
+    def count_indexed(arrays: Arrays) -> int:
+        """Number of samples, including a damaged one."""
+        is_damaged = bool(str(arrays["damage"]))
+        return len(arrays["keys"]) + is_damaged
 
     def locate(self, row: int) -> Record:
         """An unread sample, with its key in the shard."""

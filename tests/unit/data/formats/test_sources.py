@@ -149,7 +149,7 @@ def test_expand_pattern(tmp_path, case):
         with pytest.raises(DataError, match=case["error"]):
             expand_pattern(patterns)
         return
-    assert expand_pattern(patterns) == [f"{tmp_path}/{name}" for name in case["names"]]
+    assert list(expand_pattern(patterns)) == [f"{tmp_path}/{name}" for name in case["names"]]
 
 
 def test_find_image(tmp_path, monkeypatch):
