@@ -240,8 +240,9 @@ def test_run_without_a_usable_record(start, tmp_path, capfd):
         assert "bad 7" in log and "no record was written" in log
 
 
+@pytest.mark.process
 def test_finished_shards_cost_no_calls_each(tmp_path):
-    """A thousand processes over 100,000 finished shards would load the metadata server for hours."""
+    # 1,000 processes over 100,000 finished shards would keep a metadata server busy for hours.
     for index in range(2_000):
         (tmp_path / f"{index:06d}.tar").touch()
     program = """
