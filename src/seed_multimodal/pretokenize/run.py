@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -51,6 +51,7 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_identity, check_settings, non_negative, positive, setting
 
 Codes = list[int]  # of an image
+COUNTS = "counts.json"  # of all shards
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def run(settings: RunSettings) -> int:
     index, count = job + n_jobs * rank, n_jobs * world
     shares = [shards[(index + offset) % count :: count] for offset in range(count)]
     queue = ShardQueue(save_dir, [*chain.from_iterable(shares)], len(shares[0]))
-    n_missing = sum(map(queue.is_missing, shards))
+    n_missing = queue.count_missing()
     log_line(
         f"{prefix}{pluralize(len(shards), 'shard')} of {source.files or source.format} as "
         f"{record_type.name} records to {save_dir}: {len(shares[0]):,} in this share, "
@@ -125,6 +126,7 @@ def run(settings: RunSettings) -> int:
 
     # 4. Write the missing shards.
     if n_missing:
+        (save_dir / COUNTS).unlink(missing_ok=True)  # of the shards before
         # 256 as in the original.
         batch_size = settings.batch_size or (32 if encoder.device.type == "cpu" else 256)
         with (
@@ -138,7 +140,7 @@ def run(settings: RunSettings) -> int:
             for task in tasks:
                 writer.write_shard(queue.path(task.shard), chain([task], tasks))
                 queue.release(task.shard)
-    if not any(map(queue.is_missing, shards)):
+    if not queue.count_missing():
         return _summarise(save_dir, shards)
     log_line(f"{prefix}{save_dir}: this share is finished; other processes write the rest.")
     return DONE
@@ -161,26 +163,43 @@ class ShardQueue:
         """The file of a shard."""
         return self.save_dir / f"{name}.tar"
 
-    def is_missing(self, shard: Shard) -> bool:
-        """Whether the shard is not written yet."""
-        return not self.path(shard.name).exists()
+    def list_written(self) -> set[str]:
+        """Names of the written shards, by one listing of each output folder."""
+        files = set[str]()
+        for folder in {os.path.dirname(shard.name) for shard in self.shards}:
+            with suppress(FileNotFoundError):
+                names = os.listdir(self.save_dir / folder)
+                files.update(os.path.join(folder, name) for name in names)
+        return {shard.name for shard in self.shards if f"{shard.name}.tar" in files}
+
+    def count_missing(self) -> int:
+        """The number of shards that are not written yet."""
+        return len(self.shards) - len(self.list_written())
 
     def __iter__(self) -> Iterator[Shard]:
         # Again from the start, because a process that had a shard may have been killed.
         n_before = -1
         while len(self._locks) > n_before:
             n_before = len(self._locks)
+            written = self.list_written()
+            is_stale = False
             for index, shard in enumerate(self.shards):
-                if shard.name not in self._locks and self.is_missing(shard):
-                    if self._begin(shard, is_own=index < self.n_own):
-                        yield shard
+                # The others have written many of their shards while this process wrote its own.
+                if is_stale and index >= self.n_own:
+                    written = self.list_written()
+                    is_stale = False
+                if shard.name in self._locks or shard.name in written:
+                    continue
+                if self._begin(shard, is_own=index < self.n_own):
+                    yield shard
+                    is_stale = True
 
     def _begin(self, shard: Shard, is_own: bool) -> bool:
         """Lock a shard; False: another process writes it, or has just written it."""
         with ExitStack() as stack:
             lock = self._lock_file(shard.name)
             is_held = stack.enter_context(try_lock(lock.parent, DataError, lock.name))
-            if is_held and not self.is_missing(shard):
+            if is_held and self.path(shard.name).exists():
                 lock.unlink(missing_ok=True)
             elif is_held or (is_held is None and is_own):
                 self._locks[shard.name] = stack.pop_all()
@@ -283,11 +302,16 @@ def _view_codes(codes: Sequence[Codes], views: EncodedViews) -> Codes | list[Cod
 
 
 def _summarise(save_dir: Path, shards: list[Shard]) -> int:
-    """Write and log the counts of all shards."""
-    total = Counter(shards=len(shards))
-    for shard in shards:
-        total.update(read_json_object(save_dir / f"{shard.name}.counts.json", DataError))
-    replace_text(save_dir / "counts.json", json.dumps(total, indent=1))
+    """Write and log the counts of all shards; the manifest of the folder belongs here too."""
+    path = save_dir / COUNTS
+    total = Counter[str]()
+    if path.exists():
+        total.update(read_json_object(path, DataError))
+    if total["shards"] != len(shards):
+        total = Counter(shards=len(shards))
+        for shard in shards:
+            total.update(read_json_object(save_dir / f"{shard.name}.counts.json", DataError))
+        replace_text(path, json.dumps(total, indent=1))
     summary = ", ".join(f"{key} {count:,}" for key, count in total.items())
     log_line(f"{save_dir}: {summary}.")
     if not total["samples"]:

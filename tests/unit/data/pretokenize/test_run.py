@@ -238,3 +238,28 @@ def test_run_without_a_usable_record(start, tmp_path, capfd):
         assert start(tmp_path / "out", data={"files": str(tmp_path / "a.json")}) == 1
         log = capfd.readouterr().err
         assert "bad 7" in log and "no record was written" in log
+
+
+@pytest.mark.process
+def test_finished_shards_cost_no_calls_each(tmp_path):
+    # 1,000 processes over 100,000 finished shards would keep a metadata server busy for hours.
+    for index in range(2_000):
+        (tmp_path / f"{index:06d}.tar").touch()
+    program = """
+import os, sys
+from collections import Counter
+from pathlib import Path
+from seed_multimodal.pretokenize.run import Shard, ShardQueue
+calls, stat = Counter(), os.stat
+def counted(*args, **options):
+    calls["stat"] += 1
+    return stat(*args, **options)
+os.stat = counted
+audited = ("open", "os.", "fcntl")
+sys.addaudithook(lambda event, _: calls.update([event] * event.startswith(audited)))
+queue = ShardQueue(Path(sys.argv[1]), [Shard(f"{n:06d}", None) for n in range(2_000)], 20)
+assert (queue.count_missing(), list(queue), queue.count_missing()) == (0, [], 0)
+print(sum(calls.values()), calls)
+"""
+    output = run_checked([sys.executable, "-c", program, str(tmp_path)]).stdout
+    assert int(output.split()[0]) <= 0.01 * 2_000, output
