@@ -18,18 +18,23 @@ of all shards are permuted, then the samples inside each block.
 
 piece    a tenth of a block, of neighbouring samples of one shard
 block    `SHUFFLE_BLOCK` samples
+
+With several nodes, the shards of an epoch are dealt to them (`Deal`): each node reads its part,
+another one in each epoch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from seed_multimodal.errors import ConfigError
 
 ENDLESS = 2**40  # epochs
 RUNS_PER_EPOCH = 4  # of each process, at least
@@ -122,6 +127,49 @@ class Chunks:
         return spans
 
 
+@dataclass(frozen=True)
+class Deal:
+    """Which node reads a position: nodes take runs of neighbouring positions in turn.
+
+    run: positions of a node's processes in a round.
+    ranks: processes of a node; before the end of the data, a run is one position of each.
+    limit: positions of all nodes.
+    """
+
+    run: int
+    ranks: int
+    nodes: int
+    limit: int
+
+    def before(self, position: int) -> np.ndarray:
+        """Positions of each node before this one, int64 [nodes]."""
+        full = self._full
+        counts = np.zeros(self.nodes, np.int64)
+        for passed, run in (
+            (min(position, full), self.run),
+            (max(0, position - full), self.ranks),
+        ):
+            rounds, rest = divmod(passed, run * self.nodes)
+            counts += rounds * run + np.clip(rest - np.arange(self.nodes) * run, 0, run)
+        return counts
+
+    def run_at(self, position: int) -> tuple[int, int]:
+        """The node of a position, and the end of the run that holds it."""
+        start, run = (0, self.run) if position < self._full else (self._full, self.ranks)
+        number = (position - start) // run
+        return number % self.nodes, start + (number + 1) * run
+
+    def state(self) -> dict[str, int]:
+        """For JSON."""
+        return {"run": self.run, "ranks": self.ranks, "nodes": self.nodes}
+
+    @property
+    def _full(self) -> int:
+        """Positions in full rounds of runs."""
+        size = self.run * self.nodes
+        return self.limit // size * size
+
+
 @dataclass
 class Order:
     """How the sources of a run alternate, and how processes share their positions.
@@ -132,6 +180,7 @@ class Order:
     blocks: neighbouring positions that are best read by one process.
     turns: sample: by weight; concat: source after source; mux_longest: in turn.
     run: neighbouring positions that a process takes; None: by `blocks`.
+    nodes: machines of equally many processes, to which shards are dealt.
     """
 
     weights: Sequence[float]
@@ -141,6 +190,7 @@ class Order:
     blocks: Sequence[int]
     turns: str = "sample"
     run: int | None = None
+    nodes: int = 1
 
     def chunks(self, source: int, rank: int, world: int, first: int) -> Chunks:
         """The positions of a process in a source, where all processes begin at `first`."""
@@ -148,6 +198,30 @@ class Order:
         limit = size * (self.cycles[source] or ENDLESS)
         run = min(self.blocks[source], size // (RUNS_PER_EPOCH * world))
         return Chunks(first, limit, self.run or max(1, run), rank, world)
+
+    def deal(self, source: int, world: int) -> Deal | None:
+        """How a source is dealt to nodes; None: there is one, or they differ in size."""
+        if self.nodes == 1 or world % self.nodes:
+            return None
+        chunks = self.chunks(source, 0, world, 0)
+        ranks = world // self.nodes
+        return Deal(chunks.run * ranks, ranks, self.nodes, chunks.limit)
+
+    def saved_deal(self, source: int, saved: Mapping[str, Any] | None) -> Deal | None:
+        """The deal of a `Deal.state`; None: earlier versions, or one node, saved none.
+
+        Raises ConfigError: no such state.
+        """
+        if saved is None:
+            return None
+        values = [saved.get(key) for key in ("run", "ranks", "nodes")]
+        if not all(type(value) is int and value > 0 for value in values):
+            raise ConfigError(
+                f"The data state is damaged: deal {dict(saved)} must have run, ranks and nodes, "
+                "each a positive number; resume from another checkpoint."
+            )
+        run, ranks, nodes = values
+        return Deal(run, ranks, nodes, self.chunks(source, 0, 1, 0).limit)
 
     def choose(
         self, number: int, delivered: Sequence[int], available: Sequence[bool]
@@ -238,7 +312,11 @@ class EpochOrder:
     shuffle: bool = True
     shard_sizes: np.ndarray | None = None
     block: int = SHUFFLE_BLOCK
-    _cache: dict[int, np.ndarray | _BlockPermutation] = field(default_factory=dict)  # by epoch
+    deal: Deal | None = None  # of the positions to nodes
+    # By epoch and node (-1: all), with its part.
+    _cache: dict[tuple[int, int, tuple[int, int] | None], np.ndarray | _BlockPermutation] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not self.shuffle or self.shard_sizes is None:  # neighbours are not read together
@@ -246,6 +324,8 @@ class EpochOrder:
 
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""
+        if self.deal is not None and self.block:
+            return self._dealt_samples(self.deal, start, start + count)
         samples: list[EpochSample] = []
         end = start + count
         while start < end:
@@ -258,29 +338,78 @@ class EpochOrder:
             start += stop - offset
         return samples
 
-    def _permutation(self, epoch: int) -> np.ndarray | _BlockPermutation:
-        """The order of an epoch; near its end, several epochs are in use."""
-        if epoch in self._cache:
-            return self._cache[epoch]
+    def _dealt_samples(self, deal: Deal, start: int, end: int) -> list[EpochSample]:
+        """Positions `start` .. `end`: the k-th of a node in an epoch is the k-th of its part."""
+        samples: list[EpochSample] = []
+        while start < end:
+            epoch = start // self.total
+            epoch_start = epoch * self.total
+            node, stop = deal.run_at(start)
+            stop = min(stop, end, epoch_start + self.total)
+            before = deal.before(epoch_start)
+            ends = np.cumsum(deal.before(epoch_start + self.total) - before)
+            part = (int(ends[node - 1]) if node else 0, int(ends[node]))
+            offset = int(deal.before(start)[node] - before[node])
+            permutation = self._permutation(epoch, node, part, deal.nodes)
+            indices = permutation[offset : offset + stop - start].tolist()
+            samples += [(epoch, index) for index in indices]
+            start = stop
+        return samples
+
+    def node_samples(self, start: int, count: int, node: int, nodes: int) -> list[EpochSample]:
+        """Positions of a node's own order, whose epoch is a `nodes`-th of the samples.
+
+        Without shards, or with less than one sample a node, all nodes share one order in turn.
+        """
+        samples: list[EpochSample] = []
+        if not self.block or self.total < nodes:
+            for position in range(start, start + count):
+                samples += self.samples(position * nodes + node, 1)
+            return samples
+        part = (self.total * node // nodes, self.total * (node + 1) // nodes)
+        size = part[1] - part[0]
+        end = start + count
+        while start < end:
+            epoch, offset = divmod(start, size)
+            stop = min(offset + end - start, size)
+            indices = self._permutation(epoch, node, part, nodes)[offset:stop].tolist()
+            samples += [(epoch, index) for index in indices]
+            start += stop - offset
+        return samples
+
+    def _permutation(
+        self, epoch: int, node: int = -1, part: tuple[int, int] | None = None, nodes: int = 1
+    ) -> np.ndarray | _BlockPermutation:
+        """The order of an epoch, or of a node's part of its permuted shards; near its end, several
+        epochs are in use."""
+        key = (epoch, node, part)
+        if key in self._cache:
+            return self._cache[key]
 
         # Drop the oldest epochs.
-        n_cached = 2 if self.total > LARGE_EPOCH else 16
+        n_cached = (2 if self.total > LARGE_EPOCH else 16) * nodes
         while len(self._cache) >= n_cached:
             del self._cache[next(iter(self._cache))]
 
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
         order: np.ndarray | _BlockPermutation
         if self.block and self.shard_sizes is not None:
-            order = _BlockPermutation(self.shard_sizes, self.block, generator)
+            sizes = self.shard_sizes
+            starts = np.cumsum(sizes) - sizes
+            if part is not None:
+                shard_order = torch.randperm(len(sizes), generator=generator).numpy()
+                starts, sizes = _cut(starts[shard_order], sizes[shard_order], *part)
+                generator.manual_seed(sample_seed(self.seed % (1 << 63), epoch, node))
+            order = _BlockPermutation(starts, sizes, self.block, generator)
         else:
             dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes are enough
             order = torch.randperm(self.total, generator=generator, dtype=dtype).numpy()
-        self._cache[epoch] = order
+        self._cache[key] = order
         return order
 
 
 class _BlockPermutation:
-    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data
+    """Shards, or parts of them, shuffled in blocks, computed on access: a full array would take GBs in each data
     worker.
 
     P pieces are permuted over all shards; the permuted pieces, one after another, are divided into
@@ -290,12 +419,15 @@ class _BlockPermutation:
     shifts: what to add to a position in the permuted pieces to get its sample, by piece, int64 [P].
     """
 
-    def __init__(self, shard_sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, starts: np.ndarray, sizes: np.ndarray, block: int, generator: torch.Generator
+    ) -> None:
+        """starts, sizes: first sample and samples of each shard, int64 [shards]."""
         self.block = block
-        self.total = int(shard_sizes.sum())
+        self.total = int(sizes.sum())
 
         # 1. Permute the pieces.
-        firsts, lengths = _pieces(shard_sizes, max(1, block // 10))
+        firsts, lengths = _pieces(starts, sizes, max(1, block // 10))
         piece_order = torch.randperm(len(lengths), generator=generator).numpy()
         lengths = lengths[piece_order]
         self.ends = np.cumsum(lengths)
@@ -345,14 +477,27 @@ class _BlockPermutation:
         return self._cache[block]
 
 
-def _pieces(shard_sizes: np.ndarray, piece_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _cut(
+    starts: np.ndarray, sizes: np.ndarray, begin: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples `begin` .. `end` of shards one after another, as shards: their starts and sizes."""
+    shard_ends = np.cumsum(sizes)
+    shard_begins = shard_ends - sizes
+    begins = np.maximum(shard_begins, begin)
+    parts = np.minimum(shard_ends, end) - begins
+    used = parts > 0
+    return (starts + begins - shard_begins)[used], parts[used]
+
+
+def _pieces(
+    starts: np.ndarray, sizes: np.ndarray, piece_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """First sample and length of each piece, int64 [P]: the shards, cut."""
-    counts = -(-shard_sizes // piece_size)  # pieces of each shard
+    counts = -(-sizes // piece_size)  # pieces of each shard
     shard = np.repeat(np.arange(len(counts)), counts)  # of each piece, [P]
     first_piece = np.repeat(np.cumsum(counts) - counts, counts)  # of the piece's shard, [P]
     offset = (np.arange(len(shard)) - first_piece) * piece_size  # in the shard, [P]
-    shard_starts = np.cumsum(shard_sizes) - shard_sizes
-    return shard_starts[shard] + offset, np.minimum(piece_size, shard_sizes[shard] - offset)
+    return starts[shard] + offset, np.minimum(piece_size, sizes[shard] - offset)
 
 
 def even_block(total: int) -> int:
@@ -363,7 +508,7 @@ def even_block(total: int) -> int:
 class MixedOrder:
     """An endless order over concatenated sets, each in its own endless order.
 
-    Any n consecutive positions contain n · weight_i ± 2 of set i.
+    Any n consecutive positions of a node contain n · weight_i ± 2 of set i.
 
     totals: size of each set.
     shard_sizes: of each set, see `EpochOrder`.
@@ -377,6 +522,7 @@ class MixedOrder:
         *,
         shard_sizes: Sequence[np.ndarray | None] | None = None,
     ) -> None:
+        self.deal: Deal | None = None  # of the positions to nodes
         shares = np.rint(np.asarray(weights, float) / sum(weights) * SHARES)
         shares = np.maximum(1, shares).astype(np.int64)
         self._cumulative_shares = np.cumsum(shares)
@@ -403,13 +549,31 @@ class MixedOrder:
 
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""
+        if self.deal is None:
+            return self._node_samples(start, count, 0, 1)
+        samples: list[EpochSample] = []
+        end = start + count
+        while start < end:
+            node, stop = self.deal.run_at(start)
+            stop = min(stop, end)
+            node_start = int(self.deal.before(start)[node])
+            samples += self._node_samples(node_start, stop - start, node, self.deal.nodes)
+            start = stop
+        return samples
+
+    def _node_samples(self, start: int, count: int, node: int, nodes: int) -> list[EpochSample]:
+        """Positions of a node's own order."""
         # 1. Set of each position: the one whose count grows there.
         totals = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
         chosen = np.diff(totals).argmax(axis=0)  # [count]
 
         # 2. The samples of each set, taken in turn.
         sets = [
-            iter(order.samples(first, end - first))
+            iter(
+                order.samples(first, end - first)
+                if nodes == 1
+                else order.node_samples(first, end - first, node, nodes)
+            )
             for order, (first, end) in zip(self._orders, totals[:, [0, -1]].tolist(), strict=True)
         ]
         samples = []
@@ -436,6 +600,12 @@ class DistinctOrder:
         """Positions `start` .. `start + count` of the order."""
         samples: list[EpochSample] = []
         first = start - start % self.size
+        # Steps inside an epoch hold each sample once; those of other nodes are not computed.
+        if isinstance(self.order, EpochOrder):
+            steps = -(-(start + count - first) // self.size)
+            last = first + steps * self.size - 1
+            if first // self.order.total == last // self.order.total:
+                return self.order.samples(start, count)
         for step_start in range(first, start + count, self.size):
             samples += self._step(step_start)
         return samples[start - first : start - first + count]
@@ -452,3 +622,13 @@ class DistinctOrder:
                 position += missing
             self._last = (start, [(epoch, index) for index, epoch in epochs.items()])
         return self._last[1]
+
+    @property
+    def deal(self) -> Deal | None:
+        """Of the positions to nodes."""
+        return self.order.deal
+
+    @deal.setter
+    def deal(self, deal: Deal | None) -> None:
+        self.order.deal = deal
+        self._last = (-1, [])

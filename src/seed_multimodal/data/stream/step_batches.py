@@ -4,7 +4,7 @@
         for step in range(start, steps):
             batch = batches.at(step)       # the next steps are prefetched; a jump restarts workers
 
-Together, ranks see the batch of a single process. A sample that cannot be used is skipped.
+Together, ranks of a node see the batch of a single process. A sample that cannot be used is skipped.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
     weights: share of each data set in the draws, each in epochs of its own; none: all have one
         epoch together.
     collate: samples -> batch.
+    nodes: machines of equally many ranks; data in shards is dealt to them.
     distinct: no sample twice in a step of all ranks, also at an epoch's end.
     max_bad_in_a_row: consecutive unusable samples that end the run.
     log: receives a line for the first unusable samples of each kind.
@@ -120,6 +121,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         weights: Sequence[float] = (),
         rank: int = 0,
         world: int = 1,
+        nodes: int = 1,
         workers: int = 0,
         collate: Callable[[list[Any]], Batch] = default_collate,
         shuffle: bool = True,
@@ -161,7 +163,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         }
         self.stream: Stream[Any] = Stream(
             [JoinedSource(datasets, order, batch_size)],
-            Order([1.0], [self.n_samples], seed, [None], [0], run=batch_size),
+            Order([1.0], [self.n_samples], seed, [None], [0], run=batch_size, nodes=nodes),
             identity,
             rank=rank,
             world=world,
@@ -217,7 +219,9 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         step.
         """
         saved = [state["batches"] for state in states if "batches" in state]
-        if saved:
+        if not saved:
+            self.stream.deal([None])
+        else:
             self.stream.restore(saved)
             self.next_step = saved[0]["samples"] // (self.batch_size * self.stream.world)
 

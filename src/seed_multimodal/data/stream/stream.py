@@ -8,7 +8,8 @@ resumable.
 
 The state holds a few integers for each source. With the same number of processes the samples after
 `restore` are the same; with another number unread positions are distributed over the new ones: no
-sample is lost or used twice.
+sample is lost or used twice. Shards stay dealt to as many nodes as when the run began, since a
+position means a sample only in one deal.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from seed_multimodal.data.formats.bad_records import BadRecords, RecordNote
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.data.stream.loader import load
-from seed_multimodal.data.stream.order import Chunks, Order, Span, share, unread
+from seed_multimodal.data.stream.order import (
+    Chunks,
+    Deal,
+    DistinctOrder,
+    EpochOrder,
+    MixedOrder,
+    Order,
+    Span,
+    share,
+    unread,
+)
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import changed_settings
 
@@ -44,9 +55,11 @@ class Source(Protocol[Sample]):
 
     size: records of an epoch.
     rows: usable records of a unit.
+    order: of its positions.
     """
 
     name: str
+    order: EpochOrder | MixedOrder | DistinctOrder
     size: int
     rows: int
 
@@ -113,6 +126,7 @@ class Stream(Generic[Sample]):
 
     def __post_init__(self) -> None:
         self.checksums = {source.name: source.checksum() for source in self.sources}
+        self.deal([self.order.deal(index, self.world) for index in range(len(self.sources))])
         self.seek(0)
 
     def next_unit(self) -> list[Sample]:
@@ -168,6 +182,11 @@ class Stream(Generic[Sample]):
 
     # ---- positions
 
+    def deal(self, deals: Sequence[Deal | None]) -> None:
+        """Deal the positions of each source to nodes, before the first record is read."""
+        for source, deal in zip(self.sources, deals, strict=True):
+            source.order.deal = deal
+
     def seek(self, position: int) -> None:
         """Go where all processes have used each source up to a position."""
         self.close()
@@ -186,7 +205,15 @@ class Stream(Generic[Sample]):
             "data": self.identity,
             "checksums": self.checksums,
             "sources": [progress.state() for progress in self.progress],
+            **self._deal_state(),
         }
+
+    def _deal_state(self) -> JsonObject:
+        """How each source is dealt to nodes; nothing for one node."""
+        deals = [source.order.deal for source in self.sources]
+        if not any(deals):
+            return {}
+        return {"deals": [deal and deal.state() for deal in deals]}
 
     def restore(self, states: Sequence[State]) -> None:
         """Resume from the saved states of all processes, whose number may differ.
@@ -197,6 +224,8 @@ class Stream(Generic[Sample]):
         """
         states = sorted(states, key=lambda state: int(state["rank"]))
         self._check_states(states)
+        self.close()
+        self._restore_deals(states[0].get("deals"))
         self.seek(0)
         for source, progress in enumerate(self.progress):
             # Each process's counts go to one of the new ones.
@@ -228,6 +257,25 @@ class Stream(Generic[Sample]):
                 "The data cannot be resumed: its settings, or contents of its files (checksums), "
                 f"changed: {'; '.join(changes)}."
             )
+
+    def _restore_deals(self, saved: Sequence[Mapping[str, Any] | None] | None) -> None:
+        """Keep the deals with which the run began; earlier versions, or one node, saved none.
+
+        Raises ConfigError: damaged deals.
+        """
+        n_sources = len(self.sources)
+        if saved is None:
+            saved = [None] * n_sources
+        if len(saved) != n_sources:
+            raise ConfigError(
+                f"The data state is damaged: {len(saved)} deals of {n_sources} sources; resume "
+                "from another checkpoint."
+            )
+        deals = [self.order.saved_deal(index, state) for index, state in enumerate(saved)]
+        current = [source.order.deal for source in self.sources]
+        if deals != current and self.log is not None and self.rank == 0:
+            self.log("Shards stay dealt to nodes as when the run began; a new run deals them anew.")
+        self.deal(deals)
 
     def _redistribute(self, states: Sequence[State], source: int) -> None:
         """Divide what another number of processes has not used of a source."""
