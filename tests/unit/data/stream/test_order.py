@@ -234,7 +234,9 @@ def test_deal_gives_a_shard_to_few_nodes():
 
 def test_deal_of_mixed_sets():
     # One set in shards, one without, one smaller than the number of nodes.
-    order = MixedOrder([400, 100, 3], [4, 1, 0.1], 3, shard_sizes=[np.full(20, 20), None, [2, 1]])
+    order = MixedOrder(
+        [400, 100, 3], [4, 1, 0.1], 3, shard_sizes=[np.full(20, 20), None, np.array([2, 1])]
+    )
     order.deal = Order([1.0], [503], 0, [None], [0], run=5, nodes=4).deal(0, 8)
     samples = order.samples(0, 480)
     assert [order.samples(position, 1)[0] for position in range(480)] == samples
