@@ -214,7 +214,7 @@ class Order:
         """
         if saved is None:
             return None
-        values = [saved.get(key) for key in ("run", "ranks", "nodes")]
+        values: list[Any] = [saved.get(key) for key in ("run", "ranks", "nodes")]
         if not all(type(value) is int and value > 0 for value in values):
             raise ConfigError(
                 f"The data state is damaged: deal {dict(saved)} must have run, ranks and nodes, "

@@ -4,7 +4,8 @@
         for step in range(start, steps):
             batch = batches.at(step)       # the next steps are prefetched; a jump restarts workers
 
-Together, ranks of a node see the batch of a single process. A sample that cannot be used is skipped.
+Together, the ranks of one node see the batch of a single process. A sample that cannot be used is
+skipped.
 """
 
 from __future__ import annotations
