@@ -409,8 +409,8 @@ class EpochOrder:
 
 
 class _BlockPermutation:
-    """Shards, or parts of them, shuffled in blocks, computed on access: a full array would take GBs in each data
-    worker.
+    """Shards, or parts of them, shuffled in blocks, computed on access: a full array would take GBs
+    in each data worker.
 
     P pieces are permuted over all shards; the permuted pieces, one after another, are divided into
     blocks.
