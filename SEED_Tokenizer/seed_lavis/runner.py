@@ -354,6 +354,7 @@ class RunnerSeed(RunnerBase):
             seed=options.seed,
             rank=self.group.rank,
             world=world,
+            nodes=self.group.nodes,
             workers=options.num_workers,
             weights=weights,
             distinct=self.model.contrasts,

@@ -48,6 +48,13 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def node_count() -> int:
+    """Machines of a torchrun, by LOCAL_WORLD_SIZE; 1 if they run different numbers of processes."""
+    _, world_size = rank_and_world_size()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    return world_size // local_size if world_size % local_size == 0 else 1
+
+
 def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless
     `debug`. One of several processes names its rank and host."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from seed_multimodal.device import choose_device, is_out_of_memory
 from seed_multimodal.disk import JsonObject, raise_file_limit
-from seed_multimodal.entry import rank_and_world_size
+from seed_multimodal.entry import node_count, rank_and_world_size
 from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
@@ -51,6 +51,7 @@ class ProcessGroup:
     """All processes of torch.distributed's default group, or only this one.
 
     Methods but `log` are collective. `first`: whether this process writes files and prints.
+    `nodes`: machines, to which shards are dealt.
     """
 
     def __init__(self, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> None:
@@ -64,6 +65,9 @@ class ProcessGroup:
             self.rank = dist.get_rank()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self.first = self.rank == 0
+        # All processes must deal alike.
+        counts = {row["nodes"] for row in self.gather({"nodes": node_count()})}
+        self.nodes = counts.pop() if len(counts) == 1 else 1
 
     def pair(self, rank: int) -> ProcessGroup | None:
         """The first process and another one; None in all others."""

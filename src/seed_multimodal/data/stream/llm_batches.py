@@ -71,7 +71,8 @@ class LlmBatch:
 
 
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
-    """Micro-batches of one rank until all sources are exhausted; `workers` and `log` of its stream.
+    """Micro-batches of one rank until all sources are exhausted; `workers` and `log` of its stream,
+    `nodes` of its order.
 
     Raises as `OpenedSource`.
     """
@@ -83,6 +84,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         *,
         rank: int = 0,
         world: int = 1,
+        nodes: int = 1,
         workers: int = 0,
         log: Callable[[str], None] | None = None,
     ) -> None:
@@ -96,8 +98,9 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             [source.size for source in self.sources],
             settings.seed,
             [source.settings.cycles for source in self.sources],
-            [source.order.block for source in self.sources],
+            [source.shards.block for source in self.sources],
             settings.concat_type,
+            nodes=nodes,
         )
         has_pixels = any(source.has_pixels for source in self.sources)
         self.stream: Stream[Piece] = Stream(

@@ -18,6 +18,9 @@ of all shards are permuted, then the samples inside each block.
 
 piece    a tenth of a block, of neighbouring samples of one shard
 block    `SHUFFLE_BLOCK` samples
+
+With several nodes, the shards of an epoch are dealt to them (`Deal`): each node reads its part,
+another one in each epoch.
 """
 
 from __future__ import annotations
@@ -122,6 +125,42 @@ class Chunks:
         return spans
 
 
+@dataclass(frozen=True)
+class Deal:
+    """Which node reads a position: nodes take runs of neighbouring positions in turn.
+
+    run: positions of a node's processes in a round.
+    ranks: processes of a node; before the end of the data, a run is one position of each.
+    limit: positions of all nodes.
+    """
+
+    run: int
+    ranks: int
+    nodes: int
+    limit: int
+
+    def before(self, position: int, node: int) -> int:
+        """Positions of a node before this one."""
+        in_runs = min(position, self._full)
+        count = 0
+        for passed, run in ((in_runs, self.run), (position - in_runs, self.ranks)):
+            rounds, rest = divmod(passed, run * self.nodes)
+            count += rounds * run + min(max(0, rest - node * run), run)
+        return count
+
+    def run_at(self, position: int) -> tuple[int, int]:
+        """The node of a position, and the end of the run that holds it."""
+        start, run = (0, self.run) if position < self._full else (self._full, self.ranks)
+        number = (position - start) // run
+        return number % self.nodes, start + (number + 1) * run
+
+    @property
+    def _full(self) -> int:
+        """Positions in full rounds of runs."""
+        size = self.run * self.nodes
+        return self.limit // size * size
+
+
 @dataclass
 class Order:
     """How the sources of a run alternate, and how processes share their positions.
@@ -132,6 +171,7 @@ class Order:
     blocks: neighbouring positions that are best read by one process.
     turns: sample: by weight; concat: source after source; mux_longest: in turn.
     run: neighbouring positions that a process takes; None: by `blocks`.
+    nodes: machines of equally many processes, to which shards are dealt.
     """
 
     weights: Sequence[float]
@@ -141,6 +181,7 @@ class Order:
     blocks: Sequence[int]
     turns: str = "sample"
     run: int | None = None
+    nodes: int = 1
 
     def chunks(self, source: int, rank: int, world: int, first: int) -> Chunks:
         """The positions of a process in a source, where all processes begin at `first`."""
@@ -148,6 +189,14 @@ class Order:
         limit = size * (self.cycles[source] or ENDLESS)
         run = min(self.blocks[source], size // (RUNS_PER_EPOCH * world))
         return Chunks(first, limit, self.run or max(1, run), rank, world)
+
+    def deal(self, source: int, world: int) -> Deal | None:
+        """How a source is dealt to nodes; None: there is one, or they differ in size."""
+        if self.nodes == 1 or world % self.nodes:
+            return None
+        chunks = self.chunks(source, 0, world, 0)
+        ranks = world // self.nodes
+        return Deal(chunks.run * ranks, ranks, self.nodes, chunks.limit)
 
     def choose(
         self, number: int, delivered: Sequence[int], available: Sequence[bool]
@@ -238,7 +287,9 @@ class EpochOrder:
     shuffle: bool = True
     shard_sizes: np.ndarray | None = None
     block: int = SHUFFLE_BLOCK
-    _cache: dict[int, np.ndarray | _BlockPermutation] = field(default_factory=dict)  # by epoch
+    deal: Deal | None = None
+    # By epoch and node, of one node -1.
+    _cache: dict[tuple[int, int], np.ndarray | _BlockPermutation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.shuffle or self.shard_sizes is None:  # neighbours are not read together
@@ -249,39 +300,68 @@ class EpochOrder:
         samples: list[EpochSample] = []
         end = start + count
         while start < end:
+            # 1. Positions in one epoch, and of one node.
             epoch, offset = divmod(start, self.total)
-            stop = min(offset + end - start, self.total)
-            indices: Iterable[int] = range(offset, stop)
+            stop = min(end, (epoch + 1) * self.total)
+            node = -1
+            if self.deal and self.block:
+                node, run_end = self.deal.run_at(start)
+                stop = min(stop, run_end)
+                offset = self.deal.before(start, node) - self.deal.before(start - offset, node)
+
+            # 2. Their samples.
+            places = slice(offset, offset + stop - start)
+            indices: Iterable[int] = range(places.start, places.stop)
             if self.shuffle:
-                indices = self._permutation(epoch)[offset:stop].tolist()
+                indices = self._permutation(epoch, node)[places].tolist()
             samples += [(epoch, index) for index in indices]
-            start += stop - offset
+            start = stop
         return samples
 
-    def _permutation(self, epoch: int) -> np.ndarray | _BlockPermutation:
-        """The order of an epoch; near its end, several epochs are in use."""
-        if epoch in self._cache:
-            return self._cache[epoch]
+    def _permutation(self, epoch: int, node: int = -1) -> np.ndarray | _BlockPermutation:
+        """The order of an epoch, or of a node's part of it; near its end, several epochs are in
+        use."""
+        key = (epoch, node)
+        if key in self._cache:
+            return self._cache[key]
 
         # Drop the oldest epochs.
         n_cached = 2 if self.total > LARGE_EPOCH else 16
-        while len(self._cache) >= n_cached:
+        while len(self._cache) >= n_cached * (self.deal.nodes if self.deal else 1):
             del self._cache[next(iter(self._cache))]
 
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
         order: np.ndarray | _BlockPermutation
         if self.block and self.shard_sizes is not None:
-            order = _BlockPermutation(self.shard_sizes, self.block, generator)
+            sizes = self.shard_sizes
+            starts = np.cumsum(sizes) - sizes
+            if node >= 0:
+                shard_order = torch.randperm(len(sizes), generator=generator).numpy()
+                begin, end = self._part(epoch, node)
+                starts, sizes = _cut(starts[shard_order], sizes[shard_order], begin, end)
+            order = _BlockPermutation(starts, sizes, self.block, generator)
         else:
             dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes are enough
             order = torch.randperm(self.total, generator=generator, dtype=dtype).numpy()
-        self._cache[epoch] = order
+        self._cache[key] = order
         return order
+
+    def _part(self, epoch: int, node: int) -> tuple[int, int]:
+        """Begin and end of a node's part of an epoch: as many samples as it has positions there."""
+        assert self.deal is not None
+        begin = end = 0
+        for other in range(node + 1):
+            begin = end
+            first, last = (
+                self.deal.before(number * self.total, other) for number in (epoch, epoch + 1)
+            )
+            end += last - first
+        return begin, end
 
 
 class _BlockPermutation:
-    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data
-    worker.
+    """Shards, or parts of them, shuffled in blocks, computed on access: a full array would take GBs
+    in each data worker.
 
     P pieces are permuted over all shards; the permuted pieces, one after another, are divided into
     blocks.
@@ -290,12 +370,15 @@ class _BlockPermutation:
     shifts: what to add to a position in the permuted pieces to get its sample, by piece, int64 [P].
     """
 
-    def __init__(self, shard_sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, starts: np.ndarray, sizes: np.ndarray, block: int, generator: torch.Generator
+    ) -> None:
+        """starts, sizes: first sample and samples of each shard, int64 [shards]."""
         self.block = block
-        self.total = int(shard_sizes.sum())
+        self.total = int(sizes.sum())
 
         # 1. Permute the pieces.
-        firsts, lengths = _pieces(shard_sizes, max(1, block // 10))
+        firsts, lengths = _pieces(starts, sizes, max(1, block // 10))
         piece_order = torch.randperm(len(lengths), generator=generator).numpy()
         lengths = lengths[piece_order]
         self.ends = np.cumsum(lengths)
@@ -345,14 +428,27 @@ class _BlockPermutation:
         return self._cache[block]
 
 
-def _pieces(shard_sizes: np.ndarray, piece_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _cut(
+    starts: np.ndarray, sizes: np.ndarray, begin: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples `begin` .. `end` of shards one after another, as shards: their starts and sizes."""
+    shard_ends = np.cumsum(sizes)
+    shard_begins = shard_ends - sizes
+    begins = np.maximum(shard_begins, begin)
+    parts = np.minimum(shard_ends, end) - begins
+    used = parts > 0
+    return (starts + begins - shard_begins)[used], parts[used]
+
+
+def _pieces(
+    starts: np.ndarray, sizes: np.ndarray, piece_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """First sample and length of each piece, int64 [P]: the shards, cut."""
-    counts = -(-shard_sizes // piece_size)  # pieces of each shard
+    counts = -(-sizes // piece_size)  # pieces of each shard
     shard = np.repeat(np.arange(len(counts)), counts)  # of each piece, [P]
     first_piece = np.repeat(np.cumsum(counts) - counts, counts)  # of the piece's shard, [P]
     offset = (np.arange(len(shard)) - first_piece) * piece_size  # in the shard, [P]
-    shard_starts = np.cumsum(shard_sizes) - shard_sizes
-    return shard_starts[shard] + offset, np.minimum(piece_size, shard_sizes[shard] - offset)
+    return starts[shard] + offset, np.minimum(piece_size, sizes[shard] - offset)
 
 
 def even_block(total: int) -> int:
@@ -363,7 +459,7 @@ def even_block(total: int) -> int:
 class MixedOrder:
     """An endless order over concatenated sets, each in its own endless order.
 
-    Any n consecutive positions contain n · weight_i ± 2 of set i.
+    Any n consecutive positions of a node contain n · weight_i ± 2 of set i.
 
     totals: size of each set.
     shard_sizes: of each set, see `EpochOrder`.
@@ -377,6 +473,7 @@ class MixedOrder:
         *,
         shard_sizes: Sequence[np.ndarray | None] | None = None,
     ) -> None:
+        self._deal: Deal | None = None
         shares = np.rint(np.asarray(weights, float) / sum(weights) * SHARES)
         shares = np.maximum(1, shares).astype(np.int64)
         self._cumulative_shares = np.cumsum(shares)
@@ -401,15 +498,36 @@ class MixedOrder:
             remaining = before
         return np.stack([remaining, *counts[::-1]])
 
+    @property
+    def deal(self) -> Deal | None:
+        """Of the positions to nodes, each of which mixes the sets by itself."""
+        return self._deal
+
+    @deal.setter
+    def deal(self, deal: Deal | None) -> None:
+        self._deal = deal
+        for order in self._orders:  # a node has each `nodes`-th position of a set
+            order.deal = deal and Deal(1, 1, deal.nodes, order.total * ENDLESS)
+
     def samples(self, start: int, count: int) -> list[EpochSample]:
         """Positions `start` .. `start + count` of the order."""
+        if self._deal is None:
+            return self._mixed(start, count)
+        samples: list[EpochSample] = []
+        for position in range(start, start + count):
+            node, _ = self._deal.run_at(position)
+            samples += self._mixed(self._deal.before(position, node), 1, node, self._deal.nodes)
+        return samples
+
+    def _mixed(self, start: int, count: int, node: int = 0, nodes: int = 1) -> list[EpochSample]:
+        """Positions of a node's own mixture."""
         # 1. Set of each position: the one whose count grows there.
         totals = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
         chosen = np.diff(totals).argmax(axis=0)  # [count]
 
         # 2. The samples of each set, taken in turn.
         sets = [
-            iter(order.samples(first, end - first))
+            iter(order.samples(first * nodes + node, end - first))
             for order, (first, end) in zip(self._orders, totals[:, [0, -1]].tolist(), strict=True)
         ]
         samples = []
@@ -436,6 +554,13 @@ class DistinctOrder:
         """Positions `start` .. `start + count` of the order."""
         samples: list[EpochSample] = []
         first = start - start % self.size
+        # A step inside an epoch holds each sample once; of other nodes none is computed.
+        last = start + count - 1 + self.size
+        if (
+            isinstance(self.order, EpochOrder)
+            and last // self.order.total == first // self.order.total
+        ):
+            return self.order.samples(start, count)
         for step_start in range(first, start + count, self.size):
             samples += self._step(step_start)
         return samples[start - first : start - first + count]

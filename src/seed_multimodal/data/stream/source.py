@@ -75,10 +75,10 @@ class OpenedSource:
         self.size = len(self.records)
         shard_sizes = self.records.shard_sizes
         if len(shard_sizes) == 1:
-            self.order = EpochOrder(self.size, self.seed)
+            self.shards = EpochOrder(self.size, self.seed)
         else:
             block = even_block(self.size)
-            self.order = EpochOrder(self.size, self.seed, shard_sizes=shard_sizes, block=block)
+            self.shards = EpochOrder(self.size, self.seed, shard_sizes=shard_sizes, block=block)
 
     def decode(
         self, record: Record, rng: SeededRandom, max_length: int | None = None
@@ -104,7 +104,7 @@ class OpenedSource:
     def read(self, position: int) -> ReadResult[Piece]:
         """The sequence at a position of the endless order, as pieces that fit into rows."""
         # 1. Read and decode the record.
-        ((_, index),) = self.order.samples(position, 1)
+        ((_, index),) = self.shards.samples(position, 1)
         record = self.records.locate(index)
         rng = SeededRandom(self.mixture_seed, self.seed, position)
         max_length = None if self.too_long == "split" else self.length

@@ -4,7 +4,8 @@
         for step in range(start, steps):
             batch = batches.at(step)       # the next steps are prefetched; a jump restarts workers
 
-Together, ranks see the batch of a single process. A sample that cannot be used is skipped.
+Together, the ranks of one node see the batch of a single process. A sample that cannot be used is
+skipped.
 """
 
 from __future__ import annotations
@@ -73,12 +74,14 @@ class ListedSamples(SampleDataset[Sample]):
 class JoinedSource(Generic[Sample]):
     """Data sets as a source of a stream, in an order of all their samples, one set after another.
 
+    shards: the order, or the one below it.
     rows: samples of a batch.
     """
 
     name = "images"
     datasets: Sequence[SampleDataset[Sample]]
     order: EpochOrder | MixedOrder | DistinctOrder
+    shards: EpochOrder | MixedOrder
     rows: int
 
     def __post_init__(self) -> None:
@@ -106,6 +109,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
     weights: share of each data set in the draws, each in epochs of its own; none: all have one
         epoch together.
     collate: samples -> batch.
+    nodes: machines of equally many ranks; data in shards is dealt to them.
     distinct: no sample twice in a step of all ranks, also at an epoch's end.
     max_bad_in_a_row: consecutive unusable samples that end the run.
     log: receives a line for the first unusable samples of each kind.
@@ -120,6 +124,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         weights: Sequence[float] = (),
         rank: int = 0,
         world: int = 1,
+        nodes: int = 1,
         workers: int = 0,
         collate: Callable[[list[Any]], Batch] = default_collate,
         shuffle: bool = True,
@@ -140,17 +145,16 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         if not all(sizes):
             raise DataError("The training set is empty.")
         shard_sizes = [dataset.shard_sizes for dataset in datasets]
-        order: EpochOrder | MixedOrder | DistinctOrder
+        shards_order: EpochOrder | MixedOrder
         is_mixed = len(weights) > 1
         if is_mixed:
             if not shuffle:
                 raise ConfigError("shuffle=False: data sets mixed by weight are always shuffled.")
-            order = MixedOrder(sizes, weights, seed, shard_sizes=shard_sizes)
+            shards_order = MixedOrder(sizes, weights, seed, shard_sizes=shard_sizes)
         else:
             shards = _joined_shards(sizes, shard_sizes)
-            order = EpochOrder(self.n_samples, seed, shuffle=shuffle, shard_sizes=shards)
-        if distinct:
-            order = DistinctOrder(order, batch_size * world)
+            shards_order = EpochOrder(self.n_samples, seed, shuffle=shuffle, shard_sizes=shards)
+        order = DistinctOrder(shards_order, batch_size * world) if distinct else shards_order
 
         # 2. Their stream, in which a rank takes a batch of neighbouring positions at a time.
         identity: JsonObject = {
@@ -160,8 +164,8 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
             "weights": list(weights) if is_mixed else [],
         }
         self.stream: Stream[Any] = Stream(
-            [JoinedSource(datasets, order, batch_size)],
-            Order([1.0], [self.n_samples], seed, [None], [0], run=batch_size),
+            [JoinedSource(datasets, order, shards_order, batch_size)],
+            Order([1.0], [self.n_samples], seed, [None], [0], run=batch_size, nodes=nodes),
             identity,
             rank=rank,
             world=world,
@@ -217,7 +221,9 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         step.
         """
         saved = [state["batches"] for state in states if "batches" in state]
-        if saved:
+        if not saved:
+            self.stream.deal([None])
+        else:
             self.stream.restore(saved)
             self.next_step = saved[0]["samples"] // (self.batch_size * self.stream.world)
 

@@ -8,7 +8,8 @@ resumable.
 
 The state holds a few integers for each source. With the same number of processes the samples after
 `restore` are the same; with another number unread positions are distributed over the new ones: no
-sample is lost or used twice.
+sample is lost or used twice. Shards stay dealt to as many nodes as when the run began, since a
+position means a sample only in one deal.
 """
 
 from __future__ import annotations
@@ -16,14 +17,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, astuple, dataclass, field
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from seed_multimodal.data.formats.bad_records import BadRecords, RecordNote
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.data.stream.loader import load
-from seed_multimodal.data.stream.order import Chunks, Order, Span, share, unread
+from seed_multimodal.data.stream.order import (
+    Chunks,
+    Deal,
+    EpochOrder,
+    MixedOrder,
+    Order,
+    Span,
+    share,
+    unread,
+)
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import changed_settings
 
@@ -52,6 +62,10 @@ class Source(Protocol[Sample]):
 
     def read(self, position: int) -> ReadResult[Sample]:
         """What stands at a position."""
+
+    @property
+    def shards(self) -> EpochOrder | MixedOrder:
+        """The order whose shards are dealt to nodes."""
 
     def checksum(self) -> int:
         """Of the source's files."""
@@ -113,6 +127,7 @@ class Stream(Generic[Sample]):
 
     def __post_init__(self) -> None:
         self.checksums = {source.name: source.checksum() for source in self.sources}
+        self.deal([self.order.deal(index, self.world) for index in range(len(self.sources))])
         self.seek(0)
 
     def next_unit(self) -> list[Sample]:
@@ -168,6 +183,11 @@ class Stream(Generic[Sample]):
 
     # ---- positions
 
+    def deal(self, deals: Sequence[Deal | None]) -> None:
+        """Deal the shards of each source to nodes."""
+        for source, deal in zip(self.sources, deals, strict=True):
+            source.shards.deal = deal
+
     def seek(self, position: int) -> None:
         """Go where all processes have used each source up to a position."""
         self.close()
@@ -186,6 +206,9 @@ class Stream(Generic[Sample]):
             "data": self.identity,
             "checksums": self.checksums,
             "sources": [progress.state() for progress in self.progress],
+            "deals": [
+                source.shards.deal and astuple(source.shards.deal) for source in self.sources
+            ],
         }
 
     def restore(self, states: Sequence[State]) -> None:
@@ -197,6 +220,9 @@ class Stream(Generic[Sample]):
         """
         states = sorted(states, key=lambda state: int(state["rank"]))
         self._check_states(states)
+        # Those with which the run began; earlier versions, with other orders, saved none.
+        deals = states[0].get("deals", [None] * len(self.sources))
+        self.deal([_saved_deal(values) for values in deals])
         self.seek(0)
         for source, progress in enumerate(self.progress):
             # Each process's counts go to one of the new ones.
@@ -307,6 +333,18 @@ class _ReadAhead(Generic[Sample]):
     def _supply(self, source: int) -> float:
         """How long the records of a source last that are read ahead, with the next job."""
         return (self.n_ahead[source] + self.job_size) / self.needs[source]
+
+
+def _saved_deal(values: Sequence[int] | None) -> Deal | None:
+    """The deal of a state. Raises ConfigError: damaged."""
+    if values is None:
+        return None
+    if len(values) != 4 or not all(type(value) is int and value > 0 for value in values):
+        raise ConfigError(
+            f"The data state is damaged: deal {values} must be four positive numbers; resume from "
+            "another checkpoint."
+        )
+    return Deal(*values)
 
 
 def _read_job(sources: Sequence[Source[Sample]], job: Job) -> tuple[int, list[ReadResult[Sample]]]:

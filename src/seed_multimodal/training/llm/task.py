@@ -169,6 +169,7 @@ class LlmTask(LanguageModelTask):
             self.tokenizer,
             rank=group.rank,
             world=group.world,
+            nodes=group.nodes,
             workers=self.settings.dataloader_num_workers,
             log=self._log,
         )

@@ -290,6 +290,7 @@ class PixelTask(RunTask):
             weights=weights,
             rank=self.group.rank,
             world=self.group.world,
+            nodes=self.group.nodes,
             workers=self.settings.dataloader_num_workers,
             collate=by_size,
             max_bad_in_a_row=data.max_bad_in_a_row,

@@ -193,3 +193,53 @@ def test_mixed_order_reads_each_set_epoch_by_epoch(sets, start, count):
     # From any position, as after a resume.
     resumed = MixedOrder(totals, weights, 3).samples(start, count)
     assert resumed == order[start : start + count]
+
+
+# Shards, nodes, ranks of a node, run of a rank, cycles (None: endless).
+DEALS = [
+    ([7] * 20, 4, 2, 3, None),
+    ([50, 1, 9, 30, 2, 8], 3, 1, 4, 2),
+    ([5, 4], 4, 2, 1, 3),  # cuts split the shards
+    ([3, 2], 8, 1, 2, None),  # less than a record a node
+]
+
+
+@pytest.mark.parametrize("sizes, nodes, ranks, run, cycles", DEALS)
+def test_deal_reads_each_record_once_an_epoch(sizes, nodes, ranks, run, cycles):
+    total = sum(sizes)
+    deal = Order([1.0], [total], 0, [cycles], [0], run=run, nodes=nodes).deal(0, nodes * ranks)
+    order = EpochOrder(total, 5, shard_sizes=np.array(sizes), block=20, deal=deal)
+    samples = order.samples(0, 2 * total)
+    for epoch in range(2):
+        part = samples[epoch * total : (epoch + 1) * total]
+        assert sorted(part) == [(epoch, index) for index in range(total)]
+    assert [order.samples(position, 1)[0] for position in range(2 * total)] == samples
+    distinct = DistinctOrder(order, min(total, 6))
+    for start in range(0, 2 * total, distinct.size):
+        step = [index for _, index in distinct.samples(start, distinct.size)]
+        assert len(set(step)) == distinct.size
+
+
+def test_deal_gives_a_shard_to_few_nodes():
+    sizes = np.full(500, 100)
+    deal = Order([1.0], [50_000], 0, [None], [0], run=10, nodes=25).deal(0, 50)
+    samples = EpochOrder(50_000, 0, shard_sizes=sizes, block=1000, deal=deal).samples(0, 100_000)
+    for epoch in range(2):
+        pairs = {
+            (samples[position][1] // 100, deal.run_at(position)[0])
+            for position in range(epoch * 50_000, (epoch + 1) * 50_000)
+        }
+        assert len(pairs) <= 1.2 * 500
+
+
+def test_deal_of_mixed_sets():
+    # One set in shards, one without, one smaller than the number of nodes.
+    order = MixedOrder(
+        [400, 100, 3], [4, 1, 0.1], 3, shard_sizes=[np.full(20, 20), None, np.array([2, 1])]
+    )
+    order.deal = Order([1.0], [503], 0, [None], [0], run=5, nodes=4).deal(0, 8)
+    samples = order.samples(0, 480)
+    assert [order.samples(position, 1)[0] for position in range(480)] == samples
+    assert len(set(samples)) == 480  # none twice in the first epoch of a set
+    counts = np.histogram([index for _, index in samples], [0, 400, 500, 503])[0]
+    assert np.abs(counts - 480 * np.array([4, 1, 0.1]) / 5.1).max() <= 2 * 4

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_files import jpeg, write_tar
@@ -221,3 +222,40 @@ def test_bad_samples_are_skipped(tmp_path, no_workers_left):
     assert len(logged) == 2
     assert f"{path}: sample 004" in min(logged)
     assert f"{path}: sample 009" in max(logged)
+
+
+class ShardedNumbers(Numbers):
+    shard_sizes = np.full(10, 6)
+
+
+@pytest.mark.parametrize("world, nodes", [(4, 2), (2, 1), (6, 3)])
+def test_dealt_shards_after_resume(world, nodes):
+    # 36 of 60 samples are read on two nodes; the next ones are the epoch's others.
+    parts = [ShardedNumbers(range(60))]
+    before = [batches_of(parts, 3, rank=rank, world=4, nodes=2) for rank in range(4)]
+    read = [sample for step in range(3) for rank in before for sample in rank.at(step)]
+    states = [saved(rank) for rank in before]
+    after = [batches_of(parts, 3, rank=rank, world=world, nodes=nodes) for rank in range(world)]
+    for rank in after:
+        rank.load_state_dict(states)
+    while len(read) < 60:
+        for rank in after:
+            read += rank.at(rank.next_step)
+    assert sorted(read[:60]) == [(0, number) for number in range(60)]
+    if world == 4:
+        go_on = [sample for step in (3, 4) for rank in before for sample in rank.at(step)]
+        assert read[36:60] == go_on
+
+
+def test_dealt_shards_of_other_versions():
+    parts = [ShardedNumbers(range(60))]
+    single = batches_of(parts, 6)
+    state = saved(single)
+    del state["batches"]["deals"]
+    nodes = [batches_of(parts, 3, rank=rank, world=2, nodes=2) for rank in range(2)]
+    for rank in nodes:
+        rank.load_state_dict([state])
+    assert [sample for rank in nodes for sample in rank.at(0)] == single.at(0)
+    state["batches"]["deals"] = [[3, 0, 2, 60]]
+    with pytest.raises(ConfigError, match="damaged"):
+        nodes[0].load_state_dict([state])
