@@ -41,8 +41,8 @@ def epoch_reads(
             indices[start:stop] = permutation[start:stop]
     else:
         begin = 0
-        for number, size in enumerate(deal.before(total).tolist()):
-            permutation = samples._permutation(0, number, (begin, begin + size), n_nodes)
+        for number, size in enumerate(deal.before(total, node) for node in range(n_nodes)):
+            permutation = samples._permutation(0, number)
             indices[node == number] = permutation[0:size]
             begin += size
     return indices // RECORDS, node
