@@ -112,8 +112,8 @@ def _output_url(name: str) -> str:
     """
     if name.startswith("http") or "::" in name:
         raise ConfigError(
-            f"--save_dir {name}: must be a folder, or the URL of one in a store that can be "
-            "written and listed, such as s3://BUCKET/FOLDER."
+            f"--save_dir {name}: web servers and chained URLs are only read; name a folder, or the "
+            "URL of one in an object store, such as s3://BUCKET/FOLDER."
         )
     files, root = read_safely(name, lambda: filesystem(name))
     return str(files.unstrip_protocol(root))
@@ -209,7 +209,9 @@ class ShardQueue:
         if self.url:
             urls = set(remote_files(self.url, "find"))
             names = [shard.name for shard in self.shards]
-            return {n for n in names if all(f"{self.url}/{n}{end}" in urls for end in ENDS)}
+            return {
+                name for name in names if all(f"{self.url}/{name}{end}" in urls for end in ENDS)
+            }
         files = set[str]()
         for folder in {os.path.dirname(shard.name) for shard in self.shards}:
             with suppress(FileNotFoundError):

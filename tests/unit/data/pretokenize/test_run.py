@@ -212,8 +212,8 @@ def test_killed_run_of_two_shares_at_a_url(data, finished_run, tmp_path):
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("https://host/codes", "written and listed"),
-        ("simplecache::memory://codes", "written and listed"),
+        ("https://host/codes", "are only read"),
+        ("simplecache::memory://codes", "are only read"),
         ("none://codes", "cannot be read .Protocol not known"),
         ("file:///dev/null/codes", "cannot be written"),
     ],
