@@ -160,10 +160,12 @@ def read_patiently(
     read: Callable[[], T],
     failures: type[Exception] = OSError,
     before_retry: Callable[[], None] = lambda: None,
+    action: str = "read",
 ) -> T:
     """The result of `read`, which is repeated after pauses at faults of the machine.
 
     failures: errors of reading. Those of the file itself are raised as they are.
+    action: read or written, for messages.
 
     Raises ReadError: the fault remains.
     """
@@ -176,7 +178,7 @@ def read_patiently(
         except failures as error:
             if not is_machine_fault(error):
                 raise
-            message = f"{path}: cannot be read ({reading_reason(error)})"
+            message = f"{path}: cannot be {action} ({reading_reason(error)})"
             if not pauses:
                 raise ReadError(f"{message}; this is not a fault of the data.") from error
             pause = float(pauses.pop(0))

@@ -326,10 +326,13 @@ def changed_settings(
     return changes
 
 
-def check_identity(folder: Path, identity: JsonObject, flag: str, begin: bool = True) -> None:
+def check_identity(
+    folder: Path, identity: JsonObject, flag: str, begin: bool = True, label: str = ""
+) -> None:
     """Write what determines a folder's content as its `settings.json`, or compare it with that.
 
     begin: False: a folder without the file stays so.
+    label: the folder in messages, such as the URL that it is a copy of.
 
     The first of several processes writes, all compare. Raises DataError: it changed.
     """
@@ -343,8 +346,8 @@ def check_identity(folder: Path, identity: JsonObject, flag: str, begin: bool = 
     changes = changed_settings(read_json_object(file, DataError), json.loads(text))
     if changes:
         raise DataError(
-            f"{folder}: was started with other settings ({'; '.join(changes)}); use another "
-            f"{flag} or the same settings."
+            f"{label or folder}: was started with other settings ({'; '.join(changes)}); use "
+            f"another {flag} or the same settings."
         )
 
 

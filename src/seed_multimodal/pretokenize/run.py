@@ -2,14 +2,15 @@
 
 `SAVE_DIR/NAME.tar` is written atomically, with its counts in `NAME.counts.json`; existing shards
 are skipped. Any number of processes may work on a folder: each writes the next shard whose lock is
-free, and begins with its share (`shard`, and its rank under torchrun). Batches do not cross shards,
-so equal input gives equal records.
+free, and begins with its share (`shard`, and its rank under torchrun). Object stores have no locks:
+there it writes its share only. Batches do not cross shards, so equal input gives equal records.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -21,8 +22,17 @@ from typing import Any
 
 import torch
 
+from seed_multimodal.data.formats import manifest
 from seed_multimodal.data.formats.bad_records import BROKEN, REPAIRED, BadRecords, RecordNote
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
+from seed_multimodal.data.formats.storage import (
+    download,
+    filesystem,
+    is_remote,
+    read_safely,
+    remote_files,
+    upload,
+)
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import (
     read_json_object,
@@ -52,6 +62,8 @@ from seed_multimodal.settings import check_identity, check_settings, non_negativ
 
 Codes = list[int]  # of an image
 COUNTS = "counts.json"  # of all shards
+SETTINGS = "settings.json"  # written by `check_identity`
+ENDS = (".tar", ".counts.json")  # of the files of a shard; at a URL the last one completes it
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class RunSettings:
 
     kind: str  # of output records, see `record_types`
     data: str | Mapping[str, Any]  # the input: a YAML file or a mapping
-    save_dir: str
+    save_dir: str  # a folder, or the URL of one
     tokenizer: str | Mapping[str, Any]  # this and the next three as in `encode.Encoder`
     device: str = "auto"
     dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
@@ -85,7 +97,29 @@ def run(settings: RunSettings) -> int:
     Raises SeedError.
     """
     check_settings(settings, "extraction")
+    if not is_remote(settings.save_dir):
+        return _run(settings, settings.save_dir)
+    url = _output_url(settings.save_dir)
+    log_line(f"{url}: object stores have no locks, so this process writes its own share only.")
+    with tempfile.TemporaryDirectory(prefix="seed-shards-") as folder:
+        return _run(settings, folder, url)
 
+
+def _output_url(name: str) -> str:
+    """The URL as its file system spells it.
+
+    Raises ConfigError: shards cannot be written to it and listed; DataError: unknown.
+    """
+    if name.startswith("http") or "::" in name:
+        raise ConfigError(
+            f"--save_dir {name}: web servers and chained URLs are only read; name a folder, or the "
+            "URL of one in an object store, such as s3://BUCKET/FOLDER."
+        )
+    files, root = read_safely(name, lambda: filesystem(name))
+    return str(files.unstrip_protocol(root))
+
+
+def _run(settings: RunSettings, folder: str, url: str = "") -> int:
     # 1. This process and its GPU.
     rank, world = rank_and_world_size()
     device = settings.device
@@ -95,16 +129,16 @@ def run(settings: RunSettings) -> int:
 
     # 2. The shards, its share first, then those of the others.
     record_type, source = read_input(settings)
-    save_dir = writable_folder(settings.save_dir, DataError)
+    save_dir = writable_folder(folder, DataError)
     shards = list_shards(source, settings.block)
     job, n_jobs = settings.shard
     index, count = job + n_jobs * rank, n_jobs * world
     shares = [shards[(index + offset) % count :: count] for offset in range(count)]
-    queue = ShardQueue(save_dir, [*chain.from_iterable(shares)], len(shares[0]))
+    queue = ShardQueue(save_dir, [*chain.from_iterable(shares)], len(shares[0]), url)
     n_missing = queue.count_missing()
     log_line(
         f"{prefix}{pluralize(len(shards), 'shard')} of {source.files or source.format} as "
-        f"{record_type.name} records to {save_dir}: {len(shares[0]):,} in this share, "
+        f"{record_type.name} records to {url or save_dir}: {len(shares[0]):,} in this share, "
         f"{len(shards) - n_missing:,} of all exist already."
     )
 
@@ -123,6 +157,11 @@ def run(settings: RunSettings) -> int:
         "tokenizer": encoder.fingerprint,
     }
     check_identity(save_dir, used, "--save_dir")
+    if url:
+        # The first of several processes uploads its settings, all compare.
+        upload(save_dir / SETTINGS, f"{url}/{SETTINGS}", "xb")
+        download(url, [SETTINGS], save_dir)
+        check_identity(save_dir, used, "--save_dir", label=url)
 
     # 4. Write the missing shards.
     if n_missing:
@@ -141,8 +180,8 @@ def run(settings: RunSettings) -> int:
                 writer.write_shard(queue.path(task.shard), chain([task], tasks))
                 queue.release(task.shard)
     if not queue.count_missing():
-        return _summarise(save_dir, shards)
-    log_line(f"{prefix}{save_dir}: this share is finished; other processes write the rest.")
+        return _summarise(queue, shards)
+    log_line(f"{prefix}{url or save_dir}: this share is finished; other processes write the rest.")
     return DONE
 
 
@@ -151,11 +190,13 @@ class ShardQueue:
     """The shards that are not written yet, each locked until `release` or `close`.
 
     n_own: first ones, which are written also where the file system has no locks.
+    url: where finished files are uploaded; `save_dir` is then temporary.
     """
 
     save_dir: Path
     shards: Sequence[Shard]
     n_own: int
+    url: str = ""
     # of shards that this process has begun
     _locks: dict[str, ExitStack] = field(default_factory=dict)
 
@@ -164,7 +205,13 @@ class ShardQueue:
         return self.save_dir / f"{name}.tar"
 
     def list_written(self) -> set[str]:
-        """Names of the written shards, by one listing of each output folder."""
+        """Names of the written shards, by one listing of each output folder, or of the URL."""
+        if self.url:
+            urls = set(remote_files(self.url, "find"))
+            names = [shard.name for shard in self.shards]
+            return {
+                name for name in names if all(f"{self.url}/{name}{end}" in urls for end in ENDS)
+            }
         files = set[str]()
         for folder in {os.path.dirname(shard.name) for shard in self.shards}:
             with suppress(FileNotFoundError):
@@ -196,6 +243,8 @@ class ShardQueue:
 
     def _begin(self, shard: Shard, is_own: bool) -> bool:
         """Lock a shard; False: another process writes it, or has just written it."""
+        if self.url and not is_own:
+            return False
         with ExitStack() as stack:
             lock = self._lock_file(shard.name)
             is_held = stack.enter_context(try_lock(lock.parent, DataError, lock.name))
@@ -211,6 +260,10 @@ class ShardQueue:
 
     def release(self, name: str) -> None:
         """Unlock a shard that is written; who locks it later sees that."""
+        if self.url:
+            for end in ENDS:
+                upload(self.save_dir / f"{name}{end}", f"{self.url}/{name}{end}")
+            self.path(name).unlink()
         self._lock_file(name).unlink(missing_ok=True)
         self._locks[name].close()
 
@@ -301,19 +354,29 @@ def _view_codes(codes: Sequence[Codes], views: EncodedViews) -> Codes | list[Cod
     return view_codes if len(view_codes) > 1 else view_codes[0]
 
 
-def _summarise(save_dir: Path, shards: list[Shard]) -> int:
-    """Write and log the counts of all shards; the manifest of the folder belongs here too."""
-    path = save_dir / COUNTS
+def _summarise(queue: ShardQueue, shards: list[Shard]) -> int:
+    """Write and log the counts of all shards; write the manifest of the folder."""
+    path = queue.save_dir / COUNTS
+    target = queue.url or queue.save_dir
     total = Counter[str]()
     if path.exists():
         total.update(read_json_object(path, DataError))
     if total["shards"] != len(shards):
         total = Counter(shards=len(shards))
-        for shard in shards:
-            total.update(read_json_object(save_dir / f"{shard.name}.counts.json", DataError))
+        names = [shard.name for shard in shards]
+        if queue.url:
+            download(queue.url, [f"{name}.counts.json" for name in names], queue.save_dir)
+        n_records = {}
+        for name in names:
+            counts = read_json_object(queue.save_dir / f"{name}.counts.json", DataError)
+            total.update(counts)
+            n_records[f"{target}/{name}.tar"] = counts.get("samples", 0)
         replace_text(path, json.dumps(total, indent=1))
+        if queue.url:
+            upload(path, f"{queue.url}/{COUNTS}")
+        manifest.write(n_records)
     summary = ", ".join(f"{key} {count:,}" for key, count in total.items())
-    log_line(f"{save_dir}: {summary}.")
+    log_line(f"{target}: {summary}.")
     if not total["samples"]:
-        log_line(f"{save_dir}: no record was written; delete this folder before the next run.")
+        log_line(f"{target}: no record was written; delete this folder before the next run.")
     return DONE if total["samples"] else SOME_FAILED

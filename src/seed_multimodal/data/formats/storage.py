@@ -15,7 +15,7 @@ import os
 import resource
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -203,11 +203,13 @@ def read_safely(
     failures: type[Exception] = OSError,
     *,
     was_there: bool = False,
+    action: str = "read",
 ) -> T:
     """The result of `read`, tried again at faults of the machine (`disk.read_patiently`).
 
     failures: errors of reading; of a URL all are, of any client library.
     was_there: the file was read before, so that a missing one is a fault of the machine, too.
+    action: read or written, for messages.
 
     Raises DataError: the file is missing or cannot be read; ReadError: the fault remains.
     """
@@ -223,14 +225,14 @@ def read_safely(
             raise OSError(errno.ESTALE, "it is missing, but was there before") from error
 
     try:
-        return read_patiently(path, read_once, failures, LOCAL_FILES.close_half)
+        return read_patiently(path, read_once, failures, LOCAL_FILES.close_half, action)
     except SeedError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
     except failures as error:
         reason = name_content(path) or reading_reason(error)
-        raise DataError(f"{path}: cannot be read ({reason}).") from error
+        raise DataError(f"{path}: cannot be {action} ({reason}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:
@@ -336,6 +338,7 @@ def remote_files(url: str, method: str) -> list[str]:
 
     def find() -> list[str]:
         files, name = filesystem(url)
+        files.invalidate_cache()  # other processes may have written since
         return sorted(map(files.unstrip_protocol, getattr(files, method)(name)))
 
     return read_safely(url, find)
@@ -380,6 +383,30 @@ def stat_files(folder: str, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     with contextlib.suppress(DataError, ReadError):
         read_safely(folder, list_folder)
     return stats
+
+
+def upload(file: Path, url: str, mode: str = "wb") -> None:
+    """Write a local file to a URL. Raises as `read_safely`.
+
+    mode: `wb`, or `xb`: an existing file stays.
+    """
+    import fsspec
+
+    def write() -> None:
+        with contextlib.suppress(FileExistsError), fsspec.open(url, mode) as target:
+            target.write(file.read_bytes())
+
+    read_safely(url, write, action="written")
+
+
+def download(url: str, names: Sequence[str], folder: Path) -> None:
+    """Copy files below a URL to a folder, many at a time. Raises as `read_safely`."""
+
+    def read() -> None:
+        files, root = filesystem(url)
+        files.get([f"{root}/{name}" for name in names], [f"{folder}/{name}" for name in names])
+
+    read_safely(url, read)
 
 
 def default_cache() -> Path:

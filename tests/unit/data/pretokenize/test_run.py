@@ -16,10 +16,12 @@ from real_processes import processes_with, run_checked, wait_until
 from repository import APPLICATION, NANO
 from tiny import read_json, write_json
 
+from seed_multimodal.data.formats import manifest
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.storage import filesystem
 from seed_multimodal.disk import try_lock
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, SeedError
 from seed_multimodal.pretokenize.run import RunSettings, run
 
 SHARDS = 8
@@ -163,6 +165,75 @@ def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
     assert "2 in this share" not in log and log.count("4 in this share") == 2
     assert all((out / name).stat().st_mtime_ns == modified for name, modified in finished.items())
     assert content(out) == content(finished_run)
+
+
+def visible(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if not name.startswith(".")}
+
+
+def test_run_at_a_url(finished_run, start, capfd):
+    url = "memory://codes/a"
+    files, root = filesystem(url)
+
+    def run_there() -> str:
+        assert start(url) == 0
+        stored = {name.removeprefix(f"{root}/"): files.cat(name) for name in files.find(root)}
+        assert stored == visible(content(finished_run))
+        return capfd.readouterr().err
+
+    assert "0 of all exist already" in run_there()
+    assert "8 of all exist already" in run_there()
+    # A deleted shard, and one whose upload a kill ended, are made again.
+    files.rm([f"{root}/s-002.tar", f"{root}/s-005.counts.json"])
+    assert "6 of all exist already" in run_there()
+    records = open_records(url)
+    expected = [record.fields for record in map(open_records(finished_run).read, range(93))]
+    assert [record.fields for record in map(records.read, range(len(records)))] == expected
+    with pytest.raises(DataError, match="memory:///codes/a: was started .*views: 1 -> 2"):
+        start(url, views=2)
+
+
+@pytest.mark.process
+def test_killed_run_of_two_shares_at_a_url(data, finished_run, tmp_path):
+    out = tmp_path / "out"
+    command = command_of(data["files"], f"file://{out}")
+    shares = [[*command, "--shard", f"{index}/2"] for index in range(2)]
+    process = subprocess.Popen(shares[0], cwd=APPLICATION)
+    wait_until(lambda: any(out.glob("*.tar")), process, 120)
+    process.kill()
+    process.wait()
+    first = subprocess.Popen(shares[0], cwd=APPLICATION)
+    log = run_checked(shares[1], cwd=APPLICATION).stderr
+    assert "own share only" in log and "4 in this share" in log
+    assert first.wait(120) == 0
+    assert content(out) == visible(content(finished_run))
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://host/codes", "are only read"),
+        ("simplecache::memory://codes", "are only read"),
+        ("none://codes", "cannot be read .Protocol not known"),
+        ("file:///dev/null/codes", "cannot be written"),
+    ],
+)
+def test_run_refuses_a_url(start, url, reason):
+    with pytest.raises(SeedError, match=reason) as refusal:
+        start(url)
+    assert url in str(refusal.value)
+
+
+def test_run_writes_the_manifest(finished_run, start, tmp_path, monkeypatch):
+    # Else each process of a training opens each shard once.
+    monkeypatch.setattr(manifest, "MIN_FILES", SHARDS)
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    (out / "counts.json").unlink()
+    assert start(out) == 0
+    entries = manifest.read(map(str, out.glob("*.tar")))
+    n_records = {Path(path).stem: entry.records for path, entry in entries.items()}
+    assert n_records == {f"s-{n:03d}": SIZE - 3 * (n == 3) for n in range(SHARDS)}
 
 
 def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_path):
