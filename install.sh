@@ -2,7 +2,7 @@
 # Install SEED Multimodal into the active environment (venv or conda), or into .venv (created here) when none is active.
 #
 #   bash install.sh                          core: everything inference needs
-#   bash install.sh --extras demo,eval,dev   with extras of pyproject.toml (train, demo, eval, lavit, laptop, docs, dev)
+#   bash install.sh --extras demo,eval,dev   with extras of pyproject.toml (train, demo, eval, lavit, laptop, ray, docs, dev)
 #   bash install.sh --lavis                  with salesforce-lavis (without its 2023 pins) for SEED_Tokenizer/
 #
 # An installed torch is kept. Otherwise, without an NVIDIA GPU, PyTorch's CPU builds are installed (0.2 GB); where

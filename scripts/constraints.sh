@@ -5,7 +5,7 @@
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-EXTRAS=(train demo eval lavit docs dev)  # laptop is compiled, harness wants an environment of its own
+EXTRAS=(train demo eval lavit docs dev)  # laptop is compiled, harness wants an environment of its own, ray the cluster's version
 
 for stack in oldest newest; do
     resolution=highest

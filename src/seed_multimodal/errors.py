@@ -18,6 +18,7 @@ EXTRAS = {
     "lavit": "spacy",
     "laptop": "llama_cpp gguf",
     "harness": "lmms_eval",
+    "ray": "ray",
 }
 # Packages whose name differs from the module.
 PACKAGES = {

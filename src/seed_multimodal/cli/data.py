@@ -137,6 +137,7 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
     transform = parser.add_mutually_exclusive_group()
     add_flags(transform, "extraction transform")
     add_flags(parser, "extraction")
+    add_flags(parser.add_mutually_exclusive_group(), "extraction share")
     add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
     parser.add_argument(
         "--compile",
@@ -153,6 +154,10 @@ def _pretokenize(kind: str, args: Namespace) -> int:
 
     args.fields = parse_fields(args.fields)
     settings = RunSettings(kind=kind, **set_flags(args, RunSettings))
+    if args.ray:
+        from seed_multimodal.pretokenize.ray_cluster import run_on_ray
+
+        return run_on_ray(settings, args.gpus)
     # One process, or one of those that torchrun has started.
     n_processes = 1 if "RANK" in os.environ else _n_processes(args)
     if n_processes == 1:

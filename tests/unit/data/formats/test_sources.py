@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -219,3 +220,33 @@ def test_open_records_of_a_registered_format(tmp_path):
     # Other files would be trained on in silence.
     assert "squares: has no `files`" in done.stderr
     assert "'numbr'" in done.stderr
+
+
+@pytest.mark.process
+def test_open_records_of_lance_as_in_the_docs(tmp_path):
+    pytest.importorskip("lance", reason="needs pylance")
+    page = (ROOT / "docs" / "how-to" / "prepare-data.md").read_text()
+    code = re.search("```python\n(# my_package/lance_rows.py.*?)```", page, re.DOTALL)
+    assert code is not None
+    (tmp_path / "lance_rows.py").write_text(code[1])
+    install(tmp_path, "rows", {"seed_multimodal.formats": {"lance": "lance_rows:Rows"}})
+    program = """
+import lance, pyarrow
+from seed_multimodal.data.formats.records import open_records
+table = pyarrow.table({"text": [f"row {n}" for n in range(10)]})
+lance.write_dataset(table, "a.lance", max_rows_per_file=6)
+records = open_records("a.lance", format="lance")
+size, checksum = len(records), records.checksum
+lance.write_dataset(table, "a.lance", mode="append")
+rows = [records.read(row) for row in (0, 7)]
+print(size, [row.fields["text"] for row in rows], rows[1].location, checksum > 0)
+"""
+    search = [str(ROOT / "src"), str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    done = run_process(
+        [sys.executable, "-c", program],
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+    )
+    expected = "10 ['row 0', 'row 7'] a.lance: row 7 True\n"
+    assert done.stdout == expected, done.stderr

@@ -8,11 +8,19 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 from data_files import jpeg
-from real_processes import processes_with, run_checked, wait_until
+from real_processes import (
+    STARTED,
+    nothing_stays_behind,  # noqa: F401
+    processes_with,
+    run_checked,
+    wait_until,
+)
 from repository import APPLICATION, NANO
 from tiny import read_json, write_json
 
@@ -234,6 +242,44 @@ def test_run_writes_the_manifest(finished_run, start, tmp_path, monkeypatch):
     entries = manifest.read(map(str, out.glob("*.tar")))
     n_records = {Path(path).stem: entry.records for path, entry in entries.items()}
     assert n_records == {f"s-{n:03d}": SIZE - 3 * (n == 3) for n in range(SHARDS)}
+
+
+@pytest.mark.nightly
+@pytest.mark.process
+@pytest.mark.timeout(600)
+def test_run_on_ray_with_a_killed_worker(data, finished_run, tmp_path):
+    # Ray restarts the worker, whose shards are those of a plain run.
+    pytest.importorskip("ray", reason="needs the extra ray")
+    out = tmp_path / "out"
+    command = [*command_of(data["files"], os.path.relpath(out, APPLICATION)), "--ray", "--gpus=2"]
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # its sockets need a short path
+        environment = {
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_worker_niceness": "0",
+        }
+        process = subprocess.Popen(
+            command,
+            cwd=APPLICATION,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        STARTED.append(process)
+        wait_until(lambda: any(out.glob("*.tar")), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if "ray::_run_in" in child.cmdline()]
+        assert len(workers) == 2
+        workers[0].kill()
+        assert len([*out.glob("*.tar")]) < SHARDS
+        log = process.communicate()[0]
+    assert process.returncode == 0, log
+    assert log.count("4 in this share") == 3, log
+    for lock in out.glob(".*.tar.lock"):  # of a kill just after a shard was written
+        lock.unlink()
+    assert content(out) == content(finished_run)
 
 
 def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_path):
