@@ -1,39 +1,51 @@
 """`seed study FILE.yaml`: rows of settings × seeds × measures, and their table.
 
-Each training and each measure is a command in a process of its own (`study_jobs`). The study's
-folder has
+Each training and each measure is a job: a command in a process of its own, after those whose
+results it reads. A job that is done is skipped. One that was killed runs again on what it left, so
+trainings and evaluations resume. The study's folder has
 
     table.md, runs.csv, curves.png    what came out
-    prepare/NAME                      a folder of each job
-    ROW/SEED/train
-    ROW/SEED/MEASURE
+    prepare/NAME                      the folder of each job, with settings.json (its identity),
+    ROW/SEED/train                    log.txt, out/ (its result), and done.json once it has
+    ROW/SEED/MEASURE                  succeeded
 """
 
 from __future__ import annotations
 
 import csv
+import datetime
 import io
+import math
+import os
+import re
 import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from seed_multimodal.config import load_yaml, project_path
+from seed_multimodal.config import load_yaml, project_path, with_values
 from seed_multimodal.disk import (
     JsonObject,
     folder_lock,
     read_json_object,
+    replace_json,
     replace_text,
     text_stem,
     writing,
 )
+from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, DataError, first_line
 from seed_multimodal.evaluation.metrics import t_interval
-from seed_multimodal.evaluation.study_jobs import PLACEHOLDER, PROGRAMS, Job, fill, run_jobs
 from seed_multimodal.plots import SUFFIX, draw_runs
+from seed_multimodal.progress import Progress
 from seed_multimodal.settings import (
+    check_identity,
     check_keys,
     check_value,
     find_entry,
@@ -42,9 +54,12 @@ from seed_multimodal.settings import (
     setting,
 )
 
-# Names in braces that are no values and no jobs; the last one is a folder beside those of rows.
+# First words of commands: this Python, whichever one PATH has.
+PROGRAMS = {"python": [sys.executable], "seed": [sys.executable, "-m", "seed_multimodal"]}
+POLL = 0.2  # seconds between two looks at the processes
+# Names in braces that are no values and no preparations, and a folder beside those of rows.
 RESERVED = ("seed", "out", "train", "checkpoint", "prepare")
-Runs = dict[tuple[str, int], dict[str, Job]]  # row and seed → command → job; "": the training
+Values = dict[str, str | int | float]  # name → what stands for it in commands
 
 
 @dataclass(kw_only=True)
@@ -85,7 +100,7 @@ class StudySettings:
 
     Attributes:
         name: of the table.
-        question: its first paragraph of the table.
+        question: its first paragraph.
         folder: in which the commands run, relative to the working directory or the repository.
         values: name → text or number.
         quick: values of `--quick`.
@@ -97,8 +112,8 @@ class StudySettings:
     question: str
     folder: str = "."
     seeds: list[int] = non_negative()
-    values: dict[str, str | int | float] = setting(factory=dict)
-    quick: dict[str, str | int | float] = setting(factory=dict)
+    values: Values = setting(factory=dict)
+    quick: Values = setting(factory=dict)
     prepare: dict[str, str] = setting(factory=dict)
     train: str
     rows: list[RowSettings]
@@ -120,11 +135,8 @@ def read_study(file: Path, n_seeds: int | None = None, quick: bool = False) -> S
     measures = [text_stem(measure.name) for measure in study.measures]
     names = [*RESERVED, *study.values, *study.prepare, *rows, *measures, *study.seeds]
     doubles = [name for name in names if names.count(name) > 1]
-    if doubles or not (rows and measures and study.seeds):
-        raise ConfigError(
-            f"{file}: needs seeds, rows and measures, all of different names; taken twice: "
-            f"{doubles[:1]}."
-        )
+    if doubles:
+        raise ConfigError(f"{file}: the name {doubles[0]!r} is taken twice; rename one.")
     if quick:
         study.values |= study.quick
     study.seeds = study.seeds[: 1 if quick else n_seeds]
@@ -137,7 +149,8 @@ def run_study(study: StudySettings, out: Path, at_once: int, budget: float) -> l
     directory = project_path(study.folder)
     if not directory.is_dir():
         raise ConfigError(f"folder: {directory} is neither here nor in the repository.")
-    jobs, runs = plan(study, out.resolve())
+    runs = plan(study, out.resolve())
+    jobs = [job for run in runs.values() for job in run.values()]
     with folder_lock(out, ConfigError, "at this study"):
         try:
             return run_jobs(jobs, directory, at_once, budget)
@@ -148,18 +161,177 @@ def run_study(study: StudySettings, out: Path, at_once: int, budget: float) -> l
 # ---- what runs
 
 
-def plan(study: StudySettings, out: Path) -> tuple[list[Job], Runs]:
-    """All jobs, each after those that it reads, and those of the runs. Raises ConfigError: a
-    command with an unknown program or name."""
+@dataclass
+class Job:
+    """A command that runs once.
+
+    Attributes:
+        folder: of its files, ROW/SEED/STAGE or prepare/NAME.
+        words: of the command, with names of folders in braces.
+        reads: name → the job whose result that folder is.
+        done: content of done.json; empty: not finished.
+    """
+
+    folder: Path
+    words: list[str]
+    reads: Mapping[str, Job]
+    done: JsonObject = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        """The folder of the result."""
+        return self.folder / "out"
+
+    def is_ready(self) -> bool:
+        """Whether all jobs are done whose results it reads."""
+        return all(job.done for job in self.reads.values())
+
+    def find(self, begin: bool = False) -> bool:
+        """Whether an earlier run has done it.
+
+        begin: write the identity of a new job.
+
+        Raises DataError: it was begun by another command, or its inputs were made again since.
+        """
+        inputs = {name: job.done["finished"] for name, job in self.reads.items()}
+        identity = {"command": shlex.join(self.words), "inputs": inputs}
+        check_identity(self.folder, identity, f"--out, move {self.folder} away,", begin)
+        file = self.folder / "done.json"
+        if file.is_file():
+            self.done = read_json_object(file, DataError)
+        return bool(self.done)
+
+    def start(self, directory: Path, environment: Mapping[str, str]) -> None:
+        """Start the process. Raises DataError: disk error."""
+        # 1. The command, with its folders.
+        folders = {"out": self.out, **{name: job.out for name, job in self.reads.items()}}
+        training = folders.get("checkpoint")
+        if training is not None:
+            from seed_multimodal.training.checkpoint import newest_checkpoint  # loads torch
+
+            folders["checkpoint"] = newest_checkpoint(training) or training
+        program, *arguments = with_values(self.words, folders)
+
+        # 2. The process. How long a resumed job takes is not known.
+        log_file = self.folder / "log.txt"
+        self.started = math.nan if log_file.exists() else time.monotonic()
+        with writing(self.folder, DataError):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.find(begin=True)
+            with open(log_file, "ab") as log:
+                self.process = subprocess.Popen(
+                    [*PROGRAMS[program], *arguments],
+                    cwd=directory,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=kill_with_parent,
+                )
+
+    def finish(self) -> None:
+        """Write the record of a process that has succeeded."""
+        finished = datetime.datetime.now().isoformat()
+        self.done = {"finished": finished, "seconds": time.monotonic() - self.started}
+        replace_json(self.folder / "done.json", self.done)
+
+    def failure(self) -> str:
+        """A message with the last line of the log."""
+        text = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        last_line = text.strip().rpartition("\n")[2]
+        return f"{self.folder}: ended with code {self.process.returncode}: {last_line}"
+
+
+# Row and seed → command → job; "" is the training. The preparations are a row, too.
+Runs = dict[tuple[str, int], dict[str, Job]]
+
+
+def run_jobs(
+    jobs: Sequence[Job], directory: Path, at_once: int = 1, budget: float = math.inf
+) -> list[str]:
+    """Run what is not done; returns a message for each job that failed.
+
+    jobs: each after those that it reads.
+    directory: in which the commands run.
+    at_once: processes.
+    budget: seconds.
+
+    Raises DataError as `Job.find`, ConfigError: what is left does not fit into the budget. Then
+    running jobs are finished; else, also on SIGTERM, they get SIGTERM.
+    """
+    deadline = time.monotonic() + budget
+    n_threads = max(1, (os.cpu_count() or 1) // at_once)
+    environment = {"OMP_NUM_THREADS": str(n_threads), **os.environ}
+    waiting = [job for job in jobs if not (job.is_ready() and job.find())]
+    running: list[Job] = []
+    failures: list[str] = []
+    n_done = len(jobs) - len(waiting)
+    with ended_by_sigterm(), Progress("study", len(jobs), "run", start=n_done) as progress:
+        try:
+            while True:
+                # 1. Start what is ready, and fits.
+                seconds = expected_seconds(jobs) / at_once
+                left = deadline - time.monotonic()
+                fits = not seconds > left
+                if seconds >= 0 and left < math.inf:
+                    text = f"needs about {seconds:.0f} s of {left:.0f} s"
+                    progress.set_postfix_str(text, refresh=False)
+                ready = [job for job in waiting if job.is_ready()]
+                for job in ready[: fits * (at_once - len(running))]:
+                    job.start(directory, environment)
+                    waiting.remove(job)
+                    running.append(job)
+                if not running:
+                    break
+
+                # 2. See what has ended.
+                time.sleep(POLL)
+                for job in [job for job in running if job.process.poll() is not None]:
+                    running.remove(job)
+                    if job.process.returncode == 0:
+                        job.finish()
+                        progress.update()
+                    else:
+                        failures.append(job.failure())
+                        progress.write_line(failures[-1])
+        finally:
+            for job in running:
+                job.process.terminate()
+            for job in running:  # a training saves a checkpoint
+                job.process.wait()
+    if waiting and not fits:
+        raise ConfigError(
+            f"study: {len(waiting)} commands do not fit into --budget {budget:g}: they need about "
+            f"{seconds:.0f} s with --jobs {at_once}, and {left:.0f} s are left. Give more of these, "
+            "fewer --seeds, or --quick; what is done stays."
+        )
+    return failures
+
+
+def expected_seconds(jobs: Sequence[Job]) -> float:
+    """Seconds of the jobs that are not done, one after another: as others of the row and stage,
+    else of the stage. NaN: a stage has not been timed."""
+    timings: dict[object, float] = {}
+    total = 0.0
+    for job in sorted(jobs, key=lambda job: not job.done):
+        row, _, stage = job.folder.parts[-3:]
+        if not job.done:
+            total += timings.get((row, stage), timings.get(stage, math.nan))
+        elif job.done["seconds"] is not None:
+            timings[stage] = timings[row, stage] = job.done["seconds"]
+    return total
+
+
+def plan(study: StudySettings, out: Path) -> Runs:
+    """All jobs, each after those that it reads. Raises ConfigError: a command with an unknown
+    program or name."""
     # 1. The preparations.
     prepared: dict[str, Job] = {}
     for name, command in study.prepare.items():
-        folder = out / "prepare"
-        prepared[name] = plan_job(folder, "prepare", name, command, study.values, prepared)
-    jobs = [*prepared.values()]
+        prepared[name] = plan_job(out / "prepare" / name, command, study.values, prepared)
 
     # 2. Seed by seed the training of each row, and a job for each command of the measures.
-    runs: Runs = {}
+    runs: Runs = {("prepare", 0): prepared}
     for seed in study.seeds:
         values = {**study.values, "seed": seed}
         results = dict(prepared)
@@ -167,41 +339,34 @@ def plan(study: StudySettings, out: Path) -> tuple[list[Job], Runs]:
             stem = text_stem(row.name)
             folder = out / stem / str(seed)
             command = f"{study.train} {row.settings}"
-            training = plan_job(folder, stem, "train", command, values, results)
+            training = plan_job(folder / "train", command, values, results)
             results[stem] = training
             run = {"": training}
-            inputs = {**prepared, "train": training}
+            inputs = {**prepared, "train": training, "checkpoint": training}
             for measure in study.measures:
-                if measure.command not in run:
-                    run[measure.command] = plan_job(
-                        folder, stem, text_stem(measure.name), measure.command, values, inputs
+                command = measure.command
+                if command not in run:
+                    run[command] = plan_job(
+                        folder / text_stem(measure.name), command, values, inputs
                     )
             runs[row.name, seed] = run
-            jobs += run.values()
-    return jobs, runs
+    return runs
 
 
 def plan_job(
-    folder: Path,
-    row: str,
-    stage: str,
-    command: str,
-    values: Mapping[str, object],
-    earlier: Mapping[str, Job],
+    folder: Path, command: str, values: Mapping[str, object], earlier: Mapping[str, Job]
 ) -> Job:
-    """The job of a command in FOLDER/STAGE; `earlier`: jobs whose results it may read."""
-    label = f"{row}: {stage}: {command!r}"
+    """The job of a command; `earlier`: those whose results it may read."""
+    label = f"command {command!r}"
     try:
-        words = [fill(word, values) for word in shlex.split(command)]
+        words = shlex.split(command)
     except ValueError as error:
         raise ConfigError(f"{label}: {first_line(error)}.") from None
     find_entry(PROGRAMS, "".join(words[:1]), f"program ({label})")
-    names = set(PLACEHOLDER.findall(command))
-    if "train" in earlier:  # a measure, which may name the newest checkpoint
-        names = names - {"checkpoint"} | {"train"}
+    names = re.findall(r"\{(\w+)\}", command)
     check_keys(names, ["out", *values, *earlier], label)
     reads = {name: job for name, job in earlier.items() if name in names}
-    return Job(folder / stage, row, stage, words, reads)
+    return Job(folder, with_values(words, values), reads)
 
 
 # ---- results
@@ -213,12 +378,15 @@ def write_results(study: StudySettings, runs: Runs, out: Path) -> None:
     # 1. The figures of each run.
     lines: list[JsonObject] = []
     logs: dict[Path, str] = {}
-    for (row, seed), run in runs.items():
+    for row, seed in product([row.name for row in study.rows], study.seeds):
+        run = runs[row, seed]
         if all(job.done for job in run.values()):
             line = {"row": row, "seed": seed}
             for measure in study.measures:
                 file = run[measure.command].out / measure.file
-                line[measure.name] = read_figure(file, measure.key)
+                figures = OmegaConf.create(read_json_object(file, DataError))
+                figure = OmegaConf.select(figures, measure.key)
+                line[measure.name] = check_value(float, figure, f"{file}: {measure.key}")
             lines.append({**line, **run[""].done})
             logs |= dict.fromkeys(run[""].out.glob(f"*{SUFFIX}"), row)
     if not lines:
@@ -226,12 +394,11 @@ def write_results(study: StudySettings, runs: Runs, out: Path) -> None:
 
     # 2. The files.
     text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0])
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    with writing(out, DataError):
-        replace_text(out / "runs.csv", text.getvalue())
-        replace_text(out / "table.md", table(study, lines))
+    replace_text(out / "runs.csv", text.getvalue())
+    replace_text(out / "table.md", table(study, lines))
     if logs:
         draw_runs([*logs], out / "curves.png", [*logs.values()])
 
@@ -241,10 +408,11 @@ def table(study: StudySettings, lines: Sequence[JsonObject]) -> str:
     # 1. What was run.
     first = study.rows[0].name
     values = ", ".join(f"{name} {value}" for name, value in study.values.items())
+    date = max(line["finished"] for line in lines)[:10]
     text = (
-        f"# {study.name}\n\n{study.question}\n\nFinished {lines[-1]['finished'][:10]}; {values}. "
+        f"# {study.name}\n\n{study.question}\n\nFinished {date}; {values}. "
         "Means over runs of different seeds with 95 % intervals (Student's t), and differences "
-        f"to {first!r}, paired by seed; bold: the interval is without 0. One run has no interval."
+        f"to {first!r}, paired by seed. One run has no interval."
         "\n\n| | runs |"
     )
 
@@ -265,12 +433,6 @@ def table(study: StudySettings, lines: Sequence[JsonObject]) -> str:
     return text
 
 
-def read_figure(file: Path, key: str) -> float:
-    """A number of a JSON file. Raises DataError, ConfigError: no such file, or no number there."""
-    values = OmegaConf.create(read_json_object(file, DataError))
-    return float(check_value(float, OmegaConf.select(values, key), f"{file}: {key}"))
-
-
 def interval(values: Sequence[float], sign: str = "") -> str:
     """Mean and 95 % interval of runs; `sign`: "+" of differences."""
     if not values:
@@ -279,6 +441,4 @@ def interval(values: Sequence[float], sign: str = "") -> str:
     text = f"{mean.value:{sign}.4g}"
     if mean.n > 1:
         text += f" ({mean.low:.4g} … {mean.high:.4g})"
-        if sign and mean.low * mean.high > 0:
-            text = f"**{text}**"
     return text.replace("-", "−")
