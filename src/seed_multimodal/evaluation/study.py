@@ -302,8 +302,8 @@ def run_jobs(
     if waiting and not fits:
         raise ConfigError(
             f"study: {len(waiting)} commands do not fit into --budget {budget:g}: they need about "
-            f"{seconds:.0f} s with --jobs {at_once}, and {left:.0f} s are left. Give more of these, "
-            "fewer --seeds, or --quick; what is done stays."
+            f"{seconds:.0f} s with --jobs {at_once}, and {left:.0f} s are left. Give more of "
+            "these, fewer --seeds, or --quick; what is done stays."
         )
     return failures
 
