@@ -1,7 +1,10 @@
 """`seed study`: rows × seeds × measures in real processes, killed and resumed; shipped files."""
 
 import csv
+import importlib.util
+import pkgutil
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from llm_runs import environment
+from data_files import write
+from llm_runs import compose, environment, overrides, write_files
 from PIL import Image
 from real_processes import nothing_stays_behind, wait_until  # noqa: F401 (a fixture)
 from repository import ROOT
@@ -18,14 +22,18 @@ from scipy import stats
 from yaml_tables import read_tables
 
 from seed_multimodal.cli.main import main
+from seed_multimodal.config import with_values
 from seed_multimodal.evaluation.metrics import t_interval
 from seed_multimodal.evaluation.study import plan, read_study
+from seed_multimodal.models.registry import find_training
 
 TABLES = read_tables(__file__)
 SEEDS = (0, 1, 2)
 GAINS = {"no gain": 1, "gain": 3, "from gain": 5}
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
-EXPERIMENTS = sorted(set((ROOT / "docs/experiments").glob("*.md")))
+EXPERIMENTS = sorted({*(ROOT / "docs/experiments").glob("[!i]*.md")})  # not the index
+HOW_TO = ROOT / "docs/how-to/run-a-study.md"
+N_STEPS = 3
 
 
 def write_study(out, **changes) -> Path:
@@ -208,3 +216,68 @@ def test_faulty_file_is_refused_by_name(changes, problem, tmp_path, capsys):
     assert main(command(file)) == 2
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "out/prepare").exists()
+
+
+# ---- trainings, the shipped files, and the pages
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_language_model_starts_from_another_row_and_is_measured(tmp_path):
+    steps = [f"trainer.max_steps={N_STEPS}", "trainer.seed={seed}", "optim.warmup_ratio=0"]
+    options = shlex.join(overrides(write_files(tmp_path), "{out}", *steps))
+    text = "import sys; open(sys.argv[2], 'w').write('{\"step\": %s}' % sys.argv[1].split('-')[-1])"
+    measured = shlex.join(["python", "-c", text, "{checkpoint}", "{out}/step.json"])
+    file = write_study(
+        tmp_path,
+        folder="MultiModalLLM",
+        seeds=[3],
+        prepare={},
+        train=f"python src/train/train.py {options}",
+        rows=[{"name": "first"}, {"name": "further", "settings": "trainer.start={first}"}],
+        measures=[
+            {"name": "loss", "file": "summary.json", "key": "loss", "higher": False},
+            {"name": "step", "file": "step.json", "key": "step", "command": measured},
+        ],
+    )
+    assert main(command(file)) == 0
+    first, further = run_lines(file).values()
+    assert float(first["step"]) == float(further["step"]) == N_STEPS
+    assert float(further["loss"]) < float(first["loss"])
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_settings_of_shipped_studies_are_those_of_their_programs(file, tmp_path):
+    study = read_study(file, quick=True)
+    assert file.stem == study.name
+    for job in [job for run in plan(study, tmp_path).values() for job in run.values()]:
+        folders = {name: tmp_path / name for name in ("out", "checkpoint", *job.reads)}
+        words = with_values(job.words, folders)
+        program = ROOT / study.folder / words[1]
+        if words[1] == "-m":
+            assert importlib.util.find_spec(words[2]) is not None
+        else:
+            assert program.is_file()
+        if job.folder.name == "train":
+            training = find_training(program.stem)
+            config = ROOT / study.folder / "configs" / f"{training.config}.yaml"
+            pkgutil.resolve_name(training.task).run_type.read(
+                compose(words[2:], config.parent, config.stem)
+            )
+
+
+def test_page_of_studies_has_a_study(tmp_path):
+    [text] = re.findall(r"```yaml\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
+    file = write(tmp_path / "rate.yaml", text)
+    assert len(plan(read_study(file), tmp_path)) == 1 + 3 * 3
+
+
+@pytest.mark.parametrize("page", EXPERIMENTS, ids=lambda page: page.stem)
+def test_tables_of_experiments_say_how_many_runs_and_when(page):
+    # A reader must not take one run for a mean over several.
+    for section in page.read_text(encoding="utf-8").split("\n## "):
+        if "\n| ---" in section:
+            assert re.search(r"\b20\d\d-\d\d-\d\d\b", section)
+            studies = re.findall(r"configs/studies/[\w-]+\.yaml", section)
+            assert studies or re.search(r"\bone run\b", section, re.IGNORECASE)
+            assert all((ROOT / study).is_file() for study in studies)
