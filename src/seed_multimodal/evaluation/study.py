@@ -134,9 +134,9 @@ def read_study(file: Path, n_seeds: int | None = None, quick: bool = False) -> S
     rows = [text_stem(row.name) for row in study.rows]
     measures = [text_stem(measure.name) for measure in study.measures]
     names = [*RESERVED, *study.values, *study.prepare, *rows, *measures, *study.seeds]
-    doubles = [name for name in names if names.count(name) > 1]
-    if doubles:
-        raise ConfigError(f"{file}: the name {doubles[0]!r} is taken twice; rename one.")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{file}: the name {name!r} is taken twice; rename one.")
     if quick:
         study.values |= study.quick
     study.seeds = study.seeds[: 1 if quick else n_seeds]
@@ -205,16 +205,15 @@ class Job:
         """Start the process. Raises DataError: disk error."""
         # 1. The command, with its folders.
         folders = {"out": self.out, **{name: job.out for name, job in self.reads.items()}}
-        training = folders.get("checkpoint")
-        if training is not None:
+        if "checkpoint" in folders:
             from seed_multimodal.training.checkpoint import newest_checkpoint  # loads torch
 
-            folders["checkpoint"] = newest_checkpoint(training) or training
+            folders["checkpoint"] = newest_checkpoint(folders["checkpoint"])
         program, *arguments = with_values(self.words, folders)
 
         # 2. The process. How long a resumed job takes is not known.
         log_file = self.folder / "log.txt"
-        self.started = math.nan if log_file.exists() else time.monotonic()
+        self.started = None if log_file.exists() else time.monotonic()
         with writing(self.folder, DataError):
             self.out.mkdir(parents=True, exist_ok=True)
             self.find(begin=True)
@@ -232,7 +231,8 @@ class Job:
     def finish(self) -> None:
         """Write the record of a process that has succeeded."""
         finished = datetime.datetime.now().isoformat()
-        self.done = {"finished": finished, "seconds": time.monotonic() - self.started}
+        seconds = None if self.started is None else time.monotonic() - self.started
+        self.done = {"finished": finished, "seconds": seconds}
         replace_json(self.folder / "done.json", self.done)
 
     def failure(self) -> str:
@@ -273,9 +273,6 @@ def run_jobs(
                 seconds = expected_seconds(jobs) / at_once
                 left = deadline - time.monotonic()
                 fits = not seconds > left
-                if seconds >= 0 and left < math.inf:
-                    text = f"needs about {seconds:.0f} s of {left:.0f} s"
-                    progress.set_postfix_str(text, refresh=False)
                 ready = [job for job in waiting if job.is_ready()]
                 for job in ready[: fits * (at_once - len(running))]:
                     job.start(directory, environment)

@@ -70,9 +70,9 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(steps, reverse=True)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder; None: there is none."""
-    return next((checkpoint for _, checkpoint in checkpoints(folder)), None)
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in a folder; the folder itself if it has none."""
+    return next((checkpoint for _, checkpoint in checkpoints(folder)), folder)
 
 
 @dataclass
@@ -109,7 +109,7 @@ class CheckpointStore:
         Raises CheckpointError: checkpoints of another run exist, or `never` and any exist.
         """
         # All processes use the first one's choice.
-        newest = newest_checkpoint(self.folder)
+        newest = next((path for _, path in checkpoints(self.folder)), None)
         folder = self.group.gather({"folder": str(newest or "")})[0]["folder"]
         resume = self.settings.resume
         if resume == "never" and folder:
@@ -472,7 +472,7 @@ def warm_start(path: Path, task: Task) -> int:
 
     Raises CheckpointError: no checkpoint, or another model.
     """
-    folder = newest_checkpoint(path) or path
+    folder = newest_checkpoint(path)
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{path}: no such checkpoint to start from.")
     task.load(folder)
