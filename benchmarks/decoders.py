@@ -22,6 +22,7 @@ from PIL import Image
 from seed_multimodal.disk import JsonObject, replace_json
 from seed_multimodal.evaluation.metrics import FloatArray, bootstrap
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.samples import Sizes
 from seed_nano.report.scoring import (
@@ -67,9 +68,10 @@ def main() -> None:
     systems: dict[str, System] = {}
     for folder in args.decoders:
         parts = {"detokenizer": folder} if folder else {}
-        systems[str(folder or args.model)] = load_system(
-            args.model, device="cpu", dtype="float32", log=None, **parts
-        )
+        config = SystemConfig.find(args.model, **parts)
+        config.known_images = None  # needs the shipped decoder's conditioner
+        system = load_system(config, device="cpu", dtype="float32", log=None)
+        systems[str(folder or args.model)] = system
     system = next(iter(systems.values()))
 
     rows: list[Row] = []
