@@ -103,7 +103,7 @@ def study(args: Namespace) -> int:
     settings = read_study(file, args.seeds, args.quick)
     out = Path(args.out or f"outputs/studies/{settings.name}{'-quick' * args.quick}")
     failures = run_study(settings, out, args.jobs, args.budget)
-    emit(args, {"folder": str(out), "failures": failures}, f"{out}/table.md")
+    emit(args, {"folder": str(out), "failures": failures}, str(out))
     return SOME_FAILED if failures else DONE
 
 

@@ -13,7 +13,6 @@ trainings and evaluations resume. The study's folder has
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import math
 import os
@@ -24,7 +23,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -230,9 +228,8 @@ class Job:
 
     def finish(self) -> None:
         """Write the record of a process that has succeeded."""
-        finished = datetime.datetime.now().isoformat()
         seconds = None if self.started is None else time.monotonic() - self.started
-        self.done = {"finished": finished, "seconds": seconds}
+        self.done = {"finished": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds}
         replace_json(self.folder / "done.json", self.done)
 
     def failure(self) -> str:
@@ -242,7 +239,7 @@ class Job:
         return f"{self.folder}: ended with code {self.process.returncode}: {last_line}"
 
 
-# Row and seed → command → job; "" is the training. The preparations are a row, too.
+# Row and seed → command → job; "" is the training. The preparations are a row without one.
 Runs = dict[tuple[str, int], dict[str, Job]]
 
 
@@ -375,9 +372,8 @@ def write_results(study: StudySettings, runs: Runs, out: Path) -> None:
     # 1. The figures of each run.
     lines: list[JsonObject] = []
     logs: dict[Path, str] = {}
-    for row, seed in product([row.name for row in study.rows], study.seeds):
-        run = runs[row, seed]
-        if all(job.done for job in run.values()):
+    for (row, seed), run in runs.items():
+        if "" in run and all(job.done for job in run.values()):
             line = {"row": row, "seed": seed}
             for measure in study.measures:
                 file = run[measure.command].out / measure.file

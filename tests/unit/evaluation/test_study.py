@@ -83,7 +83,7 @@ def test_t_interval_is_scipys(values):
 def test_table_has_means_intervals_and_paired_differences(tmp_path, capsys):
     file = write_study(tmp_path)
     assert main(command(file, "--jobs", 3)) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out/table.md")
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
 
     # 1. Each run's figures; the third row adds its gain to that of the second.
     for (row, seed), line in run_lines(file).items():
