@@ -164,7 +164,7 @@ def test_killed_study_and_killed_run_resume(tmp_path, capfd, nothing_stays_behin
 @pytest.mark.process
 @pytest.mark.slow
 def test_budget_refuses_what_does_not_fit(tmp_path, capsys):
-    # The first run is timed alone; then a user reads the figures, and keeps what is done.
+    # After the first run a user reads the figures, and keeps what is done.
     file = write_study(tmp_path)
     (tmp_path / "slow").touch()
     assert main(command(file, "--budget", 5)) == 2
