@@ -2,7 +2,7 @@
 
 One JSON line for each section, split, decoder and setting: shares of right labels by the judge,
 nearest originals (R@1), PSNR, SSIM, images a CPU-second; and the paired differences to the first
-line of the section.
+line of the section. `--out` writes them as `lines`.
 
     python benchmarks/decoders.py --steps 4 3 2 --splits val --limit 250
     python benchmarks/decoders.py --decoders log/a/decoder log/b/decoder --guidance 1 3
@@ -19,8 +19,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from seed_multimodal.disk import JsonObject, replace_json
 from seed_multimodal.evaluation.metrics import FloatArray, bootstrap
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.samples import Sizes
 from seed_nano.report.scoring import (
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["val"], choices=HELD_OUT_SPLITS)
     parser.add_argument("--limit", type=int, default=250, help="drawings; twice as many images")
     parser.add_argument("--sheet", type=Path, help="image file with some of the drawings")
+    parser.add_argument("--out", type=Path, help="JSON file of all lines")
     args = parser.parse_args()
     judge = Judge.from_pretrained(find_judge(args.model, None))
     sizes = Sizes.limited(args.limit)
@@ -65,12 +68,14 @@ def main() -> None:
     systems: dict[str, System] = {}
     for folder in args.decoders:
         parts = {"detokenizer": folder} if folder else {}
-        systems[str(folder or args.model)] = load_system(
-            args.model, device="cpu", dtype="float32", log=None, **parts
-        )
+        config = SystemConfig.find(args.model, **parts)
+        config.known_images = None  # needs the shipped decoder's conditioner
+        system = load_system(config, device="cpu", dtype="float32", log=None)
+        systems[str(folder or args.model)] = system
     system = next(iter(systems.values()))
 
     rows: list[Row] = []
+    lines: list[JsonObject] = []
     for split in args.splits:
         # 2. Images in the system's representation: real ones, and those of descriptions.
         targets = scenes(split)[: sizes.gallery]
@@ -99,8 +104,11 @@ def main() -> None:
                     key: bootstrap(column - first[key]).to_json() for key, column in values.items()
                 }
                 print(json.dumps(line), flush=True)
+                lines.append(line)
                 title = f"{name}, {line['steps']} steps, guidance {line['guidance']:g}"
                 rows.append(Row(title, list(map(Cell, images[:SHOWN]))))
+    if args.out is not None:
+        replace_json(args.out, {"lines": lines})
     if args.sheet is not None:
         contact_sheet(rows, "Decoders on the same scenes", cell=96).save(args.sheet)
 

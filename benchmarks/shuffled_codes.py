@@ -4,8 +4,8 @@
 
 A code of nano depends on those before it. Here the language model writes the same codes in a fixed
 random order: slot `j` has the code of position `order[j]`, under an id of section `j`. Written are
-a system that draws them (it does not read images) and records of drawings, of which its language
-model learns the new order by `train.py`.
+a system that draws them (it does not read images), and records of drawings with their `data.yaml`,
+of which its language model learns the new order by `train.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from seed_multimodal.cli.common import program_parser
@@ -53,7 +54,7 @@ def in_order(codes: Tensor, order: Sequence[int], section: int) -> Tensor:
 
 def write_system(nano: Path, folder: Path, order: Sequence[int]) -> None:
     """A copy of nano whose de-tokenizer and language model have the codes by slot."""
-    shutil.copytree(nano, folder)
+    shutil.copytree(nano, folder, dirs_exist_ok=True)  # of a run that was killed
     # 1. What the de-tokenizer has for each position: codes, their embedding, columns of the head.
     file = folder / "seed_tokenizer" / "model.safetensors"
     weights = load_state_dict(file)
@@ -114,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
     write_system(args.nano, args.out / "system", order)
     for split, number in (("train", args.number), ("val", 500)):
         write_draw_records(args.nano, args.out / f"draw_{split}.tar", order, split, number)
+    source = {"name": "draw", "files": str(args.out / "draw_train.tar"), "decoder": "chat"}
+    data = {"packing": True, "length": 512, "rows": 8, "sources": [source]}
+    (args.out / "data.yaml").write_text(yaml.safe_dump(data))
     print(f"{args.out}: slot 0 has the code of position {order[0]}, …: {order}")
     return DONE
 

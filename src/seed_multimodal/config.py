@@ -192,3 +192,15 @@ def _build(value: object, label: str) -> Any:
     except TypeError as error:
         raise ConfigError(f"{label}: {value['_target_']}: {error}.") from None
     return target(**arguments)
+
+
+def with_values(item: Any, values: Mapping[str, object]) -> Any:
+    """A text, or the texts of lists and mappings, with values in place of their names in braces."""
+    if isinstance(item, dict):
+        return {key: with_values(inner, values) for key, inner in item.items()}
+    if isinstance(item, list):
+        return [with_values(inner, values) for inner in item]
+    if isinstance(item, str):
+        for name, value in values.items():
+            item = item.replace(f"{{{name}}}", str(value))
+    return item

@@ -49,9 +49,11 @@ def save_curves(folder: str | Path, log: Callable[[str], None]) -> None:
         log(f"{out}: the curves were not plotted ({first_line(error)}).")
 
 
-def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
+def draw_runs(runs: Sequence[str | Path], out: str | Path, names: Sequence[str] = ()) -> list[Path]:
     """Plot runs (output folders with all their logs, or log files) in one figure; returns the
     plotted logs.
+
+    names: of the runs in the legend (default: those of the logs); equal ones share a colour.
 
     Raises:
         DataError: no such run, no log in it, a log without numbers, a file that cannot be written.
@@ -59,15 +61,19 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
     """
     out = Path(out)
     logs: list[Path] = []
+    series: list[tuple[str, Series]] = []
     # A run is a log, or a folder of them.
-    for run in map(Path, runs):
+    for index, run in enumerate(map(Path, runs)):
         run_logs = [run] if run.is_file() else sorted(run.glob(f"*{SUFFIX}"))
         if not run_logs:
             raise DataError(f"{run}: no log of a training run (NAME{SUFFIX}).")
         logs += run_logs
+        for log in run_logs:
+            name = names[index] if names else str(log).removesuffix(SUFFIX)
+            series.append((name, read_log(log)))
 
     # Drawn completely before the file is replaced.
-    save_figure(_figure({str(log).removesuffix(SUFFIX): read_log(log) for log in logs}), out)
+    save_figure(_figure(series), out)
     return logs
 
 
@@ -110,21 +116,23 @@ def _quantity_and_split(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _figure(runs: dict[str, Series]) -> Figure:
-    """A matplotlib figure with a panel for each quantity, the losses first."""
+def _figure(runs: Sequence[tuple[str, Series]]) -> Figure:
+    """A matplotlib figure with a panel for each quantity, the losses first, and a colour for each
+    name."""
     from matplotlib.figure import Figure
 
-    quantities = {quantity for series in runs.values() for quantity in series}
+    quantities = {quantity for _, series in runs for quantity in series}
     panels = sorted(quantities, key=lambda name: ("loss" not in name, name))
     n_columns = min(COLUMNS, len(panels))
     n_rows = math.ceil(len(panels) / COLUMNS)
+    names = list(dict.fromkeys(name for name, _ in runs))
     size = (3.6 * n_columns + 0.3, 2.5 * n_rows + 0.7)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     for index, quantity in enumerate(panels, start=1):
         axes = figure.add_subplot(n_rows, n_columns, index)
         axes.set_title(quantity, fontsize=9, loc="left")
         axes.grid(alpha=0.4)
-        for color, (name, series) in enumerate(runs.items()):
+        for name, series in runs:
             for split, values in series.get(quantity, {}).items():
                 # A run's training is a line, each split's evaluations are dots.
                 steps = sorted(values)
@@ -132,12 +140,13 @@ def _figure(runs: dict[str, Series]) -> Figure:
                 axes.plot(
                     steps,
                     [values[step] for step in steps],
-                    color=f"C{color}",
+                    color=f"C{names.index(name)}",
                     linestyle=":" if split else "-",
                     marker="o" if is_dotted else None,
                     label=split or None,
                 )
-            if index == 1:  # of all panels, from an empty line
+        if index == 1:  # of all panels, from empty lines
+            for color, name in enumerate(names):
                 axes.plot([], [], color=f"C{color}", label=name)
         # Beside the first values of such a loss, late differences are too small to see.
         plotted = [value for line in axes.get_lines() for value in line.get_ydata()]

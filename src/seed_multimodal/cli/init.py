@@ -21,13 +21,12 @@ import pkgutil
 import shlex
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from seed_multimodal.cli.common import add_command, add_flags, emit
-from seed_multimodal.config import read_table
+from seed_multimodal.config import read_table, with_values
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
@@ -154,15 +153,3 @@ def check_data(data: str, chats: str) -> None:
             conversation(record.fields, record.location)
 
         records.check_usable(read)
-
-
-def with_values(item: Any, values: Mapping[str, str]) -> Any:
-    """A text, or the texts of lists and mappings, with values in place of their names in braces."""
-    if isinstance(item, dict):
-        return {key: with_values(inner, values) for key, inner in item.items()}
-    if isinstance(item, list):
-        return [with_values(inner, values) for inner in item]
-    if isinstance(item, str):
-        for name, value in values.items():
-            item = item.replace(f"{{{name}}}", value)
-    return item

@@ -1,4 +1,4 @@
-"""`seed convert | export-tokenizer | export-gguf | check-llm | assemble | plot`."""
+"""`seed convert | export-tokenizer | export-gguf | check-llm | assemble | plot | study`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seed_multimodal.cli.common import add_command, add_flags, cat_image, emit, values_of
+from seed_multimodal.config import project_path
 from seed_multimodal.disk import output_folder, read_json_object, writing
 from seed_multimodal.entry import DONE, SOME_FAILED
 from seed_multimodal.errors import ConfigError
@@ -22,6 +23,7 @@ def add_commands(commands: Commands) -> None:
     # Weights and logs.
     add_command(commands, convert, help="old .pt/.pth/.bin weights → safetensors")
     add_command(commands, plot, help="curves of training runs, over each other")
+    add_command(commands, study)
 
     # Parts of a system in other forms.
     exporter = add_command(
@@ -89,6 +91,20 @@ def plot(args: Namespace) -> int:
     logs = draw_runs(args.runs, args.out)
     emit(args, {"figure": args.out, "logs": [str(log) for log in logs]}, args.out)
     return DONE
+
+
+def study(args: Namespace) -> int:
+    """Train rows of settings with several seeds, measure them, write a table with intervals."""
+    from seed_multimodal.evaluation.study import read_study, run_study
+
+    file = Path(args.file)
+    if not file.suffix:
+        file = project_path(f"configs/studies/{args.file}.yaml")
+    settings = read_study(file, args.seeds, args.quick)
+    out = Path(args.out or f"outputs/studies/{settings.name}{'-quick' * args.quick}")
+    failures = run_study(settings, out, args.jobs, args.budget)
+    emit(args, {"folder": str(out), "failures": failures}, str(out))
+    return SOME_FAILED if failures else DONE
 
 
 def export(args: Namespace) -> int:

@@ -6,6 +6,7 @@ annotations       lists of questions and captions, of any format → samples
 vqa, captions, choices    benchmarks whose answers are texts
 text2image        drawings of captions, compared by CLIP (`clip`) and FID (`fid`)
 judged            drawings that another model judges: geneval (`detection`), tifa (`judges`)
+study             rows of settings × seeds × measures, in processes; `seed study`
 suite             the papers' tables, of several benchmarks
 tokenizer         a tokenizer's report: retrieval, reconstruction, codebook
 metrics, retrieval    the figures themselves

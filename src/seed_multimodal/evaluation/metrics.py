@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -18,6 +19,8 @@ FloatArray: TypeAlias = NDArray[np.floating]
 Value = TypeVar("Value")
 Group = TypeVar("Group", bound=Hashable)
 RESAMPLES = 1000
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; the last one for all further.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 PREFIXES = (1, 2, 4, 8, 16, 32)
 
 
@@ -40,7 +43,7 @@ def finite_json(value: object, label: str, indent: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its bootstrap interval (95 %) and the number of samples."""
+    """A mean with its interval (95 %) and the number of samples."""
 
     value: float
     low: float
@@ -81,6 +84,17 @@ def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Es
         means.append(sums[sampled].sum() / counts[sampled].sum())
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(data.mean()), float(low), float(high), int(data.size))
+
+
+def t_interval(values: Sequence[float]) -> Estimate:
+    """Mean of a few independent runs and its interval by Student's t; one value: no width."""
+    n_runs = len(values)
+    mean = sum(values) / n_runs
+    half = 0.0
+    if n_runs > 1:
+        quantile = T_QUANTILES[min(n_runs - 1, len(T_QUANTILES)) - 1]
+        half = quantile * statistics.stdev(values) / math.sqrt(n_runs)
+    return Estimate(mean, mean - half, mean + half, n_runs)
 
 
 def grouped(values: Iterable[Value], groups: Iterable[Group]) -> dict[Group, list[Value]]:

@@ -70,6 +70,11 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(steps, reverse=True)
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in a folder; the folder itself if it has none."""
+    return next((checkpoint for _, checkpoint in checkpoints(folder)), folder)
+
+
 @dataclass
 class CheckpointStore:
     """The checkpoints of one run.
@@ -467,7 +472,7 @@ def warm_start(path: Path, task: Task) -> int:
 
     Raises CheckpointError: no checkpoint, or another model.
     """
-    folder = next((checkpoint for _, checkpoint in checkpoints(path)), path)
+    folder = newest_checkpoint(path)
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{path}: no such checkpoint to start from.")
     task.load(folder)

@@ -4,7 +4,8 @@
     python -m seed_nano.report.reward --prompts FILE --judge FOLDER --model nano CHECKPOINT
 
 The prompts are scenes of the split `styles`: a thing in a style in which no training showed it. The
-things of `train.jsonl` are not those of `held_out.jsonl`. A second judge (`python -m
+things of `train.jsonl` and `same_things.jsonl`, other scenes of them, are not those of
+`held_out.jsonl`. A second judge (`python -m
 seed_nano.report.judge --seed 1 --widths ...`) that gave no reward measures the result.
 """
 
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal.cli.common import add_flags, load_system, program_parser
-from seed_multimodal.disk import JsonObject, replace_text
+from seed_multimodal.disk import JsonObject, replace_json, replace_text
 from seed_multimodal.entry import DONE, add_device, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.metrics import bootstrap
@@ -88,8 +89,12 @@ def run(args: argparse.Namespace) -> int:
     # 1. The prompts.
     if args.write is not None:
         args.write.mkdir(parents=True, exist_ok=True)
-        parts = prompt_records(args.number, args.number)
-        for name, part in zip(("train", "held_out"), parts, strict=True):
+        trained_things, other_things = prompt_records(2 * args.number, args.number)
+        for name, part in (
+            ("train", trained_things[: args.number]),
+            ("same_things", trained_things[args.number :]),
+            ("held_out", other_things),
+        ):
             lines = [json.dumps(record) + "\n" for record in part]
             replace_text(args.write / f"{name}.jsonl", "".join(lines))
             print(f"{args.write / name}.jsonl: {len(part)} prompts")
@@ -111,6 +116,9 @@ def run(args: argparse.Namespace) -> int:
     for model, right in hits.items():
         rows.append([model, interval(right), interval(right - first), str(len(right))])
     print(table(["system", "every label", "difference from the first", "n"], rows))
+    if args.out is not None:
+        estimates = [bootstrap(right).to_json() for right in hits.values()]
+        replace_json(args.out, {"models": list(hits), "right": estimates})
     return DONE
 
 
@@ -129,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", nargs="+", default=["nano"], help="systems; the first: the start"
     )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     add_device(parser)
     add_flags(parser, "language model")
     return run_program(parser, run, argv, "reward report")

@@ -23,6 +23,7 @@ from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.models.lavit.pipeline import LavitFamily
 from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.run import GeneratedAnswer
 from seed_multimodal.pipelines.tasks import Task
 
@@ -172,7 +173,9 @@ class System:
         return answers
 
 
-def load_system(model: str | Path, *, batch: int = 64, seed: int = 0, **options: Any) -> System:
+def load_system(
+    model: str | Path | SystemConfig, *, batch: int = 64, seed: int = 0, **options: Any
+) -> System:
     """The system of a folder or name; `options` and errors as of
     `MultimodalSystem.from_pretrained`."""
     return System(MultimodalSystem.from_pretrained(model, **options), batch, seed)

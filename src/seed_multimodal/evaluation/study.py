@@ -1,0 +1,437 @@
+"""`seed study FILE.yaml`: rows of settings × seeds × measures, and their table.
+
+Each training and each measure is a job: a command in a process of its own, after those whose
+results it reads. A job that is done is skipped. One that was killed runs again on what it left, so
+trainings and evaluations resume. The study's folder has
+
+    table.md, runs.csv, curves.png    what came out
+    prepare/NAME                      the folder of each job, with settings.json (its identity),
+    ROW/SEED/train                    log.txt, out/ (its result), and done.json once it has
+    ROW/SEED/MEASURE                  succeeded
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from seed_multimodal.config import load_yaml, project_path, with_values
+from seed_multimodal.disk import (
+    JsonObject,
+    folder_lock,
+    read_json_object,
+    replace_json,
+    replace_text,
+    text_stem,
+    writing,
+)
+from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
+from seed_multimodal.errors import ConfigError, DataError, first_line
+from seed_multimodal.evaluation.metrics import t_interval
+from seed_multimodal.plots import SUFFIX, draw_runs
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import (
+    check_identity,
+    check_keys,
+    check_value,
+    find_entry,
+    non_negative,
+    read_settings,
+    setting,
+)
+
+# First words of commands: this Python, whichever one PATH has.
+PROGRAMS = {"python": [sys.executable], "seed": [sys.executable, "-m", "seed_multimodal"]}
+POLL = 0.2  # seconds between two looks at the processes
+# Names in braces that are no values and no preparations, and a folder beside those of rows.
+RESERVED = ("seed", "out", "train", "checkpoint", "prepare")
+Values = dict[str, str | int | float]  # name → what stands for it in commands
+
+
+@dataclass(kw_only=True)
+class RowSettings:
+    """A row of the table; `settings`: the end of the training's command."""
+
+    name: str
+    settings: str = ""
+
+
+@dataclass(kw_only=True)
+class MeasureSettings:
+    """A figure of each run.
+
+    Attributes:
+        command: writes `file`; measures with the same one share a process. Empty: the training
+            writes it.
+        file: JSON in {out}.
+        key: names of the figure in the file, with dots.
+        higher: whether more is better.
+    """
+
+    name: str
+    command: str = ""
+    file: str
+    key: str
+    higher: bool = True
+
+
+@dataclass(kw_only=True)
+class StudySettings:
+    """A study's file.
+
+    Commands begin with python or seed, and use no shell. Names in braces are {seed}, one of
+    `values`, or a folder: {out} of the command's result, {NAME} of the result of a preparation or
+    of an earlier row with the same seed. Measures also have {train}, the training's result, and
+    {checkpoint}, the newest one in it.
+
+    Attributes:
+        name: of the table.
+        question: its first paragraph.
+        folder: in which the commands run, relative to the working directory or the repository.
+        values: name → text or number.
+        quick: values of `--quick`.
+        prepare: name → command that runs once.
+        train: the command of a run, before the settings of its row.
+    """
+
+    name: str
+    question: str
+    folder: str = "."
+    seeds: list[int] = non_negative()
+    values: Values = setting(factory=dict)
+    quick: Values = setting(factory=dict)
+    prepare: dict[str, str] = setting(factory=dict)
+    train: str
+    rows: list[RowSettings]
+    measures: list[MeasureSettings]
+
+
+def read_study(file: Path, n_seeds: int | None = None, quick: bool = False) -> StudySettings:
+    """The settings of a file.
+
+    n_seeds: the first seeds only.
+    quick: one seed, with the values of `quick`.
+
+    Raises ConfigError: no such file, an unknown key, or a name that is taken twice.
+    """
+    study = read_settings(StudySettings, load_yaml(file), str(file))
+    check_keys(study.quick, study.values, f"{file}: quick")
+    # Names are those of folders, and stand in braces.
+    rows = [text_stem(row.name) for row in study.rows]
+    measures = [text_stem(measure.name) for measure in study.measures]
+    names = [*RESERVED, *study.values, *study.prepare, *rows, *measures, *study.seeds]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{file}: the name {name!r} is taken twice; rename one.")
+    if quick:
+        study.values |= study.quick
+    study.seeds = study.seeds[: 1 if quick else n_seeds]
+    return study
+
+
+def run_study(study: StudySettings, out: Path, at_once: int, budget: float) -> list[str]:
+    """Run what is not done in the folder `out`, and write the results; returns a message for each
+    failure. Raises as `plan` and `run_jobs`; ConfigError: the study is running."""
+    directory = project_path(study.folder)
+    if not directory.is_dir():
+        raise ConfigError(f"folder: {directory} is neither here nor in the repository.")
+    runs = plan(study, out.resolve())
+    jobs = [job for run in runs.values() for job in run.values()]
+    with folder_lock(out, ConfigError, "at this study"):
+        try:
+            return run_jobs(jobs, directory, at_once, budget)
+        finally:
+            write_results(study, runs, out)
+
+
+# ---- what runs
+
+
+@dataclass
+class Job:
+    """A command that runs once.
+
+    Attributes:
+        folder: of its files, ROW/SEED/STAGE or prepare/NAME.
+        words: of the command, with names of folders in braces.
+        reads: name → the job whose result that folder is.
+        done: content of done.json; empty: not finished.
+    """
+
+    folder: Path
+    words: list[str]
+    reads: Mapping[str, Job]
+    done: JsonObject = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        """The folder of the result."""
+        return self.folder / "out"
+
+    def is_ready(self) -> bool:
+        """Whether all jobs are done whose results it reads."""
+        return all(job.done for job in self.reads.values())
+
+    def find(self, begin: bool = False) -> bool:
+        """Whether an earlier run has done it.
+
+        begin: write the identity of a new job.
+
+        Raises DataError: it was begun by another command, or its inputs were made again since.
+        """
+        inputs = {name: job.done["finished"] for name, job in self.reads.items()}
+        identity = {"command": shlex.join(self.words), "inputs": inputs}
+        check_identity(self.folder, identity, f"--out, move {self.folder} away,", begin)
+        file = self.folder / "done.json"
+        if file.is_file():
+            self.done = read_json_object(file, DataError)
+        return bool(self.done)
+
+    def start(self, directory: Path, environment: Mapping[str, str]) -> None:
+        """Start the process. Raises DataError: disk error."""
+        # 1. The command, with its folders.
+        folders = {"out": self.out, **{name: job.out for name, job in self.reads.items()}}
+        if "checkpoint" in folders:
+            from seed_multimodal.training.checkpoint import newest_checkpoint  # loads torch
+
+            folders["checkpoint"] = newest_checkpoint(folders["checkpoint"])
+        program, *arguments = with_values(self.words, folders)
+
+        # 2. The process. How long a resumed job takes is not known.
+        log_file = self.folder / "log.txt"
+        self.started = None if log_file.exists() else time.monotonic()
+        with writing(self.folder, DataError):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.find(begin=True)
+            with open(log_file, "ab") as log:
+                self.process = subprocess.Popen(
+                    [*PROGRAMS[program], *arguments],
+                    cwd=directory,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=kill_with_parent,
+                )
+
+    def finish(self) -> None:
+        """Write the record of a process that has succeeded."""
+        seconds = None if self.started is None else time.monotonic() - self.started
+        self.done = {"finished": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": seconds}
+        replace_json(self.folder / "done.json", self.done)
+
+    def failure(self) -> str:
+        """A message with the last line of the log."""
+        text = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        last_line = text.strip().rpartition("\n")[2]
+        return f"{self.folder}: ended with code {self.process.returncode}: {last_line}"
+
+
+# Row and seed → command → job; "" is the training. The preparations are a row without one.
+Runs = dict[tuple[str, int], dict[str, Job]]
+
+
+def run_jobs(
+    jobs: Sequence[Job], directory: Path, at_once: int = 1, budget: float = math.inf
+) -> list[str]:
+    """Run what is not done; returns a message for each job that failed.
+
+    jobs: each after those that it reads.
+    directory: in which the commands run.
+    at_once: processes.
+    budget: seconds.
+
+    Raises DataError as `Job.find`, ConfigError: what is left does not fit into the budget. Then
+    running jobs are finished; else, also on SIGTERM, they get SIGTERM.
+    """
+    deadline = time.monotonic() + budget
+    n_threads = max(1, (os.cpu_count() or 1) // at_once)
+    environment = {"OMP_NUM_THREADS": str(n_threads), **os.environ}
+    waiting = [job for job in jobs if not (job.is_ready() and job.find())]
+    running: list[Job] = []
+    failures: list[str] = []
+    n_done = len(jobs) - len(waiting)
+    with ended_by_sigterm(), Progress("study", len(jobs), "run", start=n_done) as progress:
+        try:
+            while True:
+                # 1. Start what is ready, and fits.
+                seconds = expected_seconds(jobs) / at_once
+                left = deadline - time.monotonic()
+                fits = not seconds > left
+                ready = [job for job in waiting if job.is_ready()]
+                for job in ready[: fits * (at_once - len(running))]:
+                    job.start(directory, environment)
+                    waiting.remove(job)
+                    running.append(job)
+                if not running:
+                    break
+
+                # 2. See what has ended.
+                time.sleep(POLL)
+                for job in [job for job in running if job.process.poll() is not None]:
+                    running.remove(job)
+                    if job.process.returncode == 0:
+                        job.finish()
+                        progress.update()
+                    else:
+                        failures.append(job.failure())
+                        progress.write_line(failures[-1])
+        finally:
+            for job in running:
+                job.process.terminate()
+            for job in running:  # a training saves a checkpoint
+                job.process.wait()
+    if waiting and not fits:
+        raise ConfigError(
+            f"study: {len(waiting)} commands do not fit into --budget {budget:g}: they need about "
+            f"{seconds:.0f} s with --jobs {at_once}, and {left:.0f} s are left. Give more of "
+            "these, fewer --seeds, or --quick; what is done stays."
+        )
+    return failures
+
+
+def expected_seconds(jobs: Sequence[Job]) -> float:
+    """Seconds of the jobs that are not done, one after another: as others of the row and stage,
+    else of the stage. NaN: a stage has not been timed."""
+    timings: dict[object, float] = {}
+    total = 0.0
+    for job in sorted(jobs, key=lambda job: not job.done):
+        row, _, stage = job.folder.parts[-3:]
+        if not job.done:
+            total += timings.get((row, stage), timings.get(stage, math.nan))
+        elif job.done["seconds"] is not None:
+            timings[stage] = timings[row, stage] = job.done["seconds"]
+    return total
+
+
+def plan(study: StudySettings, out: Path) -> Runs:
+    """All jobs, each after those that it reads. Raises ConfigError: a command with an unknown
+    program or name."""
+    # 1. The preparations.
+    prepared: dict[str, Job] = {}
+    for name, command in study.prepare.items():
+        prepared[name] = plan_job(out / "prepare" / name, command, study.values, prepared)
+
+    # 2. Seed by seed the training of each row, and a job for each command of the measures.
+    runs: Runs = {("prepare", 0): prepared}
+    for seed in study.seeds:
+        values = {**study.values, "seed": seed}
+        results = dict(prepared)
+        for row in study.rows:
+            stem = text_stem(row.name)
+            folder = out / stem / str(seed)
+            command = f"{study.train} {row.settings}"
+            training = plan_job(folder / "train", command, values, results)
+            results[stem] = training
+            run = {"": training}
+            inputs = {**prepared, "train": training, "checkpoint": training}
+            for measure in study.measures:
+                command = measure.command
+                if command not in run:
+                    run[command] = plan_job(
+                        folder / text_stem(measure.name), command, values, inputs
+                    )
+            runs[row.name, seed] = run
+    return runs
+
+
+def plan_job(
+    folder: Path, command: str, values: Mapping[str, object], earlier: Mapping[str, Job]
+) -> Job:
+    """The job of a command; `earlier`: those whose results it may read."""
+    label = f"command {command!r}"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"{label}: {first_line(error)}.") from None
+    find_entry(PROGRAMS, "".join(words[:1]), f"program ({label})")
+    names = re.findall(r"\{(\w+)\}", command)
+    check_keys(names, ["out", *values, *earlier], label)
+    reads = {name: job for name, job in earlier.items() if name in names}
+    return Job(folder, with_values(words, values), reads)
+
+
+# ---- results
+
+
+def write_results(study: StudySettings, runs: Runs, out: Path) -> None:
+    """Write table.md, runs.csv and curves.png of the runs that are done. Raises DataError,
+    ConfigError: a figure is missing."""
+    # 1. The figures of each run.
+    lines: list[JsonObject] = []
+    logs: dict[Path, str] = {}
+    for (row, seed), run in runs.items():
+        if "" in run and all(job.done for job in run.values()):
+            line = {"row": row, "seed": seed}
+            for measure in study.measures:
+                file = run[measure.command].out / measure.file
+                figures = OmegaConf.create(read_json_object(file, DataError))
+                figure = OmegaConf.select(figures, measure.key)
+                line[measure.name] = check_value(float, figure, f"{file}: {measure.key}")
+            lines.append({**line, **run[""].done})
+            logs |= dict.fromkeys(run[""].out.glob(f"*{SUFFIX}"), row)
+    if not lines:
+        return
+
+    # 2. The files.
+    text = io.StringIO()
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    replace_text(out / "runs.csv", text.getvalue())
+    replace_text(out / "table.md", table(study, lines))
+    if logs:
+        draw_runs([*logs], out / "curves.png", [*logs.values()])
+
+
+def table(study: StudySettings, lines: Sequence[JsonObject]) -> str:
+    """The results in Markdown; `lines`: those of runs.csv."""
+    # 1. What was run.
+    first = study.rows[0].name
+    values = ", ".join(f"{name} {value}" for name, value in study.values.items())
+    date = max(line["finished"] for line in lines)[:10]
+    text = (
+        f"# {study.name}\n\n{study.question}\n\nFinished {date}; {values}. "
+        "Means over runs of different seeds with 95 % intervals (Student's t), and differences "
+        f"to {first!r}, paired by seed. One run has no interval."
+        "\n\n| | runs |"
+    )
+
+    # 2. The rows.
+    for measure in study.measures:
+        text += f" {measure.name} {'↑' if measure.higher else '↓'} | difference |"
+    text += "\n" + "| --- " * (2 + 2 * len(study.measures)) + "|\n"
+    baseline = {line["seed"]: line for line in lines if line["row"] == first}
+    for row in study.rows:
+        run_lines = [line for line in lines if line["row"] == row.name]
+        text += f"| {row.name} | {len(run_lines)} |"
+        for name in [measure.name for measure in study.measures]:
+            figures = {line["seed"]: line[name] for line in run_lines}
+            paired = figures.keys() & baseline if row.name != first else ()
+            differences = [figures[seed] - baseline[seed][name] for seed in paired]
+            text += f" {interval([*figures.values()])} | {interval(differences, '+')} |"
+        text += "\n"
+    return text
+
+
+def interval(values: Sequence[float], sign: str = "") -> str:
+    """Mean and 95 % interval of runs; `sign`: "+" of differences."""
+    if not values:
+        return ""
+    mean = t_interval(values)
+    text = f"{mean.value:{sign}.4g}"
+    if mean.n > 1:
+        text += f" ({mean.low:.4g} … {mean.high:.4g})"
+    return text.replace("-", "−")
