@@ -343,7 +343,8 @@ def build_quantizer(
     if kind == "vq":
         return VectorQuantizer(size, dim, normalize=normalize, sections=sections)
     if kind == "fsq":
-        values = [(torch.arange(level) - level // 2) / (level // 2) for level in levels]
+        steps = [torch.arange(level, device="cpu") - level // 2 for level in levels]
+        values = [row / (len(row) // 2) for row in steps]
         return FiniteScalarQuantizer(size, values, sections=sections)
-    bits = [torch.tensor([-1.0, 1.0])] * dim
-    return LookupFreeQuantizer(size, bits, normalize=normalize, sections=sections)
+    bit = torch.tensor([-1.0, 1.0], dtype=torch.float32, device="cpu")
+    return LookupFreeQuantizer(size, [bit] * dim, normalize=normalize, sections=sections)

@@ -42,6 +42,7 @@ def start_nano(space: Workspace) -> None:
         space.tokenizer_folder,
         config.llm.text_vocabulary,
         config.tokenizer.codes,
+        config.quantizer.queries,
     )
 
 
