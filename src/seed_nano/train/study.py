@@ -38,7 +38,14 @@ from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.scoring import Section
 from seed_nano.report.sections import Run, caption, codes, drawing, qa, reconstruction
 from seed_nano.report.systems import System
-from seed_nano.train.assemble import copy_llm, finish, start_nano, system_settings, trained_folder
+from seed_nano.train.assemble import (
+    copy_llm,
+    finish,
+    start_nano,
+    system_settings,
+    trained_folder,
+    write_text_tokenizer,
+)
 from seed_nano.train.task import map_scenes, to_signed
 from seed_nano.train.tokenizer import write_initial_llm, write_records
 from seed_nano.train.vision import (
@@ -49,9 +56,7 @@ from seed_nano.train.vision import (
     label_loss,
     pool_features,
 )
-from seed_nano.train.words import train_text_tokenizer
 from seed_nano.train.workspace import LavitWorkspace, SuccessorWorkspace, resolve_path
-from seed_nano.world.records import sentences
 from seed_nano.world.scene import Scene
 from seed_nano.world.targets import label_tensor
 from seed_nano.world.words import describe
@@ -133,15 +138,8 @@ class GridCodec(CodeCodec):
 def start_grid(space: SuccessorWorkspace) -> None:
     """The text tokenizer, and the mean patches of scenes of the pool, by k-means."""
     config = space.config
-    codes_per_image = (config.image_size // config.grid.side) ** 2
-    train_text_tokenizer(
-        MultimodalTokenizer,
-        sentences(),
-        space.tokenizer_folder,
-        config.llm.text_vocabulary,
-        config.grid.codes,
-        codes_per_image,
-    )
+    n_patches = (config.image_size // config.grid.side) ** 2
+    write_text_tokenizer(space, config.grid.codes, n_patches)
     torch.manual_seed(config.seed)
     grid = PatchGrid(config.grid.codes, config.grid.side)
     patches = map_scenes(

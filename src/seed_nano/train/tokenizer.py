@@ -106,7 +106,8 @@ def records(space: Workspace) -> dict[str, int]:
     """Stage `records`: the shards, and the language model that starts to learn them; returns how
     many training records each kind has."""
     config = space.config
-    write_initial_llm(space, codebook_sections(config))
+    tokenizer = Seed2Tokenizer.read_config(space.tokenizer_folder / "config.json")
+    write_initial_llm(space, tokenizer.codebook_sections)
 
     def encode(scenes: Sequence[Scene]) -> Tensor:
         make = partial(encode_scenes, space, scenes)

@@ -147,15 +147,16 @@ def test_main_fails_without_a_start_or_if_a_stage_is_running(tmp_path, capsys):
     assert "stage start" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "row",
     [
         "study quantizer.kind=fsq quantizer.levels=[4,2] quantizer.queries=16 tokenizer.code_dim=2 "
         "tokenizer.codes=128 quantizer.causal=false",
-        pytest.param("study quantizer.kind=lfq tokenizer.code_dim=5", marks=pytest.mark.nightly),
-        pytest.param("study tokenizer.sections=false", marks=pytest.mark.nightly),
-        pytest.param("study-grid", marks=pytest.mark.nightly),
-        pytest.param("study-lavit", marks=pytest.mark.nightly),
+        "study quantizer.kind=lfq tokenizer.code_dim=5",
+        "study tokenizer.sections=false",
+        "study-grid",
+        "study-lavit",
     ],
 )
 def test_study_measures_a_tokenizer(tmp_path, capsys, row):
