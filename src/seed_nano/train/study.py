@@ -27,8 +27,10 @@ from seed_multimodal.evaluation.prefix import evaluate_prefixes
 from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings
 from seed_multimodal.images.transforms import ImageTransform, normalise
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.pipeline import SeedLlama, SeedLlamaFamily
 from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import CodeCodec, Placement
@@ -62,6 +64,7 @@ from seed_nano.world.targets import label_tensor
 from seed_nano.world.words import describe
 
 READER_STEPS = 300
+READER_BATCH = 512
 SPLITS = ("val", "styles")  # known compositions; things in a style in which they were never seen
 
 
@@ -85,8 +88,9 @@ def fit_readers(space: SuccessorWorkspace) -> JsonObject:
     readout = nn.Linear(embeddings.shape[1], thumbnails.shape[1])
     optimizer = torch.optim.Adam([*heads.parameters(), *readout.parameters()], lr=0.01)
     for _ in range(READER_STEPS):
-        loss = label_loss(heads(embeddings), labels)
-        loss = loss + F.mse_loss(readout(embeddings), thumbnails)
+        rows = torch.randint(len(embeddings), (READER_BATCH,))
+        loss = label_loss(heads(embeddings[rows]), labels[rows])
+        loss = loss + F.mse_loss(readout(embeddings[rows]), thumbnails[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -190,9 +194,7 @@ def measure_grid(space: SuccessorWorkspace) -> JsonObject:
 
 def measure_lavit(space: LavitWorkspace) -> JsonObject:
     """As `measure` for LaVIT's dynamic codes, without drawings: they have no trained decoder."""
-    replace_text(
-        space.out / "system.json", json.dumps({"system": "lavit", **system_settings(space)})
-    )
+    join(LavitConfig, space.out, {}, system_settings(space))
     finish(space.out)
     inner = MultimodalSystem.from_pretrained(
         space.out, device=str(space.device), log=None, load_decoder=False
