@@ -36,7 +36,7 @@ from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import CodeCodec, Placement
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_nano.report.judge import Judge
-from seed_nano.report.samples import Sizes, make_samples
+from seed_nano.report.samples import Samples, Sizes, make_samples
 from seed_nano.report.scoring import Section
 from seed_nano.report.sections import Run, caption, codes, drawing, qa, reconstruction
 from seed_nano.report.systems import System
@@ -65,6 +65,7 @@ from seed_nano.world.words import describe
 
 READER_STEPS = 300
 READER_BATCH = 512
+CODED = 4000  # training scenes whose codes are counted
 SPLITS = ("val", "styles")  # known compositions; things in a style in which they were never seen
 
 
@@ -199,7 +200,7 @@ def measure_lavit(space: LavitWorkspace) -> JsonObject:
     inner = MultimodalSystem.from_pretrained(
         space.out, device=str(space.device), log=None, load_decoder=False
     )
-    figures = measure_system(space, inner, "language", (codes, caption, qa))
+    figures = measure_system(space, inner, "language", (caption, qa))
     for split in SPLITS:
         figures[split] |= {"reconstruction": None, "drawing": None}
     return figures
@@ -217,12 +218,12 @@ def measure_system(
     space: SuccessorWorkspace,
     inner: MultimodalSystem,
     training: str = "llm_study",
-    sections: Sequence[Callable[[Run], Section]] = (codes, reconstruction, caption, qa, drawing),
+    sections: Sequence[Callable[[Run], Section]] = (reconstruction, caption, qa, drawing),
 ) -> JsonObject:
     """What a tokenizer and its language model can do, on each of `SPLITS`.
 
-    bits: of an image by the language model, given its caption. codes: use, and bits of an image by
-    the tokenizer. tokens_per_second: of the language model's training.
+    bits: of an image by the language model, given its caption. codes: of training scenes, their use
+    and the bits of an image. tokens_per_second: of the language model's training.
 
     training: its stage. sections: of `seed_nano.report`, by their names.
     """
@@ -230,6 +231,8 @@ def measure_system(
     judge = Judge.from_pretrained(resolve_path(space.config.judge)).to(space.device)
     record = read_json_object(space.record(training))
     figures: JsonObject = {"tokens_per_second": round(record["tokens"] / record["seconds"])}
+    of_training = Samples("train", Sizes(), space.pool[:CODED])
+    figures["codes"] = codes(Run(system, judge, of_training))
     for split in SPLITS:
         run = Run(system, judge, make_samples(split, Sizes.limited(space.config.scenes)))
         texts = list(map(describe, run.scenes))

@@ -166,14 +166,14 @@ def test_study_measures_a_tokenizer(tmp_path, capsys, row):
     command = [*f"{system} --preset test --work {tmp_path}".split(), f"start={NANO}", *settings]
     assert main(command) == 0
     figures = read_json(tmp_path / "measures.done.json")
-    codes = figures["val"]["codes"]
+    assert figures["codes"]["image_bits"] > 0
     for split in ("val", "styles"):
         assert figures[split]["bits"]["value"] > 0
         assert 0 <= figures[split]["caption"]["all"]["value"] <= 1
         drawn = figures[split]["drawing"]
         assert (drawn is None) == (system == "study-lavit")
     if "fsq" in row:
-        assert codes["codebook"] == 128
+        assert figures["codes"]["codebook"] == 128
         config = read_json(tmp_path / "system" / "seed_tokenizer" / "config.json")
         assert (config["quantizer"], config["fsq_levels"], config["num_query"]) == (
             "fsq",
