@@ -87,8 +87,9 @@ class SeedModel(BaseModel):
     def from_config(cls, cfg: Any) -> SeedModel:
         """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
         model: Any = cls(read_settings(cls.options_type, cfg, "model"))
-        if getattr(model.options, "ema_decay", None) is not None:
-            # Updated without gradient; counts as trained, so that it is saved.
+        if hasattr(model, "quantize"):
+            # Averaged or fixed codes have no gradient; they count as trained, so that they are
+            # saved.
             model.quantize.embedding.weight.requires_grad_(True)
         model.load_initial()
         return model
@@ -328,7 +329,9 @@ class Stage2Mixin(SeedModel):
     @property
     def skips_parameters(self) -> bool:
         """Whether some trained parameters get no gradient in some steps (an option of DDP)."""
-        return self.options.ema_decay is not None or self.options.codebook_warmup > 0
+        options = self.options
+        has_gradient = options.ema_decay is None and not self.quantize.is_fixed
+        return not has_gradient or options.codebook_warmup > 0
 
     def load_stage_before(self) -> bool:
         """Stage 1's encoder.

@@ -22,6 +22,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.configuration import AlignmentTarget
 from seed_multimodal.models.seed.losses import Stage1TrainingOptions, Stage2TrainingOptions
+from seed_multimodal.nn.quantizer import QuantizerKind
 from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
@@ -101,6 +102,8 @@ class CodebookOptions(Stage2TrainingOptions, CodebookHealth, ModelOptions):
     loss_weights: dict[str, float] = setting(factory=dict)
     normalize_codes: bool = False  # cosine codes
     codebook_sections: int = 1  # a part of the codebook for each position
+    quantizer: QuantizerKind = "vq"  # fsq, lfq: codes that are not learned
+    fsq_levels: list[int] = setting(factory=list)  # numbers of values in fsq's dimensions
 
 
 @dataclass

@@ -219,6 +219,7 @@ seed eval prefix --model {seed} --data absent --out out -> absent
 seed eval suite --model {seed} --data absent --out out -> absent
 seed eval vqa --model {seed} --questions absent.json --out out -> absent.json
 seed eval caption --model {seed} --captions absent.json --out out -> absent.json
+seed eval bits --model {seed} --captions absent.json --out out -> absent.json
 seed eval seedbench --model {seed} --questions absent.json --out out -> absent.json
 seed eval text2image --model {seed} --captions absent.json --out out -> absent.json
 seed eval geneval --model {seed} --judge absent --data absent --out out -> absent

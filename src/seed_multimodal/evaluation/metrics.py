@@ -144,6 +144,7 @@ def codebook_statistics(codes: ArrayLike, codebook: int) -> JsonObject:
         perplexity: exp of the entropy (nats) of the distribution of all codes; at most the
             codebook's size.
         position_perplexity: mean over positions of the perplexity of the codes at that position.
+        image_bits: codes of an image times log2 of the number of codes that occur at a position.
         distinct: number of different sequences.
         prefix_bits: prefix length → entropy in bits of the first codes of a sequence; at most
             log2(N).
@@ -152,10 +153,14 @@ def codebook_statistics(codes: ArrayLike, codebook: int) -> JsonObject:
     table = np.asarray(codes)
     counts = np.bincount(table[table >= 0], minlength=codebook)
     by_position: list[float] = []
+    image_bits = 0.0
     for column in table.T:
         column_codes = column[column >= 0]
         if len(column_codes):
-            by_position.append(math.exp(entropy_nats(np.bincount(column_codes))))
+            column_counts = np.bincount(column_codes)
+            by_position.append(math.exp(entropy_nats(column_counts)))
+            share = len(column_codes) / len(column)
+            image_bits += share * math.log2(np.count_nonzero(column_counts))
 
     # 2. Information in the first codes.
     bits: dict[str, float] = {}
@@ -170,6 +175,7 @@ def codebook_statistics(codes: ArrayLike, codebook: int) -> JsonObject:
         "usage": round(float((counts > 0).mean()), 4),
         "perplexity": round(math.exp(entropy_nats(counts)), 4),
         "position_perplexity": round(float(np.mean(by_position)), 4),
+        "image_bits": round(image_bits, 3),
         "distinct": len(_distinct_counts(table)),
         "prefix_bits": bits,
     }

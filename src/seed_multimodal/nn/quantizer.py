@@ -1,10 +1,14 @@
-"""Vector quantizer: maps each query to the nearest of K codes.
+"""Quantizers: each query becomes the nearest of K codes, learned (`VectorQuantizer`) or fixed.
 
 Defaults as in the original: squared Euclidean distance in fp32, straight-through gradients, loss
 weights 1 (commitment) and 0.25 (codebook).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +18,10 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 
 CODEBOOK_WEIGHT = 0.25  # of the codebook term in the loss
+ENTROPY_WEIGHT = 0.1  # of the entropy of bits in the loss
 MAX_DISTANCES = 2**28  # computed at once, 1 GB
+
+QuantizerKind = Literal["vq", "fsq", "lfq"]
 
 
 class VectorQuantizer(nn.Module):
@@ -29,6 +36,7 @@ class VectorQuantizer(nn.Module):
     `update`, `restart` and `init_from`, which all processes call together.
     """
 
+    is_fixed = False  # whether the codes are not learned
     ema_count: Tensor
     ema_sum: Tensor
     features: Tensor  # of the last training batch, `[..., d]`
@@ -135,12 +143,18 @@ class VectorQuantizer(nn.Module):
                 self.collected = points.new_zeros(self.size, 1 + self.dim)
             self.collected.index_add_(0, indices.flatten(), points)
 
-        # Commitment draws features to codes; the codebook term, or the average, codes to features.
+        straight_through = features + (rows - features).detach()
+        return straight_through, self.loss(features, rows), indices
+
+    def loss(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Loss of prepared features and their codes, both `[B, Q, d]`.
+
+        Commitment draws features to codes; the codebook term, or the average, codes to features.
+        """
         loss = F.mse_loss(features, rows.detach())
         if self.ema_decay is None:
             loss = loss + CODEBOOK_WEIGHT * F.mse_loss(rows, features.detach())
-        straight_through = features + (rows - features).detach()
-        return straight_through, loss, indices
+        return loss
 
     @torch.no_grad()
     def update(self) -> Tensor:
@@ -239,3 +253,98 @@ class VectorQuantizer(nn.Module):
         if self.ema_decay is not None:
             self.ema_count[which] = 1.0  # as if one feature had been there
             self.ema_sum[which] = rows
+
+
+class FixedQuantizer(VectorQuantizer):
+    """Codes that are not learned: every combination of some values in each dimension.
+
+    values: those of each of the d dimensions; the last one changes fastest from code to code. Each
+        section has all combinations.
+    """
+
+    is_fixed = True
+
+    def __init__(
+        self, size: int, values: Sequence[Tensor], *, normalize: bool = False, sections: int = 1
+    ) -> None:
+        super().__init__(size, len(values), normalize=normalize, sections=sections)
+        self.levels = list(map(len, values))
+        n_codes = math.prod(self.levels) * sections
+        if n_codes != size:
+            raise ConfigError(
+                f"codebook_size is {size}, but {self.levels} values in the dimensions of a code "
+                f"and {sections} sections make {n_codes} codes."
+            )
+        grid = torch.cartesian_prod(*values).reshape(-1, self.dim)
+        self.embedding = nn.Embedding.from_pretrained(grid.repeat(sections, 1))
+
+
+class FiniteScalarQuantizer(FixedQuantizer):
+    """FSQ (Mentzer et al. 2023): each dimension is bounded and rounded to one of its values."""
+
+    def prepare(self, z: Tensor) -> Tensor:
+        """Features `[..., d]` within the outermost values; 0 stays 0."""
+        levels = torch.tensor(self.levels, dtype=torch.float32, device=z.device)
+        half_width = (levels - 1) * 1.001 / 2
+        # The values of an even number of levels are not symmetric.
+        offset = 0.5 * (levels % 2 == 0)
+        shift = (offset / half_width).atanh()
+        bounded = (z.float() + shift).tanh() * half_width - offset
+        return (bounded / (levels // 2)).to(z.dtype)
+
+    def loss(self, features: Tensor, rows: Tensor) -> Tensor:
+        """None: bounded features are near their codes."""
+        return features.new_zeros(())
+
+
+class LookupFreeQuantizer(FixedQuantizer):
+    """LFQ (Yu et al. 2023): the sign of each dimension is a bit of the code.
+
+    normalize: on the unit sphere, as BSQ (Zhao et al. 2024).
+    """
+
+    def loss(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Commitment, and entropies of the bits: low for each feature, high for all of a section.
+
+        A bit is 1 with the probability that distances to both of its values give, at a temperature
+        of the squared value; bits count as independent, as in BSQ.
+        """
+        commitment = F.mse_loss(features, rows.detach())
+        probabilities = torch.sigmoid(4 * features.float() / rows.detach().abs())
+        mean = probabilities.reshape(-1, self.sections, self.dim).mean(0)  # [S, d]
+        entropy = bit_entropy(probabilities) - bit_entropy(mean)
+        return CODEBOOK_WEIGHT * commitment + ENTROPY_WEIGHT * entropy
+
+
+def bit_entropy(probabilities: Tensor) -> Tensor:
+    """Mean entropy in nats of codes of independent bits, `[..., d]` → `[]`."""
+    p = probabilities.clamp(1e-6, 1 - 1e-6)
+    return (torch.special.entr(p) + torch.special.entr(1 - p)).sum(-1).mean()
+
+
+def build_quantizer(
+    kind: QuantizerKind,
+    size: int,
+    dim: int,
+    *,
+    levels: Sequence[int] = (),
+    normalize: bool = False,
+    sections: int = 1,
+) -> VectorQuantizer:
+    """The quantizer of a tokenizer's settings; levels: of fsq, for each dimension.
+
+    Raises ConfigError: settings that do not fit.
+    """
+    if len(levels) != (dim if kind == "fsq" else 0) or (normalize and kind == "fsq"):
+        raise ConfigError(
+            f"quantizer {kind}: only fsq reads fsq_levels, one for each of the codebook_dim ({dim})"
+            " dimensions, and then no normalize_codes."
+        )
+    if kind == "vq":
+        return VectorQuantizer(size, dim, normalize=normalize, sections=sections)
+    if kind == "fsq":
+        steps = [torch.arange(level, device="cpu") - level // 2 for level in levels]
+        values = [row / (len(row) // 2) for row in steps]
+        return FiniteScalarQuantizer(size, values, sections=sections)
+    bit = torch.tensor([-1.0, 1.0], dtype=torch.float32, device="cpu")
+    return LookupFreeQuantizer(size, [bit] * dim, normalize=normalize, sections=sections)

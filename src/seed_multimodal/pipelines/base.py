@@ -352,11 +352,51 @@ class MultimodalSystem(TaskRunner, HubUpload):
         Raises GenerationError: no image. RequestError: an empty text.
         """
         single = isinstance(text, str)
+        conversations = self._drawing_requests(text, verbatim)
+        return self._draw("draw", conversations, single, seed, num_images, batch_size, options)
+
+    def image_likelihoods(
+        self,
+        images: Images,
+        text: str | Sequence[str],
+        *,
+        verbatim: bool = False,
+        batch_size: int = BATCH,
+    ) -> list[Likelihood]:
+        """How likely the codes of each image, and its end, are as a drawing of its text; see
+        `draw`.
+
+        Raises ConfigError: the system's images are features. RequestError: another number of texts.
+        """
+        # 1. Requests, and the tokens of their answers.
+        conversations = self._drawing_requests(text, verbatim)
+        codes = self.tokenize(images)
+        if len(codes) != len(conversations):
+            raise RequestError(f"{len(codes)} images were given with {len(conversations)} texts.")
+        answers = [self.tokenizer.vocabulary.image_ids(row.tolist()) for row in codes]
+
+        # 2. The start of an image is forced, as in `draw`.
+        opening = self.tokenizer.encode_parts([self.tasks.draw_response])
+        likelihoods: list[Likelihood] = []
+        for start in range(0, len(answers), batch_size):
+            batch = answers[start : start + batch_size]
+            requests = conversations[start : start + batch_size]
+            prompts = [
+                prompt.answered_with([*opening, boi])
+                for prompt, (boi, *_) in zip(
+                    self.family.prompts(requests, "draw"), batch, strict=True
+                )
+            ]
+            rows = self.engine.likelihoods(prompts, [[ids[1:]] for ids in batch])
+            likelihoods += [likelihood for (likelihood,) in rows]
+        return likelihoods
+
+    def _drawing_requests(self, text: str | Sequence[str], verbatim: bool) -> list[list[Message]]:
+        """A conversation that asks for a drawing of each text; see `draw`."""
         texts = request_texts(text)
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
-        conversations = [user_message([request], index) for index, request in enumerate(texts)]
-        return self._draw("draw", conversations, single, seed, num_images, batch_size, options)
+        return [user_message([request], index) for index, request in enumerate(texts)]
 
     def edit(
         self,

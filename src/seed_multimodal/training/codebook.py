@@ -52,7 +52,14 @@ class Codebook:
     """
 
     def __init__(self, model: Any, health: CodebookHealth, max_steps: int) -> None:
-        if health.codebook_warmup and not health.kmeans_start:
+        is_fixed = model.quantize.is_fixed
+        is_averaged = model.quantize.ema_decay is not None
+        if is_fixed and (health.kmeans_start or health.restart_every or is_averaged):
+            raise ConfigError(
+                "kmeans_start, restart_every and ema_decay are for learned codes; those of fsq and "
+                "lfq are fixed: leave all three out."
+            )
+        if health.codebook_warmup and not (health.kmeans_start or is_fixed):
             raise ConfigError("codebook_warmup needs kmeans_start: true.")
         if health.codebook_warmup >= max_steps:
             raise ConfigError(

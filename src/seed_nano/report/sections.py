@@ -116,6 +116,7 @@ def codes(run: Run) -> Section:
     return {
         "sequences": len(rows),
         "distinct": len(set(map(tuple, rows))),
+        "image_bits": round(statistics["image_bits"] * float(np.mean(list(map(len, rows)))), 3),
         **{name: statistics[name] for name in ("codebook", "used", "usage", "perplexity")},
     }
 

@@ -35,13 +35,18 @@ LAVIT_TEXTS = 400
 
 def start_nano(space: Workspace) -> None:
     """The text tokenizer."""
-    config = space.config
+    write_text_tokenizer(space, space.config.tokenizer.codes, space.config.quantizer.queries)
+
+
+def write_text_tokenizer(space: Workspace, n_codes: int, tokens_per_image: int) -> None:
+    """Learn nano's text tokenizer, with tokens of `n_codes` codes."""
     train_text_tokenizer(
         MultimodalTokenizer,
         sentences(),
         space.tokenizer_folder,
-        config.llm.text_vocabulary,
-        config.tokenizer.codes,
+        space.config.llm.text_vocabulary,
+        n_codes,
+        tokens_per_image,
     )
 
 

@@ -31,10 +31,16 @@ from seed_multimodal.disk import (
 )
 from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, SeedError
-from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.trainer import train_stage
-from seed_nano.train.workspace import QUIET, ROOT, TRAIN, Workspace, resolve_path
+from seed_nano.train.workspace import (
+    QUIET,
+    ROOT,
+    TRAIN,
+    Workspace,
+    codebook_sections,
+    resolve_path,
+)
 from seed_nano.world.scene import find_drawings
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
@@ -70,13 +76,19 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     if compiled is None:
         compiled = bool(shutil.which("g++"))
     steps = stage.max_steps
-    sections = getattr(getattr(config, "tokenizer", None), "sections", False)
+    codebook = {}
+    if quantizer := getattr(config, "quantizer", None):
+        codebook = {
+            "sections": codebook_sections(config),
+            "causal_queries": quantizer.queries if quantizer.causal else 0,
+            "learned": quantizer.kind == "vq",
+        }
     values = {
         **asdict(config),
         **space.folders,
         "world": str(find_drawings().absolute()),
         "compile": compiled,
-        "sections": Seed2Config.num_query if sections else 1,
+        "codebook": codebook,
         "stage": {
             **asdict(stage),
             "start": str(start.absolute()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from seed_nano.train import assemble as parts
+from seed_nano.train import study
 from seed_nano.train.diffusion import LavitLayoutTask, UnetOfCodesTask, UnetTask, XLayoutTask
 from seed_nano.train.known import KnownTask
 from seed_nano.train.lavit import NarrowTask, ReaderTask, TokenizerTask
@@ -20,14 +21,19 @@ from seed_nano.train.sharp import SharpTask
 from seed_nano.train.tokenizer import join_stages, records
 from seed_nano.train.vae import VaeTask
 from seed_nano.train.vision import ClipTask, XVisionTask
-from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
+from seed_nano.train.workspace import (
+    LavitWorkspace,
+    SuccessorWorkspace,
+    Workspace,
+    XWorkspace,
+)
 
 
-def lavis(name: str, needs: str) -> Stage:
-    """A training of nano's image tokenizer by the LAVIS application."""
-    arguments = ("{root}/SEED_Tokenizer/train.py", "--cfg-path", "{file}")
+def lavis(name: str, needs: str, *options: str) -> Stage:
+    """A training of nano's image tokenizer by the LAVIS application; `options` of its command."""
+    arguments = ("{root}/SEED_Tokenizer/train.py", "--cfg-path", "{file}", *options)
     run = Application(arguments, f"train_{name}")
-    return Stage(name, run, tuple(needs.split()), ("tokenizer",))
+    return Stage(name, run, tuple(needs.split()), ("tokenizer", "quantizer"))
 
 
 def hydra(name: str, program: str, settings: str, needs: str, *reads: str) -> Stage:
@@ -60,11 +66,20 @@ OWN_REPORT = (
     *("--held_out", "{work}/data/held_out.json", "--learned", "{work}/data/learned.json"),
 )
 
+# LaVIT's tokenizer and language model.
+LAVIT_LANGUAGE = (
+    Stage("start", parts.start_lavit, (), ("llm", "tokenizer", "unet")),
+    Stage("reader", ReaderTask, ("start",), ("pool",)),
+    Stage("tokenizer", TokenizerTask, ("reader",), ("pool", "tokenizer")),
+    Stage("narrow", NarrowTask, ("tokenizer",), ("pool", "tokenizer")),
+    hydra("language", "train_lavit", "llm", "narrow", "llm", "records"),
+)
+
 PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
     "nano": (
         Workspace,
         (
-            Stage("start", parts.start_nano, (), ("llm", "tokenizer")),
+            Stage("start", parts.start_nano, (), ("llm", "tokenizer", "quantizer")),
             Stage("vae", VaeTask, (), ("vae",)),
             hydra("tiny", "train_autoencoder", "tiny", "vae", "pool"),
             Stage("clip", ClipTask, (), ("clip",)),
@@ -84,6 +99,39 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
             ),
         ),
     ),
+    "study": (
+        SuccessorWorkspace,
+        (
+            Stage("start", study.start_study, (), ("llm", "tokenizer", "quantizer")),
+            Stage("readers", study.fit_readers, ("start",), ("pool",)),
+            lavis("stage2", "readers", "--options", "model.load_pretrained=False"),
+            Stage("tokenizer", join_stages, ("stage2",)),
+            Stage("records", records, ("tokenizer",), ("records", "pool", "held_out_scenes")),
+            hydra("llm_study", "train", "sft", "records", "llm"),
+            Stage("assemble", study.assemble_study, ("llm_study",)),
+            Stage("measures", study.measure, ("assemble",), ("scenes", "judge")),
+        ),
+    ),
+    "study_grid": (
+        SuccessorWorkspace,
+        (
+            Stage("start", study.start_grid, (), ("llm", "grid", "pool")),
+            Stage(
+                "records", study.grid_records, ("start",), ("records", "pool", "held_out_scenes")
+            ),
+            hydra("llm_study", "train", "sft", "records", "llm"),
+            Stage("assemble", study.assemble_study, ("llm_study",)),
+            Stage("measures", study.measure_grid, ("assemble",), ("scenes", "judge")),
+        ),
+    ),
+    "study_lavit": (
+        LavitWorkspace,
+        (
+            *LAVIT_LANGUAGE,
+            Stage("llm", parts.install_lavit_llm, ("language",)),
+            Stage("measures", study.measure_lavit, ("llm",), ("scenes", "judge")),
+        ),
+    ),
     "nano_x": (
         XWorkspace,
         (
@@ -100,11 +148,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
     "nano_lavit": (
         LavitWorkspace,
         (
-            Stage("start", parts.start_lavit, (), ("llm", "tokenizer", "unet")),
-            Stage("reader", ReaderTask, ("start",), ("pool",)),
-            Stage("tokenizer", TokenizerTask, ("reader",), ("pool", "tokenizer")),
-            Stage("narrow", NarrowTask, ("tokenizer",), ("pool", "tokenizer")),
-            hydra("language", "train_lavit", "llm", "narrow", "llm", "records"),
+            *LAVIT_LANGUAGE,
             Stage("layout", LavitLayoutTask, ("narrow",), ("pool", "drawn", "layout")),
             hydra("pixels", "train_lavit_detokenizer", "pixels", "layout", "unet", "records"),
             Stage("llm", parts.install_lavit_llm, ("language",)),

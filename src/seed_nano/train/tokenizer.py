@@ -25,7 +25,7 @@ from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.model import build_llm, save_llm_weights
 from seed_nano.train.task import map_scenes
-from seed_nano.train.workspace import Settings, Workspace
+from seed_nano.train.workspace import Settings, Workspace, codebook_sections
 from seed_nano.world.records import Record, record_at, scenes_of, with_images
 from seed_nano.world.scene import Scene
 
@@ -37,6 +37,7 @@ HELD_OUT_SHARE = 0.02
 def tokenizer_config(config: Settings) -> Seed2Config:
     """The SEED-2 configuration at nano size; its vision encoder is that of stage `clip`."""
     sizes = config.tokenizer
+    quantizer = config.quantizer
     vision = config.clip
     return Seed2Config(
         vit=EvaConfig(
@@ -55,24 +56,29 @@ def tokenizer_config(config: Settings) -> Seed2Config:
             mlp_width=4 * sizes.hidden,
             max_positions=64,
             dropout=0.0,
+            causal_queries=None if quantizer.causal else 0,
         ),
+        num_query=quantizer.queries,
         codebook_size=sizes.codes,
         codebook_dim=sizes.code_dim,
         decode_depth=sizes.decode_depth,
         decode_heads=sizes.heads,
         recon_s=False,
         image_features_dim=vision.embedding,
-        codebook_sections=Seed2Config.num_query if sizes.sections else 1,
+        codebook_sections=codebook_sections(config),
+        quantizer=quantizer.kind,
+        fsq_levels=tuple(quantizer.levels),
     )
 
 
 def join_stages(space: Workspace) -> None:
-    """Stage `tokenizer`: write the system's tokenizer from both stages' checkpoints."""
+    """Stage `tokenizer`: write the system's tokenizer from the stages' checkpoints."""
     new = space.work / "tokenizer"
+    stage1 = space.work / "stage1" / CHECKPOINT
     export_tokenizer(
         space.work / "stage2" / CHECKPOINT,
         new,
-        stage1=space.work / "stage1" / CHECKPOINT,
+        stage1=stage1 if stage1.is_file() else None,
         vision=space.decoder_folder / "image_encoder",
         config=tokenizer_config(space.config),
         force=True,
@@ -89,7 +95,7 @@ def load_tokenizer(space: Workspace) -> Seed2Tokenizer:
 
 
 def encode_scenes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
-    """Codes int16 `[N, 32]` of scenes, computed in fp32 as in use."""
+    """Codes int16 `[N, Q]` of scenes, computed in fp32 as in use."""
     tokenizer = load_tokenizer(space)
     return map_scenes(
         lambda images: tokenizer.encode(normalise(images)).to(torch.int16), scenes, space, batch=512
@@ -100,7 +106,8 @@ def records(space: Workspace) -> dict[str, int]:
     """Stage `records`: the shards, and the language model that starts to learn them; returns how
     many training records each kind has."""
     config = space.config
-    write_initial_llm(space)
+    tokenizer = Seed2Tokenizer.read_config(space.tokenizer_folder / "config.json")
+    write_initial_llm(space, tokenizer.codebook_sections)
 
     def encode(scenes: Sequence[Scene]) -> Tensor:
         make = partial(encode_scenes, space, scenes)
@@ -110,7 +117,7 @@ def records(space: Workspace) -> dict[str, int]:
     return write_records(space, encode)
 
 
-def write_initial_llm(space: Workspace) -> None:
+def write_initial_llm(space: Workspace, sections: int) -> None:
     """Write `work/llm_start`: a LLaMA of random weights with the embeddings of
     `init_from_codebook`."""
     sizes = space.config.llm
@@ -130,7 +137,6 @@ def write_initial_llm(space: Workspace) -> None:
     )
     llama = build_llm(settings, tokenizer, "cpu")
     codebook = load_state_dict(folder / "model.safetensors")["quantize.embedding.weight"]
-    sections = Seed2Tokenizer.read_config(folder / "config.json").codebook_sections
     init_from_codebook(llama, codebook, sections, tokenizer.vocabulary)
     save_llm_weights(llama, space.work / "llm_start")
 
@@ -158,7 +164,7 @@ def init_from_codebook(
 def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor]) -> dict[str, int]:
     """Write `work/records/SPLIT/KIND.tar`; returns the number of images and of records by kind.
 
-    encode: N scenes → codes int16 `[N, 32]`.
+    encode: N scenes → codes int16 `[N, Q]`.
     """
     config = space.config
     amounts: dict[str, int] = asdict(config.records)

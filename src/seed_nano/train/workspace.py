@@ -121,6 +121,11 @@ def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
     return make_dataclass(name, fields)
 
 
+def codebook_sections(config: Settings) -> int:
+    """Parts of the codebook of nano's tokenizer: one for each code of an image, or one for all."""
+    return config.quantizer.queries if config.tokenizer.sections else 1
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the hardware supports bf16 products; a CPU without them is ten times slower than in
     fp32."""

@@ -22,6 +22,9 @@ def test_codebook_statistics_by_hand():
     # Positions: 1; {1:3, 2:1}; {2:2, 0:2}; {3:2, 1:1, 2:1}.
     by_hand = [1.0, 2**two, 2.0, 2**1.5]
     assert stats["position_perplexity"] == round(np.mean(by_hand), 4)
+    assert stats["image_bits"] == round(0 + 1 + 1 + math.log2(3), 3)
+    shorter = np.array([[0, 1], [3, -1]])  # every other image has a second code, always the same
+    assert metrics.codebook_statistics(shorter, 8)["image_bits"] == 1
     assert str(metrics.entropy_nats([3])) == "0.0"  # no -0.000 in a report of one image
 
 

@@ -1,4 +1,6 @@
-"""Vector quantizer: nearest codes, losses and gradients, moving averages, k-means, restarts."""
+"""Quantizers: nearest codes, losses and gradients, moving averages, k-means, restarts."""
+
+import math
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.quantizer import VectorQuantizer, build_quantizer
 
 # What the codebook's users build: SEED, SEED with moving averages, normalised codes, LaVIT.
 KINDS = {
@@ -156,3 +159,104 @@ def test_restart_moves_dead_codes_onto_features(kind, dead, n_points):
     if "ema_decay" in KINDS[kind]:  # the average begins anew, as of one feature
         assert_close(quantizer.ema_count, is_dead.float())
         assert_close(quantizer.ema_sum[is_dead], after[is_dead])
+
+
+# ---- codes that are not learned
+
+
+def rounded(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+    """FSQ of a vector by the paper's formula: values in [-1, 1] and the code."""
+    values, code = [], 0
+    for number, level in zip(z.tolist(), levels, strict=True):
+        half = (level - 1) * 1.001 / 2
+        offset = 0.0 if level % 2 else 0.5
+        bounded = math.tanh(number + math.atanh(offset / half)) * half - offset
+        digit = round(bounded) + level // 2
+        values.append((digit - level // 2) / (level // 2))
+        code = code * level + digit
+    return torch.tensor(values), torch.tensor(code)
+
+
+def signed(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+    """LFQ of a vector: signs, and the number that they write."""
+    bits = (z > 0).long()
+    return 2.0 * bits - 1, (bits * 2 ** torch.arange(len(z)).flip(0)).sum()
+
+
+FIXED = {"fsq": ([5, 4, 3, 2], rounded), "lfq": ([2] * 5, signed)}
+
+
+def build_fixed(kind: str, sections: int = 1, **options) -> VectorQuantizer:
+    levels = FIXED[kind][0]
+    size = math.prod(levels) * sections
+    if kind == "fsq":
+        options["levels"] = levels
+    return build_quantizer(kind, size, len(levels), sections=sections, **options)
+
+
+@pytest.mark.parametrize("sections", [1, 3])
+@pytest.mark.parametrize("kind", FIXED)
+def test_fixed_codes_equal_the_papers_formulas(kind, sections):
+    # Another code of a vector, or another vector of a code, is another image.
+    levels, quantize = FIXED[kind]
+    quantizer = build_fixed(kind, sections).train()
+    z = 3 * torch.randn(200, sections, len(levels))
+    rows, loss, codes = quantizer(z.requires_grad_())
+    per_section = quantizer.size // sections
+    for position in range(sections):
+        for vector, row, code in zip(
+            z[:, position], rows[:, position], codes[:, position], strict=True
+        ):
+            expected_row, expected_code = quantize(vector, levels)
+            assert_close(row, expected_row)
+            assert code == expected_code + position * per_section
+
+    # 1. No two codes of a section have one vector.
+    every = torch.arange(quantizer.size).reshape(sections, -1)
+    assert all(len(quantizer.lookup(row).unique(dim=0)) == per_section for row in every)
+
+    # 2. The codes have the features' gradient, and are not learned.
+    [straight] = torch.autograd.grad(rows.sum(), z, retain_graph=True)
+    [expected] = torch.autograd.grad(quantizer.prepare(z).sum(), z)
+    assert_close(straight, expected)
+    assert expected.abs().max() > 0
+    assert not quantizer.embedding.weight.requires_grad
+    assert int(quantizer.update().sum()) == 200 * sections
+
+
+def test_lfq_loss_equals_the_entropies_of_all_codes():
+    # By the probabilities of all codes, as in the paper; a flipped sign would use one code only.
+    quantizer = build_fixed("lfq")
+    z = torch.randn(50, 5)
+    rows, loss, _ = quantizer(z)
+    table = quantizer.lookup(torch.arange(32))
+    p = (-distances(z, table)).softmax(-1)  # [50, 32]
+    of_each = -(p * p.log()).sum(-1).mean()
+    bits = [(p * (table[:, k] > 0)).sum(-1).mean() for k in range(5)]
+    of_all = sum(-(b * b.log() + (1 - b) * (1 - b).log()) for b in bits)
+    assert_close(loss, 0.25 * F.mse_loss(z, rows) + 0.1 * (of_each - of_all))
+    assert quantizer(torch.ones(50, 5))[1] > quantizer(z.sign())[1]
+
+    # BSQ: on the sphere, where no term is infinite or NaN.
+    sphere = build_fixed("lfq", normalize=True)
+    z = (100 * torch.eye(5)).requires_grad_()
+    rows, loss, codes = sphere(z)
+    assert_close(rows.norm(dim=-1), torch.ones(5))
+    [gradient] = torch.autograd.grad(loss, z)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options", "named"),
+    [
+        ("fsq", 60, {"levels": (5, 4, 4)}, "codebook_size is 60"),
+        ("fsq", 20, {"levels": (5, 4)}, "fsq_levels"),
+        ("fsq", 80, {"levels": (5, 4, 4), "normalize": True}, "normalize_codes"),
+        ("lfq", 10, {}, "codebook_size is 10"),
+        ("lfq", 8, {"levels": (2, 2, 2)}, "fsq_levels"),
+        ("vq", 8, {"levels": (2, 2, 2)}, "fsq_levels"),
+    ],
+)
+def test_build_quantizer_refuses_settings_that_do_not_fit(kind, size, options, named):
+    with pytest.raises(ConfigError, match=named):
+        build_quantizer(kind, size, 3, **options)

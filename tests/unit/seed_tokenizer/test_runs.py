@@ -8,9 +8,12 @@ from operator import attrgetter
 import pytest
 import torch
 from lavis_runs import build, log_of, program
+from torch.testing import assert_close
 from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.models.seed.export import export_tokenizer
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.state_dicts import load_state_dict
 
 RANDOM = ("model.load_pretrained=False", "model.kmeans_start=False")
@@ -158,6 +161,34 @@ def test_train_with_codebook_options(yaml, run, tmp_path):
     assert 1 <= line["perplexity"] <= 64
     saved = torch.load(tmp_path / "stage2" / "checkpoint_0.pth", weights_only=True)["model"]
     assert torch.equal(saved["quantize.embedding.weight"], runner.model.quantize.embedding.weight)
+
+
+@pytest.mark.parametrize(
+    "options", ["fsq n_embed=480 fsq_levels=[5,3] codebook_embed_dim=2", "lfq n_embed=256"]
+)
+def test_train_with_fixed_codes_and_export(yaml, run, tmp_path, options):
+    # The exported tokenizer is the trained one, with as many codes; another loads no such file.
+    changes = [f"model.{option}" for option in f"quantizer={options}".split()]
+    changes += ["model.qformer.causal_queries=0", "model.freeze_qformer=False"]
+    changes += ["model.restart_every=0"]
+    if "fsq" in options:
+        changes += ["model.codebook_sections=32", "model.codebook_warmup=1"]
+    runner = run(yaml("stage2", *RANDOM, "run.max_epoch=1", *changes))
+    line = log_of(tmp_path / "stage2", "stage2")[4]
+    assert 0 < line["codebook_used"] <= 1
+
+    model = runner.model.eval()
+    vision = tmp_path / "vision.pth"
+    torch.save(model.visual_encoder.state_dict(), vision)
+    checkpoint = tmp_path / "stage2" / "checkpoint_0.pth"
+    report = export_tokenizer(checkpoint, tmp_path / "out", vision=vision)
+    exported = Seed2Tokenizer.from_pretrained(report.folder)
+    assert exported.config == model.config
+    assert exported.config.qformer.causal_queries == 0
+    pixels = torch.randn(4, 3, 64, 64)
+    codes = model.encode(pixels)
+    assert torch.equal(exported.encode(pixels), codes)
+    assert_close(exported.decode(codes), model.decode(codes))
 
 
 @pytest.mark.parametrize("case", TABLES["wrong"], ids=str)

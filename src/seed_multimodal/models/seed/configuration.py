@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.quantizer import QuantizerKind
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import AnyVisionConfig
-from seed_multimodal.settings import fraction, non_negative, positive
+from seed_multimodal.settings import fraction, non_negative, positive, setting
 
 AlignmentTarget = Literal["clip", "encoder"]
 
@@ -35,11 +36,13 @@ class QFormerConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes that both tokenizers have; the last two fields are ours.
+    """Sizes that both tokenizers have; the last four fields are ours.
 
     normalize_codes: compare and decode codes on the unit sphere.
     codebook_sections: 1: all positions choose from the whole codebook, as in the original;
         `num_query`: each position chooses from a section of its own.
+    quantizer: vq: learned codes, as in the original; fsq, lfq: fixed ones, see `nn.quantizer`.
+    fsq_levels: numbers of values in the dimensions of fsq's codes.
     """
 
     model_type: ClassVar[str]
@@ -54,6 +57,8 @@ class TokenizerConfig:
     reverse_depth: int = non_negative(4)  # layers of the Reverse Q-Former
     normalize_codes: bool = False
     codebook_sections: int = positive(1)
+    quantizer: QuantizerKind = "vq"
+    fsq_levels: tuple[int, ...] = setting((), minimum=2)
 
     def __post_init__(self) -> None:
         if self.codebook_sections not in (1, self.num_query):

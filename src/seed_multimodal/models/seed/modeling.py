@@ -32,7 +32,7 @@ from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, 
 from seed_multimodal.models.seed.qformer import QFormer
 from seed_multimodal.nn.layers import Block, LayerNorm, evaluating, task_layer
 from seed_multimodal.nn.pretrained import PretrainedNetwork
-from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.nn.quantizer import build_quantizer
 from seed_multimodal.nn.vision.base import VisionEncoder
 
 DOWN_WIDTHS = (256, 128, 32)
@@ -90,9 +90,11 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
         width = config.qformer.width
         code_dim = config.codebook_dim
         self.add_encoder()
-        self.quantize = VectorQuantizer(
+        self.quantize = build_quantizer(
+            config.quantizer,
             config.codebook_size,
             code_dim,
+            levels=config.fsq_levels,
             normalize=config.normalize_codes,
             sections=config.codebook_sections,
         )

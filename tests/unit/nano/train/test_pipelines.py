@@ -145,3 +145,42 @@ def test_main_fails_without_a_start_or_if_a_stage_is_running(tmp_path, capsys):
     with folder_lock(tmp_path, SeedError, name=".start.lock"):
         assert main(arguments("nano", tmp_path, "--only", "start")) == 2
     assert "stage start" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "row",
+    [
+        "study quantizer.kind=fsq quantizer.levels=[4,2] quantizer.queries=16 tokenizer.code_dim=2 "
+        "tokenizer.codes=128 quantizer.causal=false",
+        "study quantizer.kind=lfq tokenizer.code_dim=5",
+        "study tokenizer.sections=false",
+        "study-grid",
+        "study-lavit",
+    ],
+)
+def test_study_measures_a_tokenizer(tmp_path, capsys, row):
+    # Any tokenizer goes through the language model, its evaluation and the study's table.
+    require_lavis()
+    system, *settings = row.split()
+    command = [*f"{system} --preset test --work {tmp_path}".split(), f"start={NANO}", *settings]
+    assert main(command) == 0
+    figures = read_json(tmp_path / "measures.done.json")
+    assert figures["codes"]["image_bits"] > 0
+    for split in ("val", "styles"):
+        assert figures[split]["bits"]["value"] > 0
+        assert 0 <= figures[split]["caption"]["all"]["value"] <= 1
+        drawn = figures[split]["drawing"]
+        assert (drawn is None) == (system == "study-lavit")
+    if "fsq" in row:
+        assert figures["codes"]["codebook"] == 128
+        config = read_json(tmp_path / "system" / "seed_tokenizer" / "config.json")
+        assert (config["quantizer"], config["fsq_levels"], config["num_query"]) == (
+            "fsq",
+            [4, 2],
+            16,
+        )
+        assert config["qformer"]["causal_queries"] == 0
+        assert list(figures["prefix"]) == ["1", "2", "4", "8", "16"]
+    assert main(command) == 0
+    assert "[measures] already done" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from seed_nano.world.splits import scene_at
 def test_load_settings_reads_every_preset(file):
     # A preset with an unknown key would end a run after hours.
     keys = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}
+    keys |= {"study": "train_sft", "study_grid": "train_sft", "study_lavit": "train_llm"}
     key = keys.get(file.parent.name, "train_images")
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
     assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
