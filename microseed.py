@@ -122,7 +122,7 @@ def caption_of(scene):
 
 
 # All 4,680 scenes. Every tenth ordered pair of things is kept out of all training, so that the test
-# asks whether the model can compose: it knows "fox" and "bus", but never saw a fox left of a bus.
+# asks whether the model can compose: it knows foxes and cacti, but never a fox left of a cactus.
 pairs = list(itertools.permutations(THINGS, 2))
 unseen_pairs = set(pairs[7::10])
 arrangements = [("large", (thing,)) for thing in THINGS]
@@ -501,7 +501,7 @@ for step in range(lm_steps):
         sequences.append([BOS, *body, EOS])
     ids = pad(sequences)
     logits = lm(ids[:, :-1]).flatten(0, 1)
-    # From ln V = 6.3 down to about 0.3, never to 0: which scene comes, and whether its image or its
+    # From ln V = 6.3 down to about 0.4, never to 0: which scene comes, and whether its image or its
     # caption is first, cannot be known. That is ln(4,224) + ln 2 = 9 nats in about 28 ids.
     loss = F.cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=PAD)
     update(optimizer, loss, step, lm_steps, language_model=loss)
