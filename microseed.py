@@ -158,8 +158,7 @@ def pad(sequences):
 
 
 log(f"{len(scenes)} scenes, {len(test_scenes)} of them never trained on; {vocabulary_size} ids")
-code_bits = num_queries * math.log2(section_size)
-log(f"an image: {24 * image_size**2} bits of pixels, {code_bits:.0f} bits of codes")
+log(f"bits: {24 * image_size**2} of pixels, {num_queries * math.log2(section_size):.0f} of codes")
 
 
 # ---- 2. Layers: three kinds of transformer need one attention and one MLP
@@ -567,7 +566,8 @@ def to_cell(image):
 
 def codes_cell(codes):
     """Codes [Q] -> squares in reading order; the hue is the code's number in its section."""
-    hue = (codes.view(-1, 4) % section_size * 256 // section_size).byte().numpy()
+    rows = F.pad(codes, (0, -num_queries % 4)).view(-1, 4) % section_size
+    hue = (256 * rows // section_size).byte().numpy()
     saturation, value = np.full_like(hue, 190), np.full_like(hue, 235)
     bands = [Image.fromarray(band) for band in (hue, saturation, value)]
     return Image.merge("HSV", bands).convert("RGB").resize((128, 128), Image.Resampling.NEAREST)
