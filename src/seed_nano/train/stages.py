@@ -29,9 +29,9 @@ from seed_nano.train.workspace import (
 )
 
 
-def lavis(name: str, needs: str, *options: str) -> Stage:
-    """A training of nano's image tokenizer by the LAVIS application; `options` of its command."""
-    arguments = ("{root}/SEED_Tokenizer/train.py", "--cfg-path", "{file}", *options)
+def lavis(name: str, needs: str) -> Stage:
+    """A training of nano's image tokenizer by the LAVIS application."""
+    arguments = ("{root}/SEED_Tokenizer/train.py", "--cfg-path", "{file}")
     run = Application(arguments, f"train_{name}")
     return Stage(name, run, tuple(needs.split()), ("tokenizer", "quantizer"))
 
@@ -104,7 +104,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         (
             Stage("start", study.start_study, (), ("llm", "tokenizer", "quantizer")),
             Stage("readers", study.fit_readers, ("start",), ("pool",)),
-            lavis("stage2", "readers", "--options", "model.load_pretrained=False"),
+            lavis("stage2", "readers"),
             Stage("tokenizer", join_stages, ("stage2",)),
             Stage("records", records, ("tokenizer",), ("records", "pool", "held_out_scenes")),
             hydra("llm_study", "train", "sft", "records", "llm"),

@@ -2,8 +2,8 @@
 quantizer.kind=fsq ...`.
 
 nano's frozen vision encoder, stage 2 of the tokenizer, its codes of scenes, a small language model
-over them, and what both can do, in `WORK/measures.done.json`. Settings are the row. A tokenizer
-starts with a random Q-Former, so that all rows have equal budgets; drawings are those of nano's
+over them, and what both can do, in `WORK/measures.done.json`. Settings are the row. All start from
+nano's Q-Former, which was trained with 32 causal queries; drawings are those of nano's
 de-tokenizer, which reads any of the tokenizers' embeddings.
 """
 
@@ -28,13 +28,20 @@ from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings
 from seed_multimodal.images.transforms import ImageTransform, normalise
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.lavit.spec import LavitConfig
+from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS
+from seed_multimodal.models.seed.export import part_of
 from seed_multimodal.models.seed.pipeline import SeedLlama, SeedLlamaFamily
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import CodeCodec, Placement
-from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import (
+    assign_strictly,
+    load_state_dict,
+    save_state_dict,
+    save_torch,
+)
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import Samples, Sizes, make_samples
 from seed_nano.report.scoring import Section
@@ -49,7 +56,7 @@ from seed_nano.train.assemble import (
     write_text_tokenizer,
 )
 from seed_nano.train.task import map_scenes, to_signed
-from seed_nano.train.tokenizer import write_initial_llm, write_records
+from seed_nano.train.tokenizer import CHECKPOINT, write_initial_llm, write_records
 from seed_nano.train.vision import (
     HEADS_FILE,
     LABELS,
@@ -63,6 +70,7 @@ from seed_nano.world.scene import Scene
 from seed_nano.world.targets import label_tensor
 from seed_nano.world.words import describe
 
+QUERY_NOISE = 0.02
 READER_STEPS = 300
 READER_BATCH = 512
 CODED = 4000  # training scenes whose codes are counted
@@ -70,9 +78,21 @@ SPLITS = ("val", "styles")  # known compositions; things in a style in which the
 
 
 def start_study(space: SuccessorWorkspace) -> None:
-    """The text tokenizer, and the frozen parts of the finished nano."""
+    """The text tokenizer, the frozen parts of the finished nano, and in place of stage 1 its
+    Q-Former: with noise, so that none of any number of queries is another's copy."""
     start_nano(space)
     shutil.copytree(space.nano / "diffusion_model", space.decoder_folder, dirs_exist_ok=True)
+    state = load_state_dict(space.nano / "model.safetensors")
+    encoder = {name: state[name] for name in state if part_of(name) in ENCODER_PARTS[1:]}
+    queries = encoder["query_tokens"].float()  # [1, 32, D]
+    n_queries = space.config.quantizer.queries
+    repeats = math.ceil(n_queries / queries.shape[1])
+    queries = queries.repeat(1, repeats, 1)[:, :n_queries]
+    torch.manual_seed(space.config.seed)
+    encoder["query_tokens"] = queries + QUERY_NOISE * torch.randn_like(queries)
+    stage1 = space.work / "stage1"
+    stage1.mkdir(parents=True, exist_ok=True)
+    save_torch({"model": encoder}, stage1 / CHECKPOINT)
 
 
 def fit_readers(space: SuccessorWorkspace) -> JsonObject:

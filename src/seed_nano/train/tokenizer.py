@@ -72,13 +72,12 @@ def tokenizer_config(config: Settings) -> Seed2Config:
 
 
 def join_stages(space: Workspace) -> None:
-    """Stage `tokenizer`: write the system's tokenizer from the stages' checkpoints."""
+    """Stage `tokenizer`: write the system's tokenizer from both stages' checkpoints."""
     new = space.work / "tokenizer"
-    stage1 = space.work / "stage1" / CHECKPOINT
     export_tokenizer(
         space.work / "stage2" / CHECKPOINT,
         new,
-        stage1=stage1 if stage1.is_file() else None,
+        stage1=space.work / "stage1" / CHECKPOINT,
         vision=space.decoder_folder / "image_encoder",
         config=tokenizer_config(space.config),
         force=True,
