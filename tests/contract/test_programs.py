@@ -220,6 +220,7 @@ seed eval suite --model {seed} --data absent --out out -> absent
 seed eval vqa --model {seed} --questions absent.json --out out -> absent.json
 seed eval caption --model {seed} --captions absent.json --out out -> absent.json
 seed eval bits --model {seed} --captions absent.json --out out -> absent.json
+seed study absent.yaml -> absent.yaml
 seed eval seedbench --model {seed} --questions absent.json --out out -> absent.json
 seed eval text2image --model {seed} --captions absent.json --out out -> absent.json
 seed eval geneval --model {seed} --judge absent --data absent --out out -> absent

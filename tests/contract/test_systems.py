@@ -187,8 +187,8 @@ def test_results_in_threads_equal_those_alone(system, family):
 @pytest.mark.parametrize(
     ("task", "request_", "options", "functions", "files"),
     [
-        ("describe", noise(1), {}, 161, 31),  # with its distance from known images
-        ("draw", "a fox", {"read_back": False}, 155, 31),
+        ("describe", noise(1), {}, 162, 31),  # with its distance from known images
+        ("draw", "a fox", {"read_back": False}, 156, 31),
         ("draw", "a fox", {}, 176, 33),  # and describes it
     ],
 )
