@@ -40,11 +40,9 @@ def epoch_reads(
             stop = min(start + block, total)
             indices[start:stop] = permutation[start:stop]
     else:
-        begin = 0
-        for number, size in enumerate(deal.before(total, node) for node in range(n_nodes)):
-            permutation = samples._permutation(0, number)
-            indices[node == number] = permutation[0:size]
-            begin += size
+        for number in range(n_nodes):
+            part = samples._permutation(0, number)
+            indices[node == number] = part[0 : deal.before(total, number)]
     return indices // RECORDS, node
 
 

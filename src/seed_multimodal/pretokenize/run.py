@@ -180,7 +180,7 @@ def _run(settings: RunSettings, folder: str, url: str = "") -> int:
                 writer.write_shard(queue.path(task.shard), chain([task], tasks))
                 queue.release(task.shard)
     if not queue.count_missing():
-        return _summarise(queue, shards)
+        return _summarise(queue)
     log_line(f"{prefix}{url or save_dir}: this share is finished; other processes write the rest.")
     return DONE
 
@@ -354,16 +354,16 @@ def _view_codes(codes: Sequence[Codes], views: EncodedViews) -> Codes | list[Cod
     return view_codes if len(view_codes) > 1 else view_codes[0]
 
 
-def _summarise(queue: ShardQueue, shards: list[Shard]) -> int:
+def _summarise(queue: ShardQueue) -> int:
     """Write and log the counts of all shards; write the manifest of the folder."""
     path = queue.save_dir / COUNTS
     target = queue.url or queue.save_dir
     total = Counter[str]()
     if path.exists():
         total.update(read_json_object(path, DataError))
-    if total["shards"] != len(shards):
-        total = Counter(shards=len(shards))
-        names = [shard.name for shard in shards]
+    if total["shards"] != len(queue.shards):
+        total = Counter(shards=len(queue.shards))
+        names = [shard.name for shard in queue.shards]
         if queue.url:
             download(queue.url, [f"{name}.counts.json" for name in names], queue.save_dir)
         n_records = {}
