@@ -4,7 +4,8 @@ Each training and each measure is a job: a command in a process of its own, afte
 results it reads. A job that is done is skipped. One that was killed runs again on what it left, so
 trainings and evaluations resume. The study's folder has
 
-    table.md, runs.csv, curves.png    what came out
+    table.md, runs.csv                what came out
+    curves.png, points.png
     prepare/NAME                      the folder of each job, with settings.json (its identity),
     ROW/SEED/train                    log.txt, out/ (its result), and done.json once it has
     ROW/SEED/MEASURE                  succeeded
@@ -40,7 +41,7 @@ from seed_multimodal.disk import (
 from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, DataError, first_line
 from seed_multimodal.evaluation.metrics import t_interval
-from seed_multimodal.plots import SUFFIX, draw_runs
+from seed_multimodal.plots import SUFFIX, draw_runs, save_figure
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import (
     check_identity,
@@ -76,7 +77,7 @@ class MeasureSettings:
         command: writes `file`; measures with the same one share a process. Empty: the training
             writes it.
         file: JSON in {out}.
-        key: names of the figure in the file, with dots.
+        key: names of the figure in the file, with dots; null there: the row has none.
         higher: whether more is better.
     """
 
@@ -104,6 +105,7 @@ class StudySettings:
         quick: values of `--quick`.
         prepare: name → command that runs once.
         train: the command of a run, before the settings of its row.
+        points: of points.png: the measure along x, and those along y, a panel each.
     """
 
     name: str
@@ -116,6 +118,7 @@ class StudySettings:
     train: str
     rows: list[RowSettings]
     measures: list[MeasureSettings]
+    points: list[str] = setting(factory=list)
 
 
 def read_study(file: Path, n_seeds: int | None = None, quick: bool = False) -> StudySettings:
@@ -135,6 +138,9 @@ def read_study(file: Path, n_seeds: int | None = None, quick: bool = False) -> S
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{file}: the name {name!r} is taken twice; rename one.")
+    check_keys(study.points, [measure.name for measure in study.measures], f"{file}: points")
+    if len(study.points) == 1:
+        raise ConfigError(f"{file}: points needs the measure along x, and one or more along y.")
     if quick:
         study.values |= study.quick
     study.seeds = study.seeds[: 1 if quick else n_seeds]
@@ -367,7 +373,7 @@ def plan_job(
 
 
 def write_results(study: StudySettings, runs: Runs, out: Path) -> None:
-    """Write table.md, runs.csv and curves.png of the runs that are done. Raises DataError,
+    """Write table.md, runs.csv and pictures of the runs that are done. Raises DataError,
     ConfigError: a figure is missing."""
     # 1. The figures of each run.
     lines: list[JsonObject] = []
@@ -378,10 +384,12 @@ def write_results(study: StudySettings, runs: Runs, out: Path) -> None:
             for measure in study.measures:
                 file = run[measure.command].out / measure.file
                 figures = OmegaConf.create(read_json_object(file, DataError))
-                figure = OmegaConf.select(figures, measure.key)
-                line[measure.name] = check_value(float, figure, f"{file}: {measure.key}")
+                figure = OmegaConf.select(figures, measure.key, default="missing")
+                if figure is not None:
+                    figure = check_value(float, figure, f"{file}: {measure.key}")
+                line[measure.name] = figure
             lines.append({**line, **run[""].done})
-            logs |= dict.fromkeys(run[""].out.glob(f"*{SUFFIX}"), row)
+            logs |= dict.fromkeys(run[""].out.rglob(f"*{SUFFIX}"), row)
     if not lines:
         return
 
@@ -394,6 +402,45 @@ def write_results(study: StudySettings, runs: Runs, out: Path) -> None:
     replace_text(out / "table.md", table(study, lines))
     if logs:
         draw_runs([*logs], out / "curves.png", [*logs.values()])
+    if study.points:
+        draw_points(study, lines, out / "points.png")
+
+
+def figures_by_seed(lines: Sequence[JsonObject], row: str, measure: str) -> dict[int, float]:
+    """The figures of a row's runs; `lines`: those of runs.csv."""
+    return {
+        line["seed"]: line[measure]
+        for line in lines
+        if line["row"] == row and line[measure] is not None
+    }
+
+
+def draw_points(study: StudySettings, lines: Sequence[JsonObject], out: Path) -> None:
+    """Plot a point for each row, with the intervals along both axes."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    x_name, *panels = study.points
+    figure = Figure(figsize=(4.5 * len(panels), 4), dpi=110, layout="constrained")
+    for index, name in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), index, xlabel=x_name, ylabel=name)
+        axes.grid(alpha=0.4)
+        for color, row in enumerate(study.rows):
+            figures = [figures_by_seed(lines, row.name, key) for key in (x_name, name)]
+            if all(figures):
+                x, y = [t_interval([*by_seed.values()]) for by_seed in figures]
+                axes.errorbar(
+                    x.value,
+                    y.value,
+                    xerr=x.value - x.low,
+                    yerr=y.value - y.low,
+                    fmt="o",
+                    capsize=2,
+                    color=colormaps["tab20"](color),
+                    label=row.name,
+                )
+    figure.axes[0].legend(fontsize=7)
+    save_figure(figure, out)
 
 
 def table(study: StudySettings, lines: Sequence[JsonObject]) -> str:
@@ -413,14 +460,13 @@ def table(study: StudySettings, lines: Sequence[JsonObject]) -> str:
     for measure in study.measures:
         text += f" {measure.name} {'↑' if measure.higher else '↓'} | difference |"
     text += "\n" + "| --- " * (2 + 2 * len(study.measures)) + "|\n"
-    baseline = {line["seed"]: line for line in lines if line["row"] == first}
     for row in study.rows:
-        run_lines = [line for line in lines if line["row"] == row.name]
-        text += f"| {row.name} | {len(run_lines)} |"
+        n_runs = sum(line["row"] == row.name for line in lines)
+        text += f"| {row.name} | {n_runs} |"
         for name in [measure.name for measure in study.measures]:
-            figures = {line["seed"]: line[name] for line in run_lines}
-            paired = figures.keys() & baseline if row.name != first else ()
-            differences = [figures[seed] - baseline[seed][name] for seed in paired]
+            figures = figures_by_seed(lines, row.name, name)
+            baseline = figures_by_seed(lines, first, name) if row.name != first else {}
+            differences = [figures[seed] - baseline[seed] for seed in figures if seed in baseline]
             text += f" {interval([*figures.values()])} | {interval(differences, '+')} |"
         text += "\n"
     return text

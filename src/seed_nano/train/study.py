@@ -75,6 +75,8 @@ READER_STEPS = 300
 READER_BATCH = 512
 CODED = 4000  # training scenes whose codes are counted
 SPLITS = ("val", "styles")  # known compositions; things in a style in which they were never seen
+NO_FIGURE = {"value": None}
+NO_PREFIX = {"8": {"probe": NO_FIGURE, "r1": NO_FIGURE}}
 
 
 def start_study(space: SuccessorWorkspace) -> None:
@@ -207,7 +209,7 @@ def measure_grid(space: SuccessorWorkspace) -> JsonObject:
         codes_per_image=tokenizer.vocabulary.tokens_per_image,
     )
     family = SeedLlamaFamily.of_parts(config, tokenizer, codec, placement)
-    return measure_system(space, SeedLlama(family))
+    return {**measure_system(space, SeedLlama(family)), "prefix": NO_PREFIX}
 
 
 # ---- results
@@ -222,8 +224,11 @@ def measure_lavit(space: LavitWorkspace) -> JsonObject:
     )
     figures = measure_system(space, inner, "language", (caption, qa))
     for split in SPLITS:
-        figures[split] |= {"reconstruction": None, "drawing": None}
-    return figures
+        figures[split] |= {
+            "reconstruction": {"all": NO_FIGURE, "r1": NO_FIGURE},
+            "drawing": {"all": NO_FIGURE},
+        }
+    return {**figures, "prefix": NO_PREFIX}
 
 
 def assemble_study(space: SuccessorWorkspace) -> JsonObject:

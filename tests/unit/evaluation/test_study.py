@@ -81,7 +81,7 @@ def test_t_interval_is_scipys(values):
 @pytest.mark.process
 @pytest.mark.slow
 def test_table_has_means_intervals_and_paired_differences(tmp_path, capsys):
-    file = write_study(tmp_path)
+    file = write_study(tmp_path, points=["figure", "with base", "of gains"])
     assert main(command(file, "--jobs", 3)) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
 
@@ -107,7 +107,9 @@ def test_table_has_means_intervals_and_paired_differences(tmp_path, capsys):
             shown = [float(number.replace("−", "-")) for number in cell]
             expected = [mean, low, high] if factor else []
             assert shown == pytest.approx(expected, rel=2e-3, abs=2e-3)
-    assert Image.open(tmp_path / "out/curves.png").format == "PNG"
+        assert rows[name][5:] == [[] if gain == 1 else [str(gain), str(gain), str(gain)], []]
+    for picture in ("curves.png", "points.png"):
+        assert Image.open(tmp_path / "out" / picture).format == "PNG"
 
     # 3. The same command runs nothing; --quick is one seed with fewer steps, elsewhere.
     before = attempts(file)
