@@ -86,5 +86,9 @@ def test_latents_of_autoencoders(name, channels, tmp_path):
         assert_close(sampled, latents, atol=1e-5, rtol=1e-5)
     detokenizer = CodesDetokenizer.from_pretrained(write_code_decoder(tmp_path / "decoder"))
     detokenizer.vae = vae
+    decoded = detokenizer.decode(latents)
     expected = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
-    assert_close(detokenizer.decode(latents), expected, atol=1e-4, rtol=1e-4)
+    assert_close(decoded, expected, atol=1e-4, rtol=1e-4)
+    if name != "tiny":  # GroupNorm is less exact for channels last
+        exact = vae.decode(latents / scale + shift).sample
+        assert torch.equal(decoded, (exact * 0.5 + 0.5).clamp(0, 1))
