@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
@@ -60,14 +61,16 @@ def greedy_answer(llama: LlamaForCausalLM, tokenizer: TextTokenizer, embeds: Ten
         return []
     # Images have all their codes, and end before the budget.
     constraints = ImageConstraints([ImageGrammar(tokenizer.vocabulary, budget=budget)])
-    return llama.generate(
-        inputs_embeds=embeds[None],
-        max_new_tokens=budget,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=[constraints],
-    )[0].tolist()
+    # Each length would be compiled anew.
+    with torch.compiler.set_stance("force_eager"):
+        return llama.generate(
+            inputs_embeds=embeds[None],
+            max_new_tokens=budget,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            logits_processor=[constraints],
+        )[0].tolist()
 
 
 def prompt_spans(batch: LlmBatch, tokenizer: TextTokenizer) -> list[tuple[int, int, int]]:
