@@ -7,11 +7,12 @@ split's compositions are held out.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 from seed_nano.world.scene import Scene
-from seed_nano.world.splits import Allowed, held_out, scene_where
+from seed_nano.world.splits import Allowed, held_out, scene_at, scene_where
 from seed_nano.world.splits import scenes as listed
 from seed_nano.world.tasks import EDITS, KINDS, Edit, Question, ask, make_edit
 
@@ -50,9 +51,14 @@ class Samples:
     edits: list[tuple[Scene, Edit]] = field(default_factory=list)
 
 
-def make_samples(split: str, sizes: Sizes) -> Samples:
-    """All samples of a split."""
-    samples = Samples(split, sizes, listed(split)[: max(sizes.gallery, sizes.scenes)])
+def make_samples(split: str, sizes: Sizes, names: Sequence[str] = ()) -> Samples:
+    """All samples of a split; `names`: of scenes of these things, which are not listed."""
+    n_scenes = max(sizes.gallery, sizes.scenes)
+    if names:
+        scenes = [scene_at(SEED, index, split, names) for index in range(n_scenes)]
+    else:
+        scenes = listed(split)[:n_scenes]
+    samples = Samples(split, sizes, scenes)
     if split == "things":  # only reconstructed
         return samples
 

@@ -28,6 +28,8 @@ from seed_nano.train.workspace import (
     XWorkspace,
 )
 
+STUDY_RECORDS = ("records", "things", "pool", "held_out_scenes")
+
 
 def lavis(name: str, needs: str) -> Stage:
     """A training of nano's image tokenizer by the LAVIS application."""
@@ -106,22 +108,20 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
             Stage("readers", study.fit_readers, ("start",), ("pool",)),
             lavis("stage2", "readers"),
             Stage("tokenizer", join_stages, ("stage2",)),
-            Stage("records", records, ("tokenizer",), ("records", "pool", "held_out_scenes")),
+            Stage("records", records, ("tokenizer",), STUDY_RECORDS),
             hydra("llm_study", "train", "sft", "records", "llm"),
             Stage("assemble", study.assemble_study, ("llm_study",)),
-            Stage("measures", study.measure, ("assemble",), ("scenes", "judge")),
+            Stage("measures", study.measure, ("assemble",), ("things", "scenes", "judge")),
         ),
     ),
     "study_grid": (
         SuccessorWorkspace,
         (
             Stage("start", study.start_grid, (), ("llm", "grid", "pool")),
-            Stage(
-                "records", study.grid_records, ("start",), ("records", "pool", "held_out_scenes")
-            ),
+            Stage("records", study.grid_records, ("start",), STUDY_RECORDS),
             hydra("llm_study", "train", "sft", "records", "llm"),
             Stage("assemble", study.assemble_study, ("llm_study",)),
-            Stage("measures", study.measure_grid, ("assemble",), ("scenes", "judge")),
+            Stage("measures", study.measure_grid, ("assemble",), ("things", "scenes", "judge")),
         ),
     ),
     "study_lavit": (
@@ -129,7 +129,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         (
             *LAVIT_LANGUAGE,
             Stage("llm", parts.install_lavit_llm, ("language",)),
-            Stage("measures", study.measure_lavit, ("llm",), ("scenes", "judge")),
+            Stage("measures", study.measure_lavit, ("llm",), ("things", "scenes", "judge")),
         ),
     ),
     "nano_x": (

@@ -258,8 +258,9 @@ def measure_system(
     figures: JsonObject = {"tokens_per_second": round(record["tokens"] / record["seconds"])}
     of_training = Samples("train", Sizes(), space.pool[:CODED])
     figures["codes"] = codes(Run(system, judge, of_training))
+    sizes = Sizes.limited(space.config.scenes)
     for split in SPLITS:
-        run = Run(system, judge, make_samples(split, Sizes.limited(space.config.scenes)))
+        run = Run(system, judge, make_samples(split, sizes, space.names))
         texts = list(map(describe, run.scenes))
         likelihoods = inner.image_likelihoods(run.real[: len(texts)], texts)
         bits = [-likelihood.total / math.log(2) for likelihood in likelihoods]

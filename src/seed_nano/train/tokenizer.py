@@ -174,7 +174,10 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
     for split, pool in (("train", config.pool), ("val", config.held_out_scenes)):
         for kind, amount in amounts.items():
             count = amount if split == "train" else max(1, round(amount * HELD_OUT_SHARE))
-            records = [record_at(kind, config.seed, index, split, pool) for index in range(count)]
+            records = [
+                record_at(kind, config.seed, index, split, pool, space.names)
+                for index in range(count)
+            ]
             records_of[split, kind] = records
             for record in records:
                 scenes |= dict.fromkeys(scenes_of(record))

@@ -28,6 +28,7 @@ from seed_multimodal.training.config import StageSettings
 from seed_nano.world.records import from_last_image, record_at
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import scene_at
+from seed_nano.world.things import NAMES
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
@@ -179,6 +180,11 @@ class Workspace:
         """The record of a finished stage; those of the applications lie in folders of their own."""
         candidates = (self.work / stage / f"{stage}.done.json", self.work / stage / "summary.json")
         return next(filter(Path.is_file, candidates), self.work / f"{stage}.done.json")
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The things of the language model's records."""
+        return NAMES[: getattr(self.config, "things", None)]
 
     @cached_property
     def pool(self) -> list[Scene]:

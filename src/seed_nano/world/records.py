@@ -103,20 +103,28 @@ X_KINDS = (
 )
 
 
-def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
+def record_at(
+    kind: str,
+    seed: int,
+    index: int,
+    split: str = "train",
+    pool: int = 0,
+    names: Sequence[str] = NAMES,
+) -> Record:
     """Record number `index` of a kind (see `KINDS`).
 
     Args:
         split: no scene is held out otherwise.
         pool: kinds about a single image take it from the first `pool` of the split's stream, so
             that what is encoded once serves many records; 0: number `index` of the stream.
+        names: of the things.
 
     Raises:
         DataError: an unknown kind or split.
     """
     check_split(split)
     check_name("kind of records", kind, KINDS)
-    maker = _RecordMaker(kind, seed, index, split, pool)
+    maker = _RecordMaker(kind, seed, index, split, pool, names)
     fields: Record | None = getattr(maker, kind)()
     return fields or {"messages": maker.messages}
 
@@ -176,24 +184,31 @@ def sentences(n_records: int = 500, seed: int = 0) -> list[str]:
     return [*lines, *["USER:", "ASSISTANT:"] * n_records]
 
 
-def _scenes_from(start: int, seed: int, split: str, pool: int) -> Iterator[Scene]:
+def _scenes_from(
+    start: int, seed: int, split: str, pool: int, names: Sequence[str]
+) -> Iterator[Scene]:
     """The scenes from number `start` on: those of the pool first, then the ones behind it."""
     for step in count():
         index = start + step
-        yield scene_at(seed, index % pool if step < pool else index, split)
+        yield scene_at(seed, index % pool if step < pool else index, split, names)
 
 
 class _RecordMaker(TypedDialogue):
     """A record of nano; a method for each of `KINDS` returns its fields or says its turns."""
 
-    def __init__(self, kind: str, seed: int, index: int, split: str, pool: int) -> None:
+    def __init__(
+        self, kind: str, seed: int, index: int, split: str, pool: int, names: Sequence[str]
+    ) -> None:
         rng = random.Random(f"{seed} {split} {kind} {index}")
-        super().__init__(rng, lambda scene: held_out(scene) <= {split})
-        if split == "train":
-            self.allowed = trainable
+        others = {*NAMES}.difference(names)
+
+        def allowed(scene: Scene) -> bool:
+            return others.isdisjoint(scene.things) and held_out(scene) <= {split} - {"train"}
+
+        super().__init__(rng, allowed)
         self.index = index
         start = rng.randrange(pool) if pool else index
-        self.stream = _scenes_from(start, seed, split, pool)
+        self.stream = _scenes_from(start, seed, split, pool, names)
 
     def captions(self) -> Record:
         scene = next(self.stream)

@@ -20,6 +20,7 @@ from seed_nano.world.records import from_last_image, record_at, with_images, x_r
 from seed_nano.world.scene import SIZE, Scene, WideScene, find_drawings, load_sprites
 from seed_nano.world.splits import check_split, scene_at, scenes
 from seed_nano.world.targets import label_names
+from seed_nano.world.things import NAMES
 from seed_nano.world.wide import View
 from seed_nano.world.words import describe
 
@@ -44,6 +45,7 @@ class NanoSource:
             has.
         seed: of training scenes; another one gives others.
         size: side of the images of scenes with captions, in pixels.
+        things: the first ones only, in records of one kind; None: all.
 
     Raises:
         DataError: an unknown split, or no drawings.
@@ -59,6 +61,7 @@ class NanoSource:
         number: int | None = None,
         seed: int = 0,
         size: int = SIZE,
+        things: int | None = None,
     ) -> None:
         check_split(split)
         self.path = find_drawings(folder)
@@ -66,6 +69,7 @@ class NanoSource:
         self.split = split
         self.seed = seed
         self.size = size
+        self.names = NAMES[:things]
         self.pair_keys = EDIT_KEYS if content.endswith("edits") else {}
         self._listed = scenes(split, folder) if split != "train" and not content else []
         self.number = min(number or EPOCH, len(self._listed)) if self._listed else number or EPOCH
@@ -82,8 +86,10 @@ class NanoSource:
             key = f"{self.split} {self.content} {self.seed} {row}"
             # Records of the language models.
             kind = KINDS.get(self.content, self.content)
-            make = x_record_at if kind.startswith(X_KIND) else record_at
-            record = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
+            if kind.startswith(X_KIND):
+                record = x_record_at(kind.removeprefix(X_KIND), self.seed, row, self.split)
+            else:
+                record = record_at(kind, self.seed, row, self.split, names=self.names)
             fields = _fields(with_images(record, self._view), self.content)
             return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
         # Scenes with captions.

@@ -117,15 +117,18 @@ def draw_scene(rng: random.Random, names: Sequence[str] = NAMES) -> Scene:
     )
 
 
-def scene_at(seed: int, index: int, split: str = "train") -> Scene:
+def scene_at(seed: int, index: int, split: str = "train", names: Sequence[str] = NAMES) -> Scene:
     """Scene number `index` of a split's endless stream: a function of its arguments alone.
+
+    names: of the things that may occur; the split `things` has its own.
 
     Raises:
         DataError: an unknown split.
     """
     check_split(split)
     rng = random.Random(f"{seed} {split} {index}")
-    names = HELD_OUT if split == "things" else NAMES
+    if split == "things":
+        names = HELD_OUT
     while True:
         scene = draw_scene(rng, names)
         if split_of(scene) == split:
