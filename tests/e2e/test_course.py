@@ -1,0 +1,82 @@
+"""The sheets of the course: their blocks run in order, and end in a picture and two answers."""
+
+import ast
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from llm_runs import environment
+from real_processes import run_checked
+from repository import ROOT
+
+SHEETS = sorted((ROOT / "docs" / "course").glob("[1-9]-*.md"))
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MINUTES = 15
+
+
+def program(sheet: Path) -> str:
+    """The blocks of a sheet as one Python program; those of bash run where they stand."""
+    lines = ["import subprocess"]
+    for language, block in BLOCK.findall(sheet.read_text(encoding="utf-8")):
+        if language == "bash":
+            lines.append(f"subprocess.run(['bash', '-ec', {block!r}], check=True)")
+        else:
+            lines.append(block)
+    return "\n".join(lines)
+
+
+def test_course_has_seven_sheets_in_order():
+    index = (ROOT / "docs" / "course" / "index.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(([1-9]-\w+\.md)\)", index)
+    assert linked == [sheet.name for sheet in SHEETS]
+    assert len(linked) == 7
+
+
+@pytest.mark.parametrize("sheet", SHEETS, ids=lambda sheet: sheet.stem)
+def test_sheet_parses_and_ends_in_a_picture_and_two_answers(sheet):
+    text = sheet.read_text(encoding="utf-8")
+    compile(program(sheet), sheet.name, "exec")
+    assert f'"outputs/course/{sheet.stem}.png"' in text
+    questions = text.partition("## Questions\n")[2].partition("<details>")[0]
+    assert re.findall(r"^(\d)\. .*\?$", questions, re.MULTILINE) == ["1", "2"]
+
+    # The last block computes the answers and checks them.
+    last = ast.parse(BLOCK.findall(text)[-1][1])
+    [answers] = [node.value for node in last.body if isinstance(node, ast.Assign)]
+    assert len(answers.keys) == 2
+    assert any(isinstance(node, ast.Assert) for node in last.body)
+
+    # Settings of microseed that exist.
+    tree = ast.parse((ROOT / "microseed.py").read_text(encoding="utf-8"))
+    settings = {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)}
+    for line in text.replace("\\\n", " ").splitlines():
+        if "microseed.py " in line:
+            assert set(re.findall(r"(\w+)=", line)) <= settings, line
+
+
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory) -> Path:
+    """A folder with everything of the repository but its outputs."""
+    folder = tmp_path_factory.mktemp("course")
+    for entry in ROOT.iterdir():
+        if entry.name not in ("outputs", "log", ".git"):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.mark.nightly
+@pytest.mark.process
+@pytest.mark.timeout(60 * MINUTES + 60)
+@pytest.mark.parametrize("sheet", SHEETS, ids=lambda sheet: sheet.stem)
+def test_sheet_runs_in_fifteen_minutes(sheet, work_dir):
+    # In order: the sheets load what the earlier ones trained.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = work_dir / f"{sheet.stem}.py"
+    script.write_text(program(sheet), encoding="utf-8")
+    command = [sys.executable, str(script)]
+    run_checked(
+        command, cwd=work_dir, env=environment(PATH=path, MPLBACKEND="Agg"), timeout=60 * MINUTES
+    )
+    assert (work_dir / "outputs" / "course" / f"{sheet.stem}.png").is_file()
