@@ -8,13 +8,12 @@ stages have not changed. Finished trainings are never repeated; a warning lists 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,11 +28,9 @@ from seed_multimodal.disk import (
     read_json_object,
     replace_json,
     replace_text,
-    writing,
 )
 from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
-from seed_multimodal.errors import ConfigError, DataError, SeedError
-from seed_multimodal.evaluation import machine
+from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.trainer import train_stage
 from seed_nano.train.workspace import (
@@ -46,7 +43,6 @@ from seed_nano.train.workspace import (
 )
 from seed_nano.world.scene import find_drawings
 
-TIMES = "times.jsonl"
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "sum": lambda a, b: a + b,
@@ -111,10 +107,6 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     if stage.start:
         for section, keys in with_start.items():
             recipe[section] |= keys
-    # 3. A share of 0 leaves a source out.
-    for data in (recipe.get("data", {}), recipe.get("eval_data", {})):
-        if "sources" in data:
-            data["sources"] = [source for source in data["sources"] if source.get("weight", 1) > 0]
     file = space.work / f"{name}.yaml"
     source = space.work.absolute() / "config.yaml"
     replace_text(file, f"# Written from {source}\n{OmegaConf.to_yaml(recipe)}")
@@ -211,38 +203,6 @@ class Stage:
         return True
 
 
-@contextlib.contextmanager
-def timed(work: Path, stage: str) -> Iterator[float]:
-    """Write to `work/times.jsonl` when a stage begins and when it ends, also by an error; yields
-    the time. A killed one has no end."""
-    cores = machine.hardware("cpu")["cores"]
-    line = {"stage": stage, "begun": time.time(), "cores": cores, "commit": machine.commit()}
-
-    def write(line: JsonObject) -> None:
-        # Several processes append.
-        with writing(work, SeedError), open(work / TIMES, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    write(line)
-    try:
-        yield line["begun"]
-    finally:
-        write({**line, "ended": time.time()})
-
-
-def read_times(work: Path) -> list[JsonObject]:
-    """Each attempt at a stage: stage, begun, ended (Unix time; None: it was killed), cores and
-    commit. Raises DataError: no such file."""
-    file = work / TIMES
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; train the stages again.")
-    attempts: dict[tuple[str, float], JsonObject] = {}
-    for text in file.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        attempts[line["stage"], line["begun"]] = {"ended": None, **line}
-    return [*attempts.values()]
-
-
 @dataclass
 class Pipeline:
     """A run of some stages of a table, up to `jobs` at a time.
@@ -299,29 +259,25 @@ class Pipeline:
     def _run(self, stage: Stage) -> None:
         space = self.space
         name = stage.name
+        started = time.monotonic()
+        results: JsonObject = {}
         print(f"== {name}", flush=True)
         # One process at a time runs a stage in a work folder.
         with folder_lock(
             space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"
         ):
-            with timed(space.work, name) as begun:
-                results = self._results(stage)
+            if isinstance(stage.run, Application):
+                self._process(stage.run.command(space, name))
+            elif stage.trained:
+                train_stage(stage.run(space), space.work)
+            else:
+                results = stage.run(space) or {}
             # Trainings write their own records.
             record = space.record(name)
             if not stage.trained and record.parent == space.work:
-                facts = {"stage": name, "seconds": round(time.time() - begun, 1), **results}
+                facts = {"stage": name, "seconds": round(time.monotonic() - started, 1), **results}
                 replace_json(record, facts)
             replace_json(space.work / f"{name}.settings.json", stage.settings(space))
-
-    def _results(self, stage: Stage) -> JsonObject:
-        """Run a stage; returns what a function found."""
-        if isinstance(stage.run, Application):
-            self._process(stage.run.command(self.space, stage.name))
-        elif stage.trained:
-            train_stage(stage.run(self.space), self.space.work)
-        else:
-            return stage.run(self.space) or {}
-        return {}
 
     def _process(self, arguments: Sequence[str]) -> None:
         threads = max(1, torch.get_num_threads() // self.jobs)

@@ -92,7 +92,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
             Stage("records", records, ("tokenizer",), ("records", "pool", "held_out_scenes")),
             hydra("llm_pretrain", "train", "pretrain", "records", "llm"),
             Stage("unet2", UnetOfCodesTask, ("unet", "tokenizer"), ("pool", "unet")),
-            hydra("llm_sft", "train", "sft", "llm_pretrain", "llm", "shares"),
+            hydra("llm_sft", "train", "sft", "llm_pretrain", "llm"),
             Stage("llm", parts.install_llm, ("llm_sft",)),
             *ends(
                 parts.assemble_nano,
