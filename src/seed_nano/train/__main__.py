@@ -23,7 +23,7 @@ from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.settings import check_keys
 from seed_nano.train.pipeline import Pipeline
-from seed_nano.train.stages import PIPELINES
+from seed_nano.train.stages import PIPELINES, used_stages
 from seed_nano.train.workspace import load_settings
 
 
@@ -78,7 +78,7 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
     check_keys(wanted, stages, "--only")
     if not wanted:
-        wanted = list(stages)
+        wanted = list(used_stages(system, config))
         if options.no_report:
             wanted.remove("report")
     # 2. Write the settings, which child processes read.
@@ -92,7 +92,7 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     space = kind(config, work, out)
     started = time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
-    Pipeline(space, stages, options.jobs, child).run(wanted)
+    Pipeline(space, stages, options.jobs, child, keep_times=not options.child).run(wanted)
     if not options.child:
         minutes = (time.monotonic() - started) / 60
         hint = f"; try: seed chat --model {out}" if "assemble" in wanted else ""
