@@ -29,7 +29,6 @@ from seed_nano.train.workspace import (
     XWorkspace,
 )
 
-
 # Left out with 0 steps. Without `tiny` the system has the autoencoder that the others learn from,
 # without `known` it does not note unlike images.
 OPTIONAL = ("tiny", "sharp", "known")

@@ -1,7 +1,8 @@
 """When the stages of a work folder ran: `WORK/times.jsonl`.
 
-A stage's run is a line at its begin, with the machine and the commit, and one at its end. A run that
-was killed has no end: it counts up to the next run of its stage, else to the last line of the file.
+A run of a stage has a line at its begin, with the machine and the commit, and one at its end. A run
+that was killed has no end: it counts up to the next run of its stage, else to the last line of the
+file.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ def _append(work: Path, line: JsonObject) -> None:
 
 
 def read_runs(work: Path) -> list[StageRun]:
-    """All runs of stages, in the order of their begins. Raises DataError: no file, or damaged."""
+    """All runs of stages, in the order of their begins. Raises DataError: the file is damaged."""
     file = work / FILE
+    if not file.is_file():
+        return []
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         moments = [line["ended" if "ended" in line else "begun"] for line in lines]
@@ -66,13 +69,21 @@ def read_runs(work: Path) -> list[StageRun]:
             if line.pop("begun", None) is not None:
                 open_runs[stage] = StageRun(stage, moment, max(moments), line)
                 runs.append(open_runs[stage])
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file; stages that ran before it was kept have no time.")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({disk_reason(error)}).") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: a line is damaged ({error!r}).") from error
     return runs
+
+
+def minutes_of(runs: Iterable[StageRun]) -> list[tuple[str, str, str]]:
+    """Stage, minutes, and from when to when, from the first run's begin on."""
+    rows = []
+    ordered = sorted(runs, key=lambda run: run.begun)
+    for run in ordered:
+        begun, ended = ((moment - ordered[0].begun) / 60 for moment in (run.begun, run.ended))
+        rows.append((run.stage, f"{ended - begun:.1f}", f"{begun:.1f} … {ended:.1f}"))
+    return rows
 
 
 def wall_seconds(runs: Iterable[StageRun]) -> float:
