@@ -99,11 +99,11 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
         hint = f"; try: seed chat --model {out}" if "assemble" in wanted else ""
         print(f"Done in {minutes:.1f} min: {out}{hint}")
         if "report" in wanted and hasattr(config, "target"):
-            print(_target_line(space))
+            print(target_line(space))
     return DONE
 
 
-def _target_line(space: Workspace) -> str:
+def target_line(space: Workspace) -> str:
     """Whether the report's captions and drawings reach the target, and after how many minutes."""
     figures = read_json_object(space.out / "report" / "report.json")["splits"]["val"]
     captions, drawings = (figures[name]["all"] for name in ("caption", "drawing"))
