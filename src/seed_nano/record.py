@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = program_parser("python -m seed_nano.record", __doc__ or "")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="work folder of a run")
-    parser.add_argument("--against", type=Path, help="the last record: docs/records/DATE.json")
+    parser.add_argument("--against", type=Path, help="the file of the last record")
     parser.add_argument("--out", type=Path, help="write the figures as such a file")
     return run_program(parser, check, arguments, "record")
 

@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--preset",
         default="gpu",
-        help="pico (minutes), cpu (hours on two cores), gpu (default) or a YAML file of settings",
+        help="pico (minutes), cpu (hours on two cores), record (docs/records.md), gpu (default) or "
+        "a YAML file of settings",
     )
     for preset in ("pico", "cpu"):
         parser.add_argument(

@@ -3,6 +3,7 @@ commit, on two cores."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,12 +74,11 @@ def check_conditions(work: Path, runs: Sequence[StageRun]) -> str:
     """The commit of the runs. Raises DataError: several or unknown ones, more cores, or a GPU."""
     for run in runs:
         label = f"{work}: stage {run.stage}"
-        if "gpu" in run.conditions:
+        if run.gpu:
             raise DataError(f"{label} had a GPU; train with device=cpu.")
-        if run.conditions["cores"] > CORES:
-            cores = run.conditions["cores"]
-            raise DataError(f"{label} had {cores} cores; train on {CORES} (taskset -c 0,1).")
-    commits = sorted({run.conditions["commit"] for run in runs})
+        if run.cores > CORES:
+            raise DataError(f"{label} had {run.cores} cores; train on {CORES} (taskset -c 0,1).")
+    commits = sorted({run.commit for run in runs})
     if len(commits) > 1 or commits[0] == "unknown" or "+" in commits[0]:
         raise DataError(
             f"{work}: the stages ran at {', '.join(commits)}; commit all changes, and train in a "
@@ -108,5 +108,5 @@ def check_weights(space: Workspace) -> None:
 
 
 def _content(value: Tensor) -> bytes:
-    """A tensor in half precision, in which a system is saved."""
-    return value.half().contiguous().numpy().tobytes()
+    """Digest of a tensor in half precision, in which a system is saved."""
+    return hashlib.sha256(value.half().contiguous().numpy()).digest()

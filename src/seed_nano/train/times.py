@@ -25,13 +25,15 @@ FILE = "times.jsonl"
 
 @dataclass
 class StageRun:
-    """A run of a stage: its begin and end in seconds since 1970; `conditions`: see
-    `machine.hardware`, and `commit`."""
+    """A run of a stage: its begin and end in seconds since 1970, cores that it might use, name of
+    the GPU ("": none), and commit of the source."""
 
     stage: str
     begun: float
     ended: float
-    conditions: JsonObject
+    cores: int
+    gpu: str
+    commit: str
 
 
 @contextlib.contextmanager
@@ -62,13 +64,15 @@ def read_runs(work: Path) -> list[StageRun]:
         runs: list[StageRun] = []
         open_runs: dict[str, StageRun] = {}
         for line, moment in zip(lines, moments, strict=True):
-            stage = line.pop("stage")
+            stage = line["stage"]
             # An end, or the next begin after a kill.
             if stage in open_runs:
                 open_runs.pop(stage).ended = moment
-            if line.pop("begun", None) is not None:
-                open_runs[stage] = StageRun(stage, moment, max(moments), line)
-                runs.append(open_runs[stage])
+            if "begun" in line:
+                gpu, commit = line.get("gpu", ""), line["commit"]
+                run = StageRun(stage, moment, max(moments), int(line["cores"]), gpu, commit)
+                open_runs[stage] = run
+                runs.append(run)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({disk_reason(error)}).") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -18,19 +18,17 @@ from seed_nano.train.workspace import Workspace, load_settings
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20))))
 def test_wall_seconds_counts_each_second_once(times):
-    runs = [StageRun("clip", begun, begun + seconds, {}) for begun, seconds in times]
+    runs = [StageRun("clip", begun, begun + seconds, 2, "", "") for begun, seconds in times]
     covered = {second for run in runs for second in range(run.begun, run.ended)}
     assert wall_seconds(runs) == len(covered)
 
 
 def test_read_runs_counts_killed_runs_and_no_pauses(tmp_path):
     def write(*lines):
-        keys = ("stage", "begun", "ended")
-        rows = [{key: line[key] for key in keys if key in line} for line in lines]
-        (tmp_path / "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def begin(stage, moment):
-        return {"stage": stage, "begun": moment}
+        return {"stage": stage, "begun": moment, "cores": 2, "commit": "c0ffee"}
 
     def end(stage, moment):
         return {"stage": stage, "ended": moment}
@@ -46,9 +44,10 @@ def test_read_runs_counts_killed_runs_and_no_pauses(tmp_path):
     # The last one of the file.
     write(begin("vae", 0), begin("clip", 1), end("clip", 4))
     assert wall_seconds(read_runs(tmp_path)) == 4
-    (tmp_path / "times.jsonl").write_text("[]\n")
-    with pytest.raises(DataError, match=r"times\.jsonl"):
-        read_runs(tmp_path)
+    for damaged in ([], {"stage": "vae", "begun": 0}, {**begin("vae", 0), "cores": None}):
+        write(damaged)
+        with pytest.raises(DataError, match=r"times\.jsonl"):
+            read_runs(tmp_path)
 
 
 def test_timed_writes_the_end_of_a_stage_that_fails(tmp_path):
@@ -57,7 +56,7 @@ def test_timed_writes_the_end_of_a_stage_that_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt), timed(space, "vae"):
         raise KeyboardInterrupt
     (run,) = read_runs(tmp_path)
-    assert run.conditions["cores"] >= 1 and run.conditions["commit"]
+    assert run.cores >= 1 and run.commit
     assert "ended" in (tmp_path / "times.jsonl").read_text().splitlines()[-1]
 
 
