@@ -195,6 +195,8 @@ src/seed_nano/train/__main__.py nano --preset test --work work train_vea.steps=3
 src/seed_nano/train/__main__.py nano --preset none.yaml --work work -> none.yaml
 src/seed_nano/report/__main__.py --model nano --out out --splits vol -> 'val'
 src/seed_nano/report/__main__.py --model nano --out out --judge none -> none
+src/seed_nano/record.py check absent -> config.yaml
+src/seed_nano/record.py check absent --against absent.json -> absent.json
 seed convert absent.pt -> absent.pt
 seed plot absent -> absent
 seed export-tokenizer --stage2 absent.pth --out out -> absent.pth

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.settings import check_keys
 from seed_nano.train.pipeline import Pipeline
-from seed_nano.train.stages import PIPELINES
-from seed_nano.train.workspace import load_settings
+from seed_nano.train.stages import PIPELINES, used_stages
+from seed_nano.train.times import read_runs, wall_seconds
+from seed_nano.train.workspace import Workspace, load_settings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--preset",
         default="gpu",
-        help="pico (minutes), cpu (hours on two cores), gpu (default) or a YAML file of settings",
+        help="pico (minutes), cpu (hours on two cores), record (docs/records.md), gpu (default) or "
+        "a YAML file of settings",
     )
     for preset in ("pico", "cpu"):
         parser.add_argument(
@@ -78,7 +80,7 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
     check_keys(wanted, stages, "--only")
     if not wanted:
-        wanted = list(stages)
+        wanted = list(used_stages(system, config))
         if options.no_report:
             wanted.remove("report")
     # 2. Write the settings, which child processes read.
@@ -92,12 +94,27 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     space = kind(config, work, out)
     started = time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
-    Pipeline(space, stages, options.jobs, child).run(wanted)
+    Pipeline(space, stages, options.jobs, child, keep_times=not options.child).run(wanted)
     if not options.child:
         minutes = (time.monotonic() - started) / 60
         hint = f"; try: seed chat --model {out}" if "assemble" in wanted else ""
         print(f"Done in {minutes:.1f} min: {out}{hint}")
+        if "report" in wanted and hasattr(config, "target"):
+            print(target_line(space))
     return DONE
+
+
+def target_line(space: Workspace) -> str:
+    """Whether the report's captions and drawings reach the target, and after how many minutes."""
+    figures = read_json_object(space.out / "report" / "report.json")["splits"]["val"]
+    captions, drawings = (figures[name]["all"] for name in ("caption", "drawing"))
+    is_reached = min(captions["value"], drawings["value"]) >= space.config.target
+    runs = [run for run in read_runs(space.work) if run.stage != "report"]
+    return (
+        f"Target {space.config.target} {'reached' if is_reached else 'not reached'}: captions "
+        f"{captions['value']:.3f}, drawings {drawings['value']:.3f} of val (n {captions['n']}); "
+        f"{wall_seconds(runs) / 60:.1f} min of training."
+    )
 
 
 if __name__ == "__main__":

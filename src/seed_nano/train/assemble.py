@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from seed_multimodal.disk import JsonObject, read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, read_json_object, replace_json, replace_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.lavit.spec import LavitConfig
@@ -144,14 +144,21 @@ def install_agent(space: Workspace) -> None:
 
 
 def assemble_nano(space: Workspace) -> JsonObject:
-    """The small autoencoder, half precision, the pipeline's index, `system.json`."""
+    """The autoencoder, half precision, the pipeline's index, `system.json`."""
     from transformers import CLIPImageProcessor
 
+    # 1. The autoencoder: the small one, unless its stage is left out.
     decoder = space.decoder_folder
-    shutil.copytree(space.work / "tiny" / "vae", decoder / "vae", dirs_exist_ok=True)
+    is_small = space.config.train_tiny.max_steps > 0
+    autoencoder = space.work / "tiny" / "vae" if is_small else space.autoencoder
+    shutil.copytree(autoencoder, decoder / "vae", dirs_exist_ok=True)
+
+    # 2. The pipeline's index, with its class, and the settings.
+    index = read_json_object(TEMPLATES / "nano" / "model_index.json")
+    index["vae"][1] = read_json_object(autoencoder / "config.json")["_class_name"]
+    replace_json(decoder / "model_index.json", index)
     size = space.config.image_size
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(decoder / "feature_extractor")
-    shutil.copy(TEMPLATES / "nano" / "model_index.json", decoder)
     settings = {**system_settings(space), "image_size": size}
     replace_text(space.out / "system.json", json.dumps(settings, indent=1))
     write_hub_files(SeedLlamaConfig, space.out)

@@ -33,6 +33,7 @@ from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.trainer import train_stage
+from seed_nano.train.times import timed
 from seed_nano.train.workspace import (
     QUIET,
     ROOT,
@@ -103,6 +104,12 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     }
     # 2. Resolve the template, then apply the keys for a run that starts from weights.
     recipe: Any = OmegaConf.to_container(OmegaConf.create(values)["recipe"], resolve=True)
+    # Kinds of records with the number 0 have no file.
+    amounts = values.get("records", {})
+    for data in (recipe.get("data", {}), recipe.get("eval_data", {})):
+        for row in list(data.get("sources", ())):
+            if amounts.get(Path(row.get("files", "")).stem) == 0:
+                data["sources"].remove(row)
     with_start = recipe.pop("with_start", {})
     if stage.start:
         for section, keys in with_start.items():
@@ -209,12 +216,14 @@ class Pipeline:
 
     Attributes:
         child: the command that runs a single stage, whose name is appended.
+        keep_times: write the times of the stages (`times`); False in such a child.
     """
 
     space: Workspace
     stages: Mapping[str, Stage]
     jobs: int
     child: Sequence[str]
+    keep_times: bool = True
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, wanted: Collection[str]) -> None:
@@ -250,11 +259,17 @@ class Pipeline:
         self, stage: Stage, pool: ThreadPoolExecutor, running: dict[Future[None], str]
     ) -> None:
         if self.jobs == 1:  # in the main thread, which gets the signals
-            self._run(stage)
-        elif isinstance(stage.run, Application):
-            running[pool.submit(self._run, stage)] = stage.name
+            self._run_timed(stage)
         else:
-            running[pool.submit(self._process, [*self.child, stage.name])] = stage.name
+            running[pool.submit(self._run_timed, stage)] = stage.name
+
+    def _run_timed(self, stage: Stage) -> None:
+        times = timed(self.space, stage.name) if self.keep_times else contextlib.nullcontext()
+        with times:
+            if self.jobs == 1 or isinstance(stage.run, Application):
+                self._run(stage)
+            else:
+                self._process([*self.child, stage.name])
 
     def _run(self, stage: Stage) -> None:
         space = self.space

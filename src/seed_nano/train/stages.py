@@ -23,12 +23,16 @@ from seed_nano.train.vae import VaeTask
 from seed_nano.train.vision import ClipTask, XVisionTask
 from seed_nano.train.workspace import (
     LavitWorkspace,
+    Settings,
     SuccessorWorkspace,
     Workspace,
     XWorkspace,
 )
 
 STUDY_RECORDS = ("records", "things", "pool", "held_out_scenes")
+# Left out with 0 steps. Without `tiny` the system has the autoencoder that the others learn from,
+# without `known` it does not note unlike images.
+OPTIONAL = ("tiny", "sharp", "known")
 
 
 def lavis(name: str, needs: str) -> Stage:
@@ -167,3 +171,12 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         ),
     ),
 }
+
+
+def used_stages(system: str, config: Settings) -> dict[str, Stage]:
+    """The stages of a run by their names, without those that its settings leave out."""
+    stages = {}
+    for stage in PIPELINES[system][1]:
+        if stage.name not in OPTIONAL or getattr(config, f"train_{stage.name}").max_steps:
+            stages[stage.name] = stage
+    return stages

@@ -166,7 +166,8 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
     encode: N scenes → codes int16 `[N, Q]`.
     """
     config = space.config
-    amounts: dict[str, int] = asdict(config.records)
+    # Kinds of records with the number 0 have no file.
+    amounts = {kind: amount for kind, amount in asdict(config.records).items() if amount}
 
     # 1. All records, with scenes in place of images, and each scene once.
     records_of: dict[tuple[str, str], list[Record]] = {}

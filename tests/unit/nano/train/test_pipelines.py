@@ -1,6 +1,7 @@
 """The pipelines of nano, nano-x and nano-lavit at toy size: killed, resumed, and the systems they
 train."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny import read_json
 from seed_multimodal import Lavit, SeedLlama, SeedX
 from seed_multimodal.disk import folder_lock
 from seed_multimodal.errors import SeedError
+from seed_nano import record
 from seed_nano.train.__main__ import main
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
@@ -46,7 +48,57 @@ def killed_and_resumed(system: str, work: Path, capfd, checkpoint: str, *options
     assert "resumes from" in capfd.readouterr().out
 
 
-def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
+# What breaks a rule of the record: files that are removed (None), replaced, or in which a text is,
+# and what the message names.
+BROKEN = [
+    ({"unet.done.json": None}, "stage unet"),
+    ({"vae.settings.json": (b'"learning_rate": 0.002', b'"learning_rate": 0.003')}, "train_vae"),
+    (
+        {
+            "config.yaml": (b"start: ''", b"start: pretrained/nano"),
+            "vae.settings.json": (b'"start": ""', b'"start": "pretrained/nano"'),
+        },
+        "starts from pretrained/nano",
+    ),
+    ({"stage1.yaml": (b"model:", f"judge: {NANO / 'judge'}\nmodel:".encode())}, "stage stage1"),
+    ({"stage2/stage2.done.json": (b'"seconds": ', b'"seconds": 9')}, "stage stage2"),
+    ({"times.jsonl": (b'"stage": "llm"', b'"stage": "lm"')}, "stage llm"),
+    ({"times.jsonl": (b'"cores": 2', b'"cores": 3')}, "3 cores"),
+    ({"times.jsonl": (b'"commit": "c0ffee"', b'"commit": "c0ffee+changes"')}, "c0ffee+changes"),
+    ({"system/seed_llama/model.safetensors": NANO / "seed_llama/model.safetensors"}, "seed_llama"),
+]
+
+
+def assert_record_is_checked(work: Path, capfd, monkeypatch):
+    """A run that is valid and too weak, and the same with one thing changed."""
+    # 1. Whatever machine and commit this is.
+    times = work / "times.jsonl"
+    text = re.sub(r'"cores": \d+', '"cores": 2', times.read_text())
+    times.write_text(re.sub(r'"commit": "[^"]*"', '"commit": "c0ffee"', text))
+    monkeypatch.setattr(record, "SCENES", 2)
+    out = work / "record.json"
+    assert record.main(["check", str(work), "--out", str(out)]) == 1
+    assert "seed 1, seed 2, captions of seed 0" in capfd.readouterr().out
+    assert read_json(out)["runs"][0]["minutes"] > 0
+
+    # 2. What breaks a rule.
+    for changes, named in BROKEN:
+        before = {name: (work / name).read_bytes() for name in changes}
+        for name, change in changes.items():
+            if change is None:
+                (work / name).unlink()
+            elif isinstance(change, Path):
+                (work / name).write_bytes(change.read_bytes())
+            else:
+                (work / name).write_bytes(before[name].replace(*change, 1))
+                assert change[0] in before[name], name
+        assert record.main(["check", str(work)]) == 2, named
+        assert named in capfd.readouterr().err
+        for name, content in before.items():
+            (work / name).write_bytes(content)
+
+
+def test_nano_is_killed_resumed_and_answers(tmp_path, capfd, monkeypatch):
     # One pipeline of three in the suite; the others at night.
     require_lavis()
     work = tmp_path / "work"
@@ -58,6 +110,7 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
         "train_clip.steps=30",
         "train_stage1.accumulate=2",
         *(f"train_{name}.save_every_steps=4" for name in ("pretrain", "sft")),
+        "records.talk=0",
     ]
     assert main(arguments("nano", work, "--jobs", "2", "--no-report", *settings)) == 0
     output = capfd.readouterr().out
@@ -81,6 +134,9 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     saved = torch.load(work / "stage2" / "checkpoint_0.pth", weights_only=True)["model"]
     assert not any(name.startswith(("label_heads", "readout")) for name in saved)
 
+    assert not (work / "records" / "train" / "talk.tar").exists()
+    assert_record_is_checked(work, capfd, monkeypatch)
+
     # Finished stages are skipped; without its record a training resumes from its last checkpoint.
     vae = work / "autoencoder/vae/diffusion_pytorch_model.safetensors"
     for file in (vae, work / "vae.done.json"):
@@ -92,6 +148,19 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     assert "train_unet.learning_rate: 0.001 -> 0.5" in output and "vae was run again" in output
     assert main(arguments("nano", work, "--only", "records", "records.captions=13", *settings)) == 0
     assert read_json(work / "records.done.json")["captions"] == 13
+
+
+@pytest.mark.nightly
+def test_nano_without_stages_and_kinds_of_records_is_a_system(tmp_path, capsys, monkeypatch):
+    # The record's preset needs neither a small autoencoder nor questions.
+    require_lavis()
+    less = [f"train_{name}.steps=0" for name in ("tiny", "sharp", "known")]
+    less += [f"records.{kind}=0" for kind in ("questions", "edits", "documents", "stories")]
+    assert main(arguments("nano", tmp_path, *less)) == 0
+    printed = capsys.readouterr().out
+    assert "== tiny" not in printed and "Target 0.9 not reached" in printed
+    monkeypatch.setattr(record, "SCENES", 2)
+    assert record.main(["check", str(tmp_path)]) in (1, 2)  # by the state of the repository
 
 
 @pytest.mark.nightly

@@ -1,0 +1,112 @@
+"""The record: times of stages, differences, and which runs make one."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from seed_multimodal.errors import DataError
+from seed_multimodal.evaluation.metrics import t_interval
+from seed_nano.record import Figures, Record, differences, join_runs
+from seed_nano.train.__main__ import target_line
+from seed_nano.train.times import StageRun, read_runs, timed, wall_seconds
+from seed_nano.train.workspace import Workspace, load_settings
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20))))
+def test_wall_seconds_counts_each_second_once(times):
+    runs = [StageRun("clip", begun, begun + seconds, 2, "", "") for begun, seconds in times]
+    covered = {second for run in runs for second in range(run.begun, run.ended)}
+    assert wall_seconds(runs) == len(covered)
+
+
+def test_read_runs_counts_killed_runs_and_no_pauses(tmp_path):
+    def write(*lines):
+        (tmp_path / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def begin(stage, moment):
+        return {"stage": stage, "begun": moment, "cores": 2, "commit": "c0ffee"}
+
+    def end(stage, moment):
+        return {"stage": stage, "ended": moment}
+
+    # Side by side, a pause, and a run that was killed: it counts up to the next one.
+    write(
+        *(begin("vae", 0), begin("clip", 1), end("clip", 4), end("vae", 10)),
+        *(begin("unet", 20), begin("unet", 27), end("unet", 30)),
+    )
+    spans = [(run.stage, run.begun, run.ended) for run in read_runs(tmp_path)]
+    assert spans == [("vae", 0, 10), ("clip", 1, 4), ("unet", 20, 27), ("unet", 27, 30)]
+    assert wall_seconds(read_runs(tmp_path)) == 20
+    # The last one of the file.
+    write(begin("vae", 0), begin("clip", 1), end("clip", 4))
+    assert wall_seconds(read_runs(tmp_path)) == 4
+    for damaged in ([], {"stage": "vae", "begun": 0}, {**begin("vae", 0), "cores": None}):
+        write(damaged)
+        with pytest.raises(DataError, match=r"times\.jsonl"):
+            read_runs(tmp_path)
+
+
+def test_timed_writes_the_end_of_a_stage_that_fails(tmp_path):
+    # A run that is stopped must not count the pause after it.
+    space = Workspace(load_settings("nano", "test"), tmp_path, tmp_path)
+    with pytest.raises(KeyboardInterrupt), timed(space, "vae"):
+        raise KeyboardInterrupt
+    (run,) = read_runs(tmp_path)
+    assert run.cores >= 1 and run.commit
+    assert "ended" in (tmp_path / "times.jsonl").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("drawings", "text"), [(0.9, "0.9 reached"), (0.89, "0.9 not reached")])
+def test_target_line_compares_captions_and_drawings(tmp_path, drawings, text):
+    figures = {
+        "caption": {"all": {"value": 0.95, "n": 250}},
+        "drawing": {"all": {"value": drawings}},
+    }
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps({"splits": {"val": figures}}))
+    space = Workspace(load_settings("nano", "test"), tmp_path, tmp_path)
+    assert text in target_line(space)
+
+
+def record_of(*minutes, seeds=(0, 1, 2), **changes):
+    runs = [
+        Figures(seed=seed, minutes=value, captions=0.9, drawings=0.9)
+        for seed, value in zip(seeds, minutes, strict=False)
+    ]
+    return Record(
+        **{
+            "date": "2026-01-01",
+            "commit": "c0ffee",
+            "settings": {"pool": 48},
+            "runs": runs,
+            **changes,
+        }
+    )
+
+
+def test_differences_are_paired_by_seed():
+    last, record = record_of(200.0, 212.5, 190.0), record_of(80.0, 91.0, 85.5)
+    expected = stats.ttest_rel([80.0, 91.0, 85.5], [200.0, 212.5, 190.0]).confidence_interval()
+    interval = t_interval(differences(record, last))
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-3)
+    with pytest.raises(DataError, match="seeds"):
+        differences(record, record_of(200.0))
+
+
+@pytest.mark.parametrize(
+    ("second", "named"),
+    [
+        (record_of(1.0), "seeds"),
+        (record_of(1.0, seeds=[5]), "seeds"),
+        (record_of(1.0, seeds=[1], settings={"pool": 64}), "pool"),
+        (record_of(1.0, seeds=[1], commit="decaf"), "commit"),
+    ],
+)
+def test_join_runs_refuses_runs_of_two_recipes(second, named):
+    assert asdict(join_runs([record_of(1.0), record_of(2.0, seeds=[1])]))["runs"][1]["seed"] == 1
+    with pytest.raises(DataError, match=named):
+        join_runs([record_of(1.0), second])
