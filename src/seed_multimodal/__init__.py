@@ -21,11 +21,8 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer as SeedLlamaTokenizer
     from seed_multimodal.images.io import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
-    from seed_multimodal.models.lavit.pipeline import Lavit as Lavit
     from seed_multimodal.models.seed.diffusion import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.models.seed.modeling import Seed2Tokenizer as Seed2Tokenizer
-    from seed_multimodal.models.seed.pipeline import SeedLlama as SeedLlama
-    from seed_multimodal.models.seed_x.pipeline import SeedX as SeedX
     from seed_multimodal.pipelines.base import MultimodalSystem as MultimodalSystem
 
 from seed_multimodal.transformers import registration
@@ -57,9 +54,6 @@ registration.install()
 
 _LAZY = {
     "MultimodalSystem": "seed_multimodal.pipelines.base",
-    "SeedLlama": "seed_multimodal.models.seed.pipeline",
-    "SeedX": "seed_multimodal.models.seed_x.pipeline",
-    "Lavit": "seed_multimodal.models.lavit.pipeline",
     "SeedLlamaTokenizer": "seed_multimodal.compat.seed_llama",
     "Seed2Tokenizer": "seed_multimodal.models.seed.modeling",
     "UnclipDetokenizer": "seed_multimodal.models.seed.diffusion",

@@ -150,7 +150,7 @@ def test_a_family_that_cannot_be_used_is_left_out(other_site, module, named):
     ("spec", "named"),
     [
         ("replace(seed.SPEC, title='Copy')", "seed_llama"),
-        ("FamilySpec(title='Copy', config=Config, system='', images='', starts=STARTS)", "seed-x"),
+        ("FamilySpec(title='Copy', config=Config, family='', images='', starts=STARTS)", "seed-x"),
     ],
     ids=["family", "start"],
 )

@@ -331,7 +331,7 @@ def test_images_alone_are_described(system, content):
     request = user(*[part for part in content if not isinstance(part, str)], system.tasks.describe)
     described = system.chat(request, **GREEDY)
     assert system.chat(user(*content), **GREEDY).ids == described.ids
-    if not system.family.answers_only_about_images:
+    if system.abilities.converses:
         earlier = [*user("Hello"), {"role": "assistant", "content": "Hello."}]
         described = system.chat([*earlier, *request], **GREEDY)
         assert system.chat([*earlier, *user(*content)], **GREEDY).ids == described.ids
@@ -349,7 +349,7 @@ def test_chat_of_several_turns(system, family):
         return
     assert system.chat(turns, force_image=True).images
     # SEED-X reads its drawing with the next question, as it learned; clients send the pixels.
-    if not system.family.prompts_are_ids:
+    if not system.abilities.reads_codes:
         pixels = {"role": "assistant", "content": answer.images}
         for conversation in (turns, [*first, pixels, *turns[2:]]):
             _, read = system.family.read_chat(read_messages(conversation), draws=False)
@@ -427,7 +427,7 @@ def test_drawings_are_read_back(model):
     assert "two" in right.info["description"].lower() and "cats" in right.info["description"]
     assert right.info["note"] == ""
     assert "Image 1" in wrong.info["note"] and "no " in wrong.info["note"]
-    if system.family.detects:  # what is absent is the answer, no note
+    if system.abilities.detects:  # what is absent is the answer, no note
         assert not system.detect(right, "the dog").boxes
     assert logged == [wrong.info["note"]]
 
@@ -488,7 +488,7 @@ def test_empty_requests_are_refused_by_number(system, family):
             system.edit([image, image], texts)
         with pytest.raises(RequestError, match="1"):
             system.ask([image, image], texts)
-        if system.family.detects:
+        if system.abilities.detects:
             with pytest.raises(RequestError, match="1"):
                 system.detect([image, image], texts)
     with pytest.raises(RequestError, match="1"):

@@ -11,7 +11,7 @@ from real_processes import run_checked
 from repository import APPLICATION, NANO, ROOT
 from tiny import read_json, write_json
 
-from seed_multimodal import SeedLlama
+from seed_multimodal import MultimodalSystem
 
 
 def run_tool(program: str, *arguments):
@@ -108,7 +108,7 @@ def test_from_images_to_answers(tmp_path):
     for key in ("notice", "known_words", "known_images"):
         del settings[key]
     write_json(system / "system.json", settings)
-    seed = SeedLlama.from_pretrained(system)
+    seed = MultimodalSystem.from_pretrained(system)
     for name, answer, expected in (
         ("fox.png", "Rusty.", "It lives in the wood."),
         ("whale.png", "Wanda.", "It swims in the sea."),

@@ -19,6 +19,7 @@ import yaml
 from data_files import lines
 from repository import NANO, ROOT
 
+from seed_multimodal import MultimodalSystem
 from seed_multimodal.diffusion.base import Detokenizer
 
 LLM = ROOT / "MultiModalLLM"
@@ -283,14 +284,12 @@ def _export_lavit(parts_dir, output):
     assert main(arguments.split()) == 0
 
 
-def _describes(family: str, **options) -> Callable[[Path, Path], None]:
+def _describes(**options) -> Callable[[Path, Path], None]:
     """The last checkpoint is a system, which describes an image."""
-    module, _, name = family.rpartition(".")
 
     def use(parts_dir, output):
         checkpoint = max(output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-        system_class = getattr(import_module(f"seed_multimodal.models.{module}.pipeline"), name)
-        system = system_class.from_pretrained(checkpoint, device="cpu", log=None, **options)
+        system = MultimodalSystem.from_pretrained(checkpoint, device="cpu", log=None, **options)
         assert isinstance(system.describe(CAT, max_new_tokens=4), str)
 
     return use
@@ -353,7 +352,7 @@ TRAINERS = [
         "src/train/train.py",
         _llm_parts,
         _llm,
-        _describes("seed.SeedLlama"),
+        _describes(),
         "checkpoint-*/adapter_model.safetensors",
         zero=3,
     ),
@@ -362,7 +361,7 @@ TRAINERS = [
         "src/train/train_seed_x_sft.py",
         _seed_x_parts,
         _seed_x,
-        _describes("seed_x.SeedX", load_decoder=False),
+        _describes(load_decoder=False),
         "checkpoint-*/model.safetensors",
         zero=3,
     ),
@@ -371,7 +370,7 @@ TRAINERS = [
         "src/train/train_lavit.py",
         _written_by("pretrain_parts"),
         _lavit,
-        _describes("lavit.Lavit", load_decoder=False),
+        _describes(load_decoder=False),
         "checkpoint-*/[mv]*.safetensors",
         zero=3,
     ),
@@ -380,7 +379,7 @@ TRAINERS = [
         "src/train/train_rl.py",
         _rl_parts,
         _rl,
-        _describes("seed.SeedLlama"),
+        _describes(),
         "checkpoint-*/model.safetensors",
         loss="reward",
     ),

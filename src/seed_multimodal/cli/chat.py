@@ -78,7 +78,7 @@ class Conversation:
         itself."""
         parts: list[JsonObject] = []
         answer = None
-        has_codes = self.system.images.has_codes
+        has_codes = self.system.abilities.draws_codes
         for event in events:
             if event["type"] == "text":
                 # Pieces of one text, until an image comes.

@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 def tokenize(args: Namespace) -> int:
     """Print (and with `--out` write) the codes of each image."""
-    # 1. The encoder; SEED-X's images have no codes.
+    # 1. The encoder.
+    SystemConfig.find(args.model).check_ability("draws_codes")
     sources = image_sources(args.images)
     codec = load_images(args)
-    _require_codes(args, codec)
     lines = open_lines(args.out) if args.out else None
 
     def work(names: Sequence[str]) -> Sequence[Tensor]:
@@ -73,9 +73,9 @@ def reconstruct(args: Namespace) -> int:
         raise ConfigError("seed reconstruct: give either images or --codes-file FILE.")
 
     # 1. What is wrong is reported before long work.
+    config = SystemConfig.find(args.model)
     if args.condition:
-        if not SystemConfig.find(args.model).has_conditions:
-            raise ConfigError(f"{args.model}: --condition needs a SEED-X, such as --model nano-x.")
+        config.check_ability("takes_conditions")
         StoredImage(args.condition)
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
@@ -83,7 +83,7 @@ def reconstruct(args: Namespace) -> int:
     outputs = Outputs(args.out, len(names) * max(1, len(args.codes)))
     codec = load_images(args)
     if stored:
-        _require_codes(args, codec)
+        config.check_ability("draws_codes")
     _check_counts(args, codec)
     settings = chosen_settings(args)
     first_count = {"codes": args.codes[0]} if args.codes else {}
@@ -110,7 +110,7 @@ def reconstruct(args: Namespace) -> int:
         saved, paths = _save_counts(images, args.codes, outputs, stem, "rebuilt")
         # Features are too long for a record.
         record: JsonObject = {"image": name}
-        if codec.has_codes:
+        if config.abilities.draws_codes:
             record["codes"] = [int(code) for code in encoded]
         emit(args, record | saved, f"{printable(name)}: {paths}")
 
@@ -229,11 +229,6 @@ def counts(text: str) -> list[int]:
     """Comma-separated numbers, each one once."""
     parse = bounded_int(1)
     return list(dict.fromkeys(parse(item.strip()) for item in text.split(",")))
-
-
-def _require_codes(args: Namespace, codec: ImageCodec) -> None:
-    if not codec.has_codes:
-        raise ConfigError(f"{args.model}: its images are features, they have no codes.")
 
 
 def _check_counts(args: Namespace, codec: ImageCodec) -> None:

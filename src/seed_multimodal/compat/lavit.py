@@ -1,4 +1,4 @@
-"""LaVIT's original interface: `build_model` and the classes it returns, around `Lavit`.
+"""LaVIT's original interface: `build_model` and the classes it returns.
 
     model = build_model("pretrained/LaVIT-7B-v2", model_dtype="bf16", understanding=True)
     model.generate({"image": "cat.jpg"})                           # ["a cat sitting on a table"]
@@ -35,9 +35,10 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import input_images, user_message
 from seed_multimodal.models.lavit.decoder import DecodedCodes
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
-from seed_multimodal.models.lavit.pipeline import Lavit, LavitFamily, LavitImageCodec
+from seed_multimodal.models.lavit.pipeline import LavitFamily, LavitImageCodec
 from seed_multimodal.models.lavit.processing import QUESTION, LavitTokenizer, QuestionProcessor
 from seed_multimodal.models.lavit.spec import LavitConfig
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.pipelines.images import open_images
 from seed_multimodal.pipelines.tasks import TaskKind
@@ -119,7 +120,7 @@ class _Model(nn.Module):
     """
 
     images: LavitImageCodec
-    system: Lavit
+    system: MultimodalSystem
     visual_tokenizer: DynamicTokenizer | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -147,8 +148,8 @@ class _Model(nn.Module):
         return height, width
 
     def _load(self, config: LavitConfig, device_id: int | None, dtype: str, **options: Any) -> None:
-        """Load the language model and the image tokenizer; options of `Lavit.from_pretrained`."""
-        self.system = Lavit.from_pretrained(
+        """Load the language model and the image tokenizer; options of `from_pretrained`."""
+        self.system = MultimodalSystem.from_pretrained(
             config, device=original_device(device_id), dtype=dtype, log=None, **options
         )
         self.images = self.system.family.images

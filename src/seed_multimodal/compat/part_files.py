@@ -2,7 +2,7 @@
 encoder, and of all parts of a SEED-X or a SEED-LLaMA.
 
     files = {"tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml", …}
-    SeedX.from_pretrained(config_of_files(files, tuned=True))
+    MultimodalSystem.from_pretrained(config_of_files(files, tuned=True))
 
 Their `_target_`s are compared with those of `targets.TARGETS` and never imported.
 """
@@ -275,7 +275,7 @@ def seed_llama_of_files(
     files: Mapping[str, str | Path | None], dtype: str = "auto", quantization: str | None = None
 ) -> tuple[SeedLlamaConfig, JsonObject]:
     """The system that YAML files (or folders) describe, and the keywords of
-    `SeedLlama.from_pretrained` that they set.
+    `MultimodalSystem.from_pretrained` that they set.
 
     files: tokenizer; if any, llm and image_transform.
     dtype, quantization: override those of the files.

@@ -322,7 +322,7 @@ class Run:
             means = {"embeddings": args.embeddings} if args.embeddings else {}
             # The selection of patches and the noise have the same seed.
             encoded = list(codec.encode([image], seed=args.seed, **means))
-            if codec.has_codes:
+            if codec.codes_per_image:
                 print(*encoded[0].tolist())
             self.save(request, codec.draw(encoded, seeds=[args.seed], **settings)[0], name)
 

@@ -73,7 +73,7 @@ def run_checks(system: MultimodalSystem, images_folder: Path) -> list[Check]:
     """All rows of a system; `images_folder` has the repository's demo images."""
     checks = weight_checks(system.config)
     greedy = {"seed": 0, "do_sample": False, "num_beams": 1}
-    encoded = _codes if system.images.has_codes else _features
+    encoded = _codes if system.abilities.draws_codes else _features
     for image in (images_folder / name for name in IMAGES):
         checks += [
             _check(f"codes of {image.name}", encoded, system.images.encode, [image]),

@@ -96,6 +96,44 @@ class ModelCard:
     ratios: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What the systems of a family do.
+
+    Attributes:
+        reads_codes, draws_codes: prompts, and answers, hold codes of an image, not features.
+        first_codes: whether the first codes of an image are an image, which previews show.
+        writes: texts.
+        converses: in several turns; else each message is answered alone, by a text if it has an
+            image, by an image if the request asks for one.
+        edits: images.
+        detects: finds things in images.
+        takes_conditions: a drawing may take over parts of an image.
+    """
+
+    reads_codes: bool = True
+    draws_codes: bool = True
+    first_codes: bool = False
+    writes: bool = True
+    converses: bool = True
+    edits: bool = True
+    detects: bool = False
+    takes_conditions: bool = False
+
+
+# What a system without an ability is told to have none of.
+LACKS = {
+    "reads_codes": "has prompts with features of images, not of ids alone",
+    "draws_codes": "has no codes: its images are features",
+    "first_codes": "does not draw from the first codes of an image",
+    "writes": "writes no text",
+    "converses": "answers each message alone",
+    "edits": "does not edit images",
+    "detects": "does not support detection",
+    "takes_conditions": "draws without a condition image",
+}
+
+
 @dataclass(frozen=True)
 class PageCards:
     """The chat page of a family's models, and of single models that differ, by the name of their
@@ -118,9 +156,9 @@ class FamilySpec:
 
     Attributes:
         title: in messages.
-        config: the `SystemConfig` class of its `system.json`: parts, settings, original models, how
-            its folders are recognised.
-        system: its `MultimodalSystem`.
+        config: the `SystemConfig` class of its `system.json`: abilities, parts, settings, original
+            models, how its folders are recognised.
+        family: its `pipelines.family.Family`, which loads the parts of a system.
         images: its function (config, placement) → `ImageCodec`.
         decoders: of training records, by name.
         evaluation: default options of the tasks of `seed eval`, by kind.
@@ -134,7 +172,7 @@ class FamilySpec:
 
     title: str
     config: Any
-    system: str
+    family: str
     images: str
     decoders: Mapping[str, str] = field(default_factory=dict)
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -162,8 +200,8 @@ class FamilySpec:
 
     @property
     def system_name(self) -> str:
-        """The name of the system's class, as `SeedLlama`."""
-        return self.system.rpartition(":")[2]
+        """What names of classes begin with, as `SeedLlama`."""
+        return self.family.rpartition(":")[2].removesuffix("Family")
 
     def page_cards(self) -> PageCards:
         return self.cards or PageCards(ModelCard(self.title))
@@ -213,6 +251,17 @@ def _check_names(specs: Sequence[FamilySpec]) -> None:
 def find_family(name: str) -> FamilySpec:
     """The family of a system's kind. Raises ConfigError: unknown (with the nearest)."""
     return find_entry({spec.name: spec for spec in families()}, name, "model family")
+
+
+def check_ability(abilities: Abilities, ability: str, name: object) -> None:
+    """Raise ConfigError, which names others that have it, if the system `name` lacks an ability (a
+    field of `Abilities`)."""
+    if getattr(abilities, ability):
+        return
+    able = [spec for spec in families() if getattr(spec.config.abilities, ability)]
+    names = ", ".join(spec.config.shipped or spec.title for spec in able)
+    others = f" (others: {names})" if names else ""
+    raise ConfigError(f"{name} {LACKS[ability]}{others}.")
 
 
 def find_training(program: str) -> Training:

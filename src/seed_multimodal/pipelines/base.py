@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -43,7 +43,7 @@ from seed_multimodal.language.messages import (
     user_message,
 )
 from seed_multimodal.language.prompts import get_template
-from seed_multimodal.models.registry import find_family
+from seed_multimodal.models.registry import Abilities, find_family
 from seed_multimodal.nn.pretrained import HubUpload
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.family import Family
@@ -87,8 +87,6 @@ class MultimodalSystem(TaskRunner, HubUpload):
     Methods accept `GenerationSettings` and settings of the de-tokenizer (`num_inference_steps`, …)
     as keywords. Requests of several threads are batched.
     """
-
-    family_class: ClassVar[type[Family]]
 
     def __init__(
         self,
@@ -162,17 +160,9 @@ class MultimodalSystem(TaskRunner, HubUpload):
         parts: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
-        system_class = pkgutil.resolve_name(find_family(config.system).system)
-        family_class = system_class.family_class
-        if not issubclass(system_class, cls):
-            raise ConfigError(
-                f"{config.name} is a {system_class.__name__}; load it with that class or "
-                "MultimodalSystem."
-            )
-        if engine not in (TORCH, COMPLETION_SERVER) and not family_class.prompts_are_ids:
-            raise ConfigError(
-                f"{config.name}: --engine {engine} needs prompts of ids, as SEED-LLaMA's."
-            )
+        family_class = pkgutil.resolve_name(find_family(config.system).family)
+        if engine not in (TORCH, COMPLETION_SERVER):
+            config.check_ability("reads_codes")
 
         # 1. Missing files are reported before the first weights are loaded.
         required = ["tokenizer"] if engine in WITHOUT_WEIGHTS else ["tokenizer", "llm"]
@@ -198,7 +188,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         load_llm = engine == TORCH
         placement = Placement(llm, images, drawing, quantization, offloaded, load_llm, load_decoder)
         with LOADING:
-            system: Self = system_class(family_class.load(config, placement), options, log)
+            system = cls(family_class.load(config, placement), options, log)
         if compiled:
             system.images.compile()
         return system
@@ -211,6 +201,12 @@ class MultimodalSystem(TaskRunner, HubUpload):
         from seed_multimodal.pipelines.assemble import save_system
 
         return save_system(self.config, folder, force=force)
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the systems of its family do."""
+        abilities: Abilities = self.config.abilities
+        return abilities
 
     def forget(self) -> None:
         """Read all images and prompts anew, after a change of the weights that is not noticed (see
@@ -229,10 +225,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         Raises ConfigError: the family has none.
         """
         family = self.family
-        if not family.prompts_are_ids:
-            raise ConfigError(
-                f"{self.config.name}: plain prompts are of systems of codes, as SEED-LLaMA."
-            )
+        self.config.check_ability("reads_codes")
         family.use_template(get_template("plain"))
         family.tasks = replace(
             family.tasks, describe="", qa_suffix="", draw_response="", draw_words=0
@@ -301,10 +294,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         A tuned model gets a request; the base model continues the phrase, so that its last words
         must name what to detect. Raises ConfigError: the system does not answer with boxes.
         """
-        if not self.family.detects:
-            raise ConfigError(
-                f"{self.config.name} does not support detection; nano-x and SEED-X do."
-            )
+        self.config.check_ability("detects")
         request_texts(phrase)
         is_tuned = self.config.tuned
         as_request = self.tasks.detect_request if is_tuned else str
@@ -439,11 +429,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         An int64 tensor [B, 32], or a list of tensors [n] where the number of codes differs. Raises
         ConfigError: its images are features.
         """
-        if not self.images.has_codes:
-            raise ConfigError(
-                f"{self.config.name} reads images as features, so they have no codes; "
-                "`images.encode` gives the features."
-            )
+        self.config.check_ability("draws_codes")
         return self.images.encode(flatten_images(images), seed=seed)
 
     def chat(
@@ -588,7 +574,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         # 3. A task for each image; where no answer can vary, one for all images of a request.
         # Sampling changes codes; SEED-X's images depend only on the text before them.
         announces = self.family.tokens_before_image(kind) > 0
-        can_vary = varied.samples and (self.images.has_codes or announces)
+        can_vary = varied.samples and (self.abilities.draws_codes or announces)
         seeds = seed_per_image(seed, len(conversations))
         tasks: list[Task] = []
         for conversation, first_seed, negative in zip(conversations, seeds, negatives, strict=True):
@@ -632,7 +618,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
     def _preview_lengths(self, previews: Sequence[int] | None, stream: bool) -> Sequence[int]:
         """Numbers of codes after which a stream shows an unfinished image; `previews`: as of
         `chat`."""
-        is_shown = stream and self.images.progressive and self.images.can_draw
+        is_shown = stream and self.abilities.first_codes and self.images.can_draw
         if previews and not is_shown:
             raise ConfigError(
                 "The option 'previews' is of streams, of a system that draws from an image's first "

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self
 from seed_multimodal.disk import JsonObject, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
-from seed_multimodal.models.registry import families, find_family
+from seed_multimodal.models.registry import Abilities, check_ability, families, find_family
 from seed_multimodal.settings import check_keys, check_value, nearest, positive, read_settings
 from seed_multimodal.weights.catalogue import (
     ADAPTER_CONFIG,
@@ -97,10 +97,10 @@ class SystemConfig:
 
     system: ClassVar[str] = ""  # name of the family
     shipped: ClassVar[str] = ""  # the small system of the family in this repository
+    abilities: ClassVar[Abilities] = Abilities()
     model_flags: ClassVar[str] = "of the server"  # further programs that take it, for messages
     # Parts that a checkpoint holds; the others are its base's.
     trained_parts: ClassVar[tuple[str, ...]] = ("llm",)
-    has_conditions: ClassVar[bool] = False  # whether a drawing may take over parts of an image
 
     found: Found = field(default_factory=Found, metadata={"saved": False})
     llm: Path | None = part("language model", "llm", flag="language model", required=True)
@@ -124,6 +124,10 @@ class SystemConfig:
     def name(self) -> str:
         """Its folder, or the short name of an original."""
         return self.found.name
+
+    def check_ability(self, ability: str) -> None:
+        """Raise ConfigError, which names systems that have it, if its family lacks an ability."""
+        check_ability(self.abilities, ability, self.name)
 
     # ---- keys
 

@@ -60,11 +60,6 @@ class Family:
 
     # Generation settings by task, below those of `system.json`.
     defaults: ClassVar[dict[str, Options]] = {}
-    # Whether prompts are ids without features of images, so that other engines can run them.
-    prompts_are_ids: ClassVar[bool] = True
-    # Whether texts without images can only be drawn (LaVIT).
-    answers_only_about_images: ClassVar[bool] = False
-    detects: ClassVar[bool] = False  # whether answers can have boxes (SEED-X)
 
     def __init__(
         self,
@@ -381,11 +376,10 @@ def load_language_model(
     config: SystemConfig,
     tokenizer: TextTokenizer,
     placement: Placement,
-    prompts_are_ids: bool = True,
 ) -> LanguageModel | None:
     """The language model of a system, a LoRA with its base; if an engine outside has it, the
     embeddings alone, or None where prompts are ids."""
-    if not placement.load_llm and prompts_are_ids:
+    if not placement.load_llm and config.abilities.reads_codes:
         return None
     return load_llm_or_adapter(
         config.path("llm"),

@@ -114,7 +114,6 @@ class ImageCodec(ThreadState):
     load_decoder: builds the de-tokenizer; None: the system cannot draw.
     """
 
-    progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # keywords of `draw`
     codec_settings: ClassVar[tuple[str, ...]] = ()  # those of them not for the de-tokenizer
     name = "This system"  # for the message about a missing de-tokenizer
@@ -144,10 +143,6 @@ class ImageCodec(ThreadState):
 
     def _begin(self) -> None:
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
-
-    @property
-    def has_codes(self) -> bool:
-        return self.codes_per_image > 0
 
     @property
     def can_draw(self) -> bool:

@@ -326,7 +326,7 @@ class TaskRunner:
         answer = self._read(task, request).answer
         n_tokens = len(answer.ids)
         vocabulary = self.tokenizer.vocabulary
-        needed = 0 if vocabulary.image_only_when_forced else vocabulary.image_length
+        needed = vocabulary.image_length if self.config.abilities.converses else 0
         is_cut = answer.finish_reason == "length" and n_tokens < needed
         if is_cut and task.generation.images != "never" and not answer.reasoning:
             task.notes.add(
@@ -399,7 +399,7 @@ class TaskRunner:
         """Describe drawings by their codes, or where prompts hold features by themselves, and the
         pictures that they had to change; note what contradicts the requests."""
         # 1. What is described: each picture once.
-        reads_codes = self.family.prompts_are_ids
+        reads_codes = self.config.abilities.reads_codes
         requests: list[Any] = [row.task.request for row in rows]
         conversations = [*map(self.family.read_words, requests)]
         changed = [picture_to_change(turns, reads_codes) for turns in conversations]

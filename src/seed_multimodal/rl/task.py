@@ -121,8 +121,7 @@ class RlTask(LanguageModelTask):
         self.tokenizer = self.system.tokenizer
         self.tokenizer_folder = config.path("tokenizer")
         self.base_folder = config.path("llm")
-        if not self.system.images.has_codes:
-            raise ConfigError(f"model: the images of {model.system} are no codes, as rewards need.")
+        config.check_ability("draws_codes")
 
         # 1. The trained weights. Answers are sampled without dropout, so they are learned without.
         llama = self.system.llm.requires_grad_(True)

@@ -124,7 +124,7 @@ class Backend:
         self.limits = limits or Limits()
         self.name = Path(system.config.name).name
         self.vocabulary = system.tokenizer.vocabulary
-        self.has_codes = not self.vocabulary.fixed_image_order  # SEED-X's images have none
+        self.has_codes = system.abilities.draws_codes
         self.template = system.family.template
         self.created = int(time.time())
 
@@ -288,7 +288,7 @@ class Backend:
             images: list[Any] = [
                 file.open(at_least=self.system.images.min_side).image for file in files.values()
             ]
-            if images and self.system.family.prompts_are_ids:
+            if images and self.system.abilities.reads_codes:
                 images = [MeasuredCodes(image) for image in self.system.images.read(images)]
                 self._remember(images)
         for index, image in zip(files, images, strict=True):
@@ -604,7 +604,7 @@ class Backend:
     def _preview_lengths(self, request: ImageOptions) -> list[int]:
         """Numbers of codes after which an image is shown, at equal distances; none where the model
         needs all codes."""
-        if not self.system.images.progressive:
+        if not self.system.abilities.first_codes:
             return []
         parts = request.partial_images + 1
         return [self.vocabulary.tokens_per_image * part // parts for part in range(1, parts)]
@@ -618,7 +618,7 @@ class Backend:
             options: Options = {}
             if request.first:
                 n_codes = self.vocabulary.tokens_per_image
-                if request.first > n_codes or not self.system.images.progressive:
+                if request.first > n_codes or not self.system.abilities.first_codes:
                     raise RequestError(
                         f"{self.name} cannot draw from so many of {n_codes} codes.", "first"
                     )
@@ -630,7 +630,7 @@ class Backend:
         else:
             # Images → codes; `read_images` has encoded those of prompts of ids.
             rows: Any = self.read_images(request.images, deadline)
-            if not self.system.family.prompts_are_ids:
+            if not self.system.abilities.reads_codes:
                 rows = self.system.images.encode(rows, seed=request.seed)
             data = [{"codes": [int(code) for code in row]} for row in rows]
         yield {"created": int(time.time()), "data": data}

@@ -386,7 +386,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         # 3. In the order of the prompts.
         inputs = [images[row] for row in range(len(prompts))]
-        if not self.system.images.has_codes:
+        if not self.system.abilities.draws_codes:
             sources = [prompt.source for prompt in prompts]
             return GeneratedFeatures(torch.stack(inputs), sources)
         return _padded([vocabulary.image_ids(codes) for codes in inputs], vocabulary.eoi_id)

@@ -208,7 +208,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
             raise ConfigError(f"generation_mode is {mode!r}; use 'text' or 'image'.")
         # Some systems can only draw from texts alone.
         is_text = all(message.is_text for message in conversation)
-        is_drawing = mode == "image" or (is_text and self.system.family.answers_only_about_images)
+        is_drawing = mode == "image" or (is_text and not self.system.abilities.converses)
         task, request = self.system.family.read_chat(conversation, is_drawing)
         if is_drawing and task == "chat":
             task = "draw" if is_text else "edit"
@@ -275,7 +275,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         rows = {"input_ids": [list(prompt.ids) for prompt in prompts]}
         features = BatchFeature(self.tokenizer.pad(rows, return_tensors=return_tensors or "pt"))
         # Features of images, and where they stand.
-        if not self.system.family.prompts_are_ids:
+        if not self.system.abilities.reads_codes:
             features["prompts"] = list(prompts)
         # What the prompts were built for, if not for a conversation.
         if set(tasks) != {"chat"}:
@@ -313,7 +313,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         drawing: settings of the de-tokenizer. Raises ConfigError: images are not made of codes
         (SEED-X); BrokenImage parts are left out.
         """
-        if self.system.tokenizer.vocabulary.fixed_image_order:
+        if not self.system.abilities.draws_codes:
             raise ConfigError(
                 f"{self.system.config.name} draws images from hidden states, which ids do not "
                 "hold; use generation_mode='image', or `MultimodalSystem.chat`."

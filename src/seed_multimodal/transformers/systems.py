@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import weakref
 
 from seed_multimodal.inference.engines import NO_ENGINE, TORCH
-from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 
@@ -29,6 +27,5 @@ def open_system(folder: str) -> MultimodalSystem:
     if system is not None:
         return system
     config = SystemConfig.find(folder)
-    system_class = pkgutil.resolve_name(find_family(config.system).system)
-    engine = NO_ENGINE if system_class.family_class.prompts_are_ids else TORCH
+    engine = NO_ENGINE if config.abilities.reads_codes else TORCH
     return MultimodalSystem.from_pretrained(config, log=None, engine=engine)

@@ -73,7 +73,7 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
     rows.append(measured(system, "questions", chats, same_answer))
 
     # 3. Messages without an image.
-    if not system.family.answers_only_about_images:
+    if system.abilities.converses:
         chats = []
         for talk in VOCABULARY["small_talk"]:
             chats += [([request], talk["answer"]) for request in talk["asked"]]

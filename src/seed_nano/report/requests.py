@@ -103,7 +103,7 @@ def read_requests(file: Path = REQUESTS) -> list[Request]:
 
 def is_for(request: Request, system: MultimodalSystem) -> bool:
     """Whether a system can be sent a request."""
-    if not system.family.answers_only_about_images:
+    if system.abilities.converses:
         return True
     if request.before or request.images > 1 or request.refusal:
         return False
@@ -116,7 +116,7 @@ def measure(
     """The scores of all requests (None: of the list) that are for the system."""
     side = system.config.image_size or SIDE
     chosen = [request for request in requests or read_requests() if is_for(request, system)]
-    only_forced = system.family.answers_only_about_images
+    only_forced = not system.abilities.converses
 
     def answer(request: Request) -> Answer:
         images = "forced" if only_forced and request.image else "auto"

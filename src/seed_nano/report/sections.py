@@ -364,7 +364,7 @@ def sizes(run: Run) -> Section:
     for side in SIZES:
         of_size = Run(run.system, run.judge, samples, side)
         figures[str(side)] = {"caption": caption(of_size)["exact"], "qa": qa(of_size)["all"]}
-        if run.system.inner.family.detects:
+        if run.system.inner.abilities.detects:
             figures[str(side)]["boxes"] = detection(of_size)["f1"]
     return figures
 

@@ -75,7 +75,7 @@ class System:
     def encode(self, images: Images) -> list[EncodedImage]:
         """Images with their codes."""
         seeds = self.seeds(len(images))
-        if not self.codec.has_codes:
+        if not self.inner.abilities.draws_codes:
             return list(map(EncodedImage, images, seeds))
         rows = self.inner.tokenize(images, seed=seeds)
         codes = [row.tolist() for row in rows]
@@ -139,7 +139,7 @@ class System:
 
     def _readable(self, encoded: Sequence[EncodedImage]) -> list[Any]:
         """What the language model reads of images: codes, or features of the image itself."""
-        reads_codes = self.inner.family.prompts_are_ids
+        reads_codes = self.inner.abilities.reads_codes
         return [image.codes if reads_codes else image.image for image in encoded]
 
     def _text_limit(self, task: str) -> int:

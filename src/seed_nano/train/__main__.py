@@ -1,8 +1,8 @@
 """Train nano, nano-x or nano-lavit from scratch: `python -m seed_nano.train nano --preset pico
 --jobs 2`, or a row of a study of tokenizers (`study`, `study-grid`, `study-lavit`).
 
-Stopped stages resume; the last stages evaluate the finished system, which `SeedLlama`, `SeedX` or
-`Lavit` loads from `--out`.
+Stopped stages resume; the last stages evaluate the finished system, which
+`MultimodalSystem.from_pretrained` loads from `--out`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS
 from seed_multimodal.models.seed.export import part_of
-from seed_multimodal.models.seed.pipeline import SeedLlama, SeedLlamaFamily
+from seed_multimodal.models.seed.pipeline import SeedLlamaFamily
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -209,7 +209,7 @@ def measure_grid(space: SuccessorWorkspace) -> JsonObject:
         codes_per_image=tokenizer.vocabulary.tokens_per_image,
     )
     family = SeedLlamaFamily.of_parts(config, tokenizer, codec, placement)
-    return {**measure_system(space, SeedLlama(family)), "prefix": NO_PREFIX}
+    return {**measure_system(space, MultimodalSystem(family)), "prefix": NO_PREFIX}
 
 
 # ---- results

@@ -27,8 +27,9 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlama, SeedLlamaFamily
+from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlamaFamily
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.images import Encoded, Placement
 from seed_multimodal.serving.app import create_app
 
@@ -82,7 +83,7 @@ class RecordedImages(SeedImageCodec):
         ]
 
 
-class RecordedSystem(SeedLlama):
+class RecordedSystem(MultimodalSystem):
     """A SEED-LLaMA whose language model generates the recorded ids."""
 
     def __init__(self, tokenizer, template: str, new_ids: list[int]):

@@ -104,7 +104,7 @@ def prompts(system) -> list[Prompt]:
 def answers(system) -> dict:
     """The greedy answers of all tasks that the system has with any engine."""
     results = {"describe": system.describe(IMAGES), "ask": system.ask(IMAGES, "What is it?")}
-    if system.family.detects:  # it draws from hidden states
+    if system.abilities.detects:  # it draws from hidden states
         results["detect"] = [detection.grid for detection in system.detect(IMAGES, "fox")]
         return results
     forced = system.settings("draw", images="forced")
@@ -118,7 +118,7 @@ def log_probs(system) -> list[float]:
     """Log-probabilities of answers about images, and after ids alone of drawings."""
     asked = system.family.prompts([user_message([IMAGES[0], "What is it?"])], "ask")
     rows = system.engine.sample(asked, system.settings("ask"))
-    if not system.family.detects:
+    if not system.abilities.detects:
         rows += system.engine.sample(prompts(system), system.settings("draw", images="forced"))
         rows += system.engine.likelihoods(prompts(system)[:1], [[[5, 6, 7]]])[0]
     return [value for row in rows for value in row.log_probs]

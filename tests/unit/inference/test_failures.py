@@ -244,10 +244,10 @@ def test_a_dropped_engine_answers_and_is_freed_with_its_thread(tiny):
 
 PROGRAM = """
 import sys, threading, time
-from seed_multimodal.models.seed.pipeline import SeedLlama
+from seed_multimodal import MultimodalSystem
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 
-system = SeedLlama.from_pretrained(sys.argv[1], device="cpu", log=None)
+system = MultimodalSystem.from_pretrained(sys.argv[1], device="cpu", log=None)
 settings = GenerationSettings(max_new_tokens=400, min_new_tokens=400, do_sample=False)
 answer = lambda: print(len(system.engine.generate([Prompt([1, 5, 9])], settings)[0]))
 threading.Thread(target=answer, daemon=sys.argv[2] == "daemon").start()

@@ -83,7 +83,7 @@ def test_notes_at_each_door(shipped, client_of, a_screen):
     client = client_of(shipped)
     notes = [chat(client, [user(image)])["notes"] for image in (a_screen, Image.open(FOX))]
     assert [SAID in " ".join(of_image) for of_image in notes] == [True, False]
-    if shipped.family.prompts_are_ids:  # codes of an earlier request, as the page sends them
+    if shipped.abilities.reads_codes:  # codes of an earlier request, as the page sends them
         images = {"images": [f"data:;base64,{image_to_base64(a_screen)}"]}
         (row,) = client.post("/v1/images/tokens", json=images).json["data"]
         part = {"type": "image_url", "codes": row["codes"]}
@@ -103,7 +103,7 @@ def test_preface_of_a_guess(shipped, a_screen):
     assert shipped.chat(question, constrain=False).text.startswith(PREFACE)
     assert "".join(texts).count(PREFACE) == answer.text.count(PREFACE) == 1
     assert PREFACE not in answer.reasoning and answer.text.startswith(PREFACE)
-    if shipped.family.answers_only_about_images:  # single messages
+    if not shipped.abilities.converses:  # single messages
         return
     # A model reads its own words only.
     said, told = (

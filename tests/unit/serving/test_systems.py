@@ -29,9 +29,9 @@ def test_generate_answers_as_the_library(system, family_client, prompt):
     expected = system.chat([user_message(noise(0), "What is it?")], **SETTINGS)
     assert (answer["text"], answer["images"]) == (str(expected), [])
     # Codes of an image save encoding it again, where the family reads codes.
-    codes = system.tokenize(noise(0)).tolist() if system.family.prompts_are_ids else [None]
+    codes = system.tokenize(noise(0)).tolist() if system.abilities.reads_codes else [None]
     assert answer["images_ids"] == codes
-    if system.family.prompts_are_ids:
+    if system.abilities.reads_codes:
         assert generate(family_client, text, *codes, **SETTINGS)["text"] == answer["text"]
     # An image has as many tokens as it needs, whatever the client asked for.
     drawing = generate(family_client, prompt.format("a fish"), force_boi=True, max_new_tokens=4)

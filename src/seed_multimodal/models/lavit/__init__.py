@@ -5,7 +5,7 @@
     diffusion    `LavitDetokenizer`: conditions → images
     ratios       `RATIOS`: aspect ratios of drawings
     processing   `LavitTokenizer`, prompts, ends of answers
-    pipeline     `Lavit`: the system
+    pipeline     `LavitFamily` and its `LavitImageCodec`
     checkpoints  folders of the tokenizer, the original's and ours
     losses       `LavitStage1`, `UnifiedLoss`
     codes        codes for pre-tokenization

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.vqa import DIGITS, UNANSWERABLE, Questions, vqa_answer
-from seed_multimodal.models.lavit.pipeline import Lavit
+from seed_multimodal.models.lavit.pipeline import LavitFamily
 from seed_multimodal.models.lavit.processing import Lemmatizer, QuestionProcessor
 
 # LaVIT's rule: prefixes of answers that are removed in this order, each once.
@@ -34,12 +34,12 @@ class LavitQuestions(Questions):
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         self.rule = lavit_answer
-        system = self.system
-        assert isinstance(system, Lavit)
+        family = self.system.family
+        assert isinstance(family, LavitFamily)
         # nano-lavit uses its training prompt, the unchanged question.
-        if system.config.found.original:
+        if family.config.found.original:
             self.as_asked = QuestionProcessor()
         # LaVIT's answers are compared with lemmatized references.
         if LEMMATISED not in Path(self.truth or self.file).stem:
-            system.family.lemmatizer = system.family.lemmatizer or Lemmatizer()
-            self.lemma = system.family.lemmatizer
+            family.lemmatizer = family.lemmatizer or Lemmatizer()
+            self.lemma = family.lemmatizer

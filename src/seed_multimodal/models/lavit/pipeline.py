@@ -38,7 +38,6 @@ from seed_multimodal.models.lavit.processing import (
     read_prompt,
 )
 from seed_multimodal.models.lavit.spec import LavitConfig
-from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family, load_language_model
 from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement, Seed, seed_per_image
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
@@ -183,11 +182,17 @@ class LavitImageCodec(CodeCodec):
 
 
 class LavitFamily(Family):
-    """What differs in LaVIT: single messages, answered about images' features or by an image."""
+    """What differs in LaVIT: single messages, answered about images' features or by an image.
+
+    `chat` answers one message: with a caption of its image, an answer to the question about it, or
+    (`images="forced"`) an image of the message's content.
+
+    Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
+    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and
+    `negative_prompt` steer the language model.
+    """
 
     tokenizer: LavitTokenizer | HubLavitTokenizer
-    prompts_are_ids = False
-    answers_only_about_images = True
     defaults = read_table(__file__)
 
     # Of short answers; None: spaCy's, loaded with the first answer.
@@ -206,7 +211,7 @@ class LavitFamily(Family):
         if images.familiarity is not None:
             folder = config.path("decoder")
             images.familiarity_decoder = CodeDecoder.from_pretrained(folder, head=config.head)
-        llm = load_language_model(config, tokenizer, placement, cls.prompts_are_ids)
+        llm = load_language_model(config, tokenizer, placement)
         assert llm is not None  # its embeddings at least
         check_sizes(config, images, tokenizer.vocabulary, llm.config)
         return cls(config, tokenizer, llm, images)
@@ -288,21 +293,6 @@ class LavitFamily(Family):
             else:
                 ids += vocabulary.code_to_id(part)
         return Prompt(ids)
-
-
-class Lavit(MultimodalSystem):
-    """LaVIT.
-
-    `chat` answers one message: with a caption of its image, an answer to the question about it, or
-    (`images="forced"`) an image of the message's content.
-
-    Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
-    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and
-    `negative_prompt` steer the language model.
-    """
-
-    family_class = LavitFamily
-    family: LavitFamily
 
 
 # ---- loading

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TaskPrompts
-from seed_multimodal.models.registry import FamilySpec
+from seed_multimodal.models.registry import Abilities, FamilySpec
 from seed_multimodal.pipelines.config import SystemConfig, part, read_sizes
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS, catalogue
 
@@ -32,6 +32,7 @@ class LavitConfig(SystemConfig):
     """Parts and settings of a LaVIT; of an original, `decoder` is a file."""
 
     system = "lavit"
+    abilities = Abilities(reads_codes=False, converses=False)
     shipped = "nano-lavit"
     model_flags = "LaVIT's evaluate.py: --model_path; the server"
     trained_parts = ("llm", "words")

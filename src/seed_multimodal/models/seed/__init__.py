@@ -7,7 +7,7 @@ checkpoints     loading of our and of the original files
 single_file     Stable Diffusion 1 in the original's single file
 diffusion       de-tokenizers: Stable Diffusion (SEED-1), unCLIP (SEED-2), `CodesDetokenizer`
 code_adapter    decoded codes → tokens of a denoiser
-pipeline        `SeedLlama` and its `SeedImageCodec`
+pipeline        `SeedLlamaFamily` and its `SeedImageCodec`
 captions        caption tokenizers of stage 1
 losses          networks and losses of both stages
 export          stage checkpoints → a tokenizer folder

@@ -9,11 +9,11 @@ from seed_multimodal.errors import GenerationError
 from seed_multimodal.evaluation.text2image import Drawings
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import AnswerReader, ImagePart
-from seed_multimodal.models.seed.pipeline import SeedLlama
+from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 
-def unconditional_codes(system: SeedLlama, options: JsonObject) -> list[int]:
+def unconditional_codes(system: MultimodalSystem, options: JsonObject) -> list[int]:
     """The codes generated after `<s><img>`, the original script's negative condition.
 
     options: of generation; those of drawing are left out.
@@ -36,6 +36,6 @@ class SeedDrawings(Drawings):
         super().use(system)
         # The original script's guidance is against the image without caption.
         if self.original:
-            assert isinstance(system, SeedLlama)
+            assert isinstance(system.config, SeedLlamaConfig)
             negative = unconditional_codes(system, self.options)
             self.options = {**self.options, "negative_codes": negative}

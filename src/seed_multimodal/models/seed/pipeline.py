@@ -31,7 +31,6 @@ from seed_multimodal.models.seed.diffusion import (
 )
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.models.seed.spec import BICUBIC, BILINEAR, DETOKENIZER_FOLDER, SeedLlamaConfig
-from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
@@ -45,7 +44,6 @@ class SeedImageCodec(CodeCodec):
 
     model: SeedTokenizer
 
-    progressive = True
     fp16 = True  # as the original
     decoder_folder: Path | None = None
     codec_settings = ("codes", "negative_codes")
@@ -165,7 +163,16 @@ class SeedImageCodec(CodeCodec):
 
 
 class SeedLlamaFamily(Family):
-    """What differs in SEED-LLaMA: how its parts are loaded."""
+    """What differs in SEED-LLaMA: how its parts are loaded.
+
+    Settings of drawing:
+
+    num_inference_steps, guidance_scale, height, width: of `DrawingSettings`.
+    noise_level: of `UnclipSettings`.
+    preset: "fast" or "original".
+    codes: draw from the first so many codes.
+    negative_codes: negative condition for guidance.
+    """
 
     @classmethod
     def check_decoder(cls, config: SeedLlamaConfig) -> None:
@@ -179,21 +186,6 @@ class SeedLlamaFamily(Family):
         decoder = config.detokenizer
         images.familiarity = ImageFamiliarity.load(config.known_images, decoder, decoder)
         return cls.of_parts(config, tokenizer, images, placement)
-
-
-class SeedLlama(MultimodalSystem):
-    """SEED-LLaMA.
-
-    Settings of drawing:
-
-    num_inference_steps, guidance_scale, height, width: of `DrawingSettings`.
-    noise_level: of `UnclipSettings`.
-    preset: "fast" or "original".
-    codes: draw from the first so many codes.
-    negative_codes: negative condition for guidance.
-    """
-
-    family_class = SeedLlamaFamily
 
 
 def image_transform(model: SeedTokenizer, config: SeedLlamaConfig) -> ImageTransform:

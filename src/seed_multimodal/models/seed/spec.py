@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.prompts import template_for
-from seed_multimodal.models.registry import FamilySpec
+from seed_multimodal.models.registry import Abilities, FamilySpec
 from seed_multimodal.pipelines.config import CodeSystemConfig, part, read_sizes
 from seed_multimodal.settings import check_keys, positive
 from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, catalogue
@@ -28,6 +28,7 @@ class SeedLlamaConfig(CodeSystemConfig):
     """Parts and settings of a SEED-LLaMA, or of an image tokenizer alone."""
 
     system = "seed_llama"
+    abilities = Abilities(first_codes=True)
     shipped = "nano"
     llm: Path | None = part("language model", "seed_llama", flag="language model")
     tokenizer: Path | None = part(

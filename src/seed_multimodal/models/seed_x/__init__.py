@@ -3,7 +3,7 @@
 views        grids of views of images of any resolution
 modeling     `ContinuousLVLM` ("agent"): LLaMA with an input and an output resampler
 processing   `SeedXPrompts`: prompts with images and boxes; boxes of answers
-pipeline     `SeedX` and its `SeedXImageCodec`
+pipeline     `SeedXFamily` and its `SeedXImageCodec`
 adapter      `SDXLAdapter`: SDXL's U-Net, and the resampler of its prompt
 diffusion    `SdxlDetokenizer`: features → images
 data         conversations, image generation and edits as training sequences

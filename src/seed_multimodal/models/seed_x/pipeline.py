@@ -61,7 +61,6 @@ from seed_multimodal.nn.vision.qwen import (
     Resampler,
     ResamplerConfig,
 )
-from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Edges, Family
 from seed_multimodal.pipelines.images import Encoded, ImageCodec, Options, Placement, Seed
 from seed_multimodal.pipelines.known_images import ImageFamiliarity
@@ -287,10 +286,15 @@ class SeedXImageCodec(ImageCodec):
 
 
 class SeedXFamily(Family):
-    """What differs in SEED-X: images are features of views, answers can have boxes."""
+    """What differs in SEED-X: images are features of views, answers can have boxes.
 
-    prompts_are_ids = False
-    detects = True
+    Settings of drawing:
+
+    num_inference_steps, guidance_scale, image_guidance_scale, height, width: of `SdxlSettings`.
+    preset: "fast" or "original".
+    ratio: of edits, see `SeedXImageCodec.draw`.
+    condition, embeddings: of reconstructions, see `SeedXImageCodec.reconstruct`.
+    """
 
     def __init__(
         self,
@@ -470,20 +474,6 @@ class SeedXFamily(Family):
             else:
                 content.append(Ids(self.prompt_writer.vocabulary.run()))
         return content
-
-
-class SeedX(MultimodalSystem):
-    """SEED-X.
-
-    Settings of drawing:
-
-    num_inference_steps, guidance_scale, image_guidance_scale, height, width: of `SdxlSettings`.
-    preset: "fast" or "original".
-    ratio: of edits, see `SeedXImageCodec.draw`.
-    condition, embeddings: of reconstructions, see `SeedXImageCodec.reconstruct`.
-    """
-
-    family_class = SeedXFamily
 
 
 @dataclass(frozen=True)

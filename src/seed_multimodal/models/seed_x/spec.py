@@ -9,7 +9,7 @@ from typing import Self
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
-from seed_multimodal.models.registry import FamilySpec
+from seed_multimodal.models.registry import Abilities, FamilySpec
 from seed_multimodal.pipelines.config import SystemConfig, part
 
 
@@ -18,9 +18,9 @@ class SeedXConfig(SystemConfig):
     """Parts and settings of a SEED-X."""
 
     system = "seed_x"
+    abilities = Abilities(reads_codes=False, draws_codes=False, detects=True, takes_conditions=True)
     shipped = "nano-x"
     trained_parts = ("agent", "tokenizer")
-    has_conditions = True
 
     agent: Path | None = part(
         "agent (resamplers)",

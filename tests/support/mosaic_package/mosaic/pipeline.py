@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mosaic.spec import MosaicConfig
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import CodeCodec, Placement
 
@@ -67,12 +66,6 @@ class MosaicFamily(Family):
     def load(cls, config: MosaicConfig, placement: Placement) -> Self:
         tokenizer = MultimodalTokenizer.from_pretrained(config.path("tokenizer"))
         return cls.of_parts(config, tokenizer, load_images(config, placement), placement)
-
-
-class Mosaic(MultimodalSystem):
-    """The system."""
-
-    family_class = MosaicFamily
 
 
 def load_images(config: MosaicConfig, placement: Placement) -> MosaicCodec:

@@ -19,7 +19,7 @@ class MosaicConfig(CodeSystemConfig):
 SPEC = FamilySpec(
     title="Mosaic",
     config=MosaicConfig,
-    system="mosaic.pipeline:Mosaic",
+    family="mosaic.pipeline:MosaicFamily",
     images="mosaic.pipeline:load_images",
     trainings={"train_mosaic": Training("train", "mosaic.train:MosaicTask")},
     evaluation={"caption": {"max_new_tokens": 4}},

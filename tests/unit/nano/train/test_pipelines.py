@@ -15,7 +15,7 @@ from real_processes import run_process, wait_until
 from repository import NANO, ROOT
 from tiny import read_json
 
-from seed_multimodal import Lavit, SeedLlama, SeedX
+from seed_multimodal import MultimodalSystem
 from seed_multimodal.disk import folder_lock
 from seed_multimodal.errors import SeedError
 from seed_nano import record
@@ -117,7 +117,7 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd, monkeypatch):
     assert "[clip] already done" in output
     assert all(output.count(f"== {name}\n") == 1 for name in ("vae", "llm_sft"))
 
-    seed = SeedLlama.from_pretrained(system)
+    seed = MultimodalSystem.from_pretrained(system)
     image = Image.new("RGB", (80, 50), (200, 30, 30))
     codes = seed.tokenize([image])
     assert (codes[0] // 2).tolist() == list(range(32))  # 64 codes: two per position
@@ -170,7 +170,7 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path, capfd):
         "nano-x", work, capfd, "sft/checkpoint-2", "--no-report", "train_sft.steps=8"
     )
 
-    seed = SeedX.from_pretrained(work / "system", log=None)
+    seed = MultimodalSystem.from_pretrained(work / "system", log=None)
     image, wide = (
         Image.fromarray(pixels)
         for pixels in (render(scene_at(0, 0, "val")), render(wide_at(0, 0, "val"), 128))
@@ -187,7 +187,7 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path, capfd):
         "nano-lavit", work, capfd, "language/checkpoint-2", "--no-report", "train_llm.steps=8"
     )
 
-    lavit = Lavit.from_pretrained(work / "system", log=None)
+    lavit = MultimodalSystem.from_pretrained(work / "system", log=None)
     image = Image.fromarray(render(scene_at(0, 0, "val")))
     # An untrained model's likeliest token is no code.
     hot = {"do_sample": True, "temperature": 10.0, "top_k": 0}
