@@ -255,7 +255,7 @@ seed edit image.png green --model {seed} --temperature -1 -> temperature
 seed describe image.png --model {seed} --top-p nan -> top_p
 seed describe image.png --model {seed} --kv-cache inf -> kv_cache
 # Nothing can be made of these, known before a model is loaded.
-seed reconstruct image.png --condition image.png --model nano -> SEED-X
+seed reconstruct image.png --condition image.png --model nano -> nano-x
 seed reconstruct image.png --condition {seed}/system.json --model nano-x -> text
 seed init mine -> --llm
 seed init mine --llm nowhere/at/all --encoder absent -> nowhere/at/all
