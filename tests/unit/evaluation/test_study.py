@@ -260,7 +260,7 @@ def test_settings_of_shipped_studies_are_those_of_their_programs(file, tmp_path)
             assert importlib.util.find_spec(words[2]) is not None
         else:
             assert program.is_file()
-        if job.folder.name == "train" and words[1] != "-m":
+        if job.folder.name == program.parent.name == "train":
             training = find_training(program.stem)
             config = ROOT / study.folder / "configs" / f"{training.config}.yaml"
             pkgutil.resolve_name(training.task).run_type.read(
