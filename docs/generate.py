@@ -35,7 +35,7 @@ OPTIONS = {
             "model (language models)": "training.llm.config:LlmModelSettings",
             "data (language models)": "data.stream.config:LlmDataSettings",
             "data.sources": "data.stream.config:SourceSettings",
-            "model (SEED's decoders)": "models.seed.train_detokenizer:SeedDecoderModel",
+            "model (SEED's decoders)": "recipes.seed.train_detokenizer:SeedDecoderModel",
             "model (small autoencoders)": ("training.pixel_decoder.autoencoder:AutoencoderModel"),
             "data (pixel decoders)": "training.pixel_decoder.config:ImageData",
             "data.sources (pixel decoders)": "training.pixel_decoder.config:ImageSource",

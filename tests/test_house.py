@@ -126,17 +126,9 @@ def test_the_extra_demo_brings_what_the_server_imports():
 # or above.
 PACKAGES = (
     "weights images nn language inference diffusion models.registry pipelines models transformers "
-    "data pretokenize training evaluation rl serving cli compat"
+    "data pretokenize training evaluation recipes rl serving cli compat"
 ).split()
 ABOVE = ("__main__", "")  # "" is the package itself, which names its public objects
-# Beginnings of a family's modules that belong to a later package.
-LATER = {
-    "data": "data",
-    "losses": "training",
-    "train": "training",
-    "export": "training",
-    "evaluate": "evaluation",
-}
 
 
 @functools.cache
@@ -187,9 +179,6 @@ def test_no_modules_import_each_other(package):
 
 def rank(name) -> int:
     """Position of a module in the import order."""
-    family_module = re.fullmatch(rf"models\.\w+\.({'|'.join(LATER)})(_\w+)?", name)
-    if family_module:
-        return PACKAGES.index(LATER[family_module[1]])
     if name == "models.registry":
         return PACKAGES.index(name)
     top = name.partition(".")[0]
@@ -212,10 +201,10 @@ def test_only_its_own_folder_imports_a_family():
     # `cli.recipe` reads a YAML file of SEED's folder.
     for name, file in modules_of(PACKAGE).items():
         package = name.split(".")[1]
-        if package in ("models", "compat") or name == "seed_multimodal.cli.recipe":
+        if package in ("models", "recipes", "compat") or name == "seed_multimodal.cli.recipe":
             continue
         for target in imports(file):
-            is_family = target.startswith("seed_multimodal.models.")
+            is_family = target.startswith(("seed_multimodal.models.", "seed_multimodal.recipes."))
             assert not is_family or "models.registry" in target, f"{name} imports {target}"
 
 

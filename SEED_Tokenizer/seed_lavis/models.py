@@ -1,7 +1,7 @@
 """The trained models by their LAVIS names: sizes from the YAML, initial weights, losses.
 
-A model is both LAVIS's `BaseModel` and the library's class (`seed_multimodal.models.seed.losses`,
-`seed_multimodal.models.lavit.losses`), so its parameter names are the original ones. `forward`
+A model is both LAVIS's `BaseModel` and the library's class (`seed_multimodal.recipes.seed.losses`,
+`seed_multimodal.recipes.lavit.losses`), so its parameter names are the original ones. `forward`
 takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
 """
 
@@ -34,10 +34,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.models.lavit.export import Stage1Sizes
-from seed_multimodal.models.lavit.losses import LavitLossWeights, LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.models.lavit.train_tokenizer import stage1_groups
 from seed_multimodal.models.seed.captions import load_caption_tokenizer
 from seed_multimodal.models.seed.checkpoints import VISION, load_blip2, load_vision
 from seed_multimodal.models.seed.configuration import (
@@ -46,7 +43,14 @@ from seed_multimodal.models.seed.configuration import (
     Seed2Config,
 )
 from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer
-from seed_multimodal.models.seed.losses import (
+from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
+from seed_multimodal.nn.vision.clip import load_clip_vision
+from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.nn.vision.hub import HubVision
+from seed_multimodal.recipes.lavit.export import Stage1Sizes
+from seed_multimodal.recipes.lavit.losses import LavitLossWeights, LavitStage1
+from seed_multimodal.recipes.lavit.train_tokenizer import stage1_groups
+from seed_multimodal.recipes.seed.losses import (
     Seed1Stage2Model,
     Seed1Stage2Weights,
     Stage1Model,
@@ -54,10 +58,6 @@ from seed_multimodal.models.seed.losses import (
     Stage2Weights,
     clip_preprocessing,
 )
-from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
-from seed_multimodal.nn.vision.clip import load_clip_vision
-from seed_multimodal.nn.vision.eva import EvaConfig
-from seed_multimodal.nn.vision.hub import HubVision
 from seed_multimodal.settings import leaves, read_settings
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 from seed_multimodal.training.engine import autocast

@@ -21,11 +21,11 @@ from seed_lavis import log
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.configuration import AlignmentTarget
-from seed_multimodal.models.seed.losses import Stage1TrainingOptions, Stage2TrainingOptions
 from seed_multimodal.nn.quantizer import QuantizerKind
 from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
+from seed_multimodal.recipes.seed.losses import Stage1TrainingOptions, Stage2TrainingOptions
 from seed_multimodal.settings import check_keys, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES, SCHEDULES, refuse_unread

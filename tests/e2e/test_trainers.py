@@ -186,7 +186,7 @@ def check_conversion(trainer, arguments: list[str], checkpoint: Path, weights: d
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     from seed_multimodal.models.seed_x.modeling import load_agent
-    from seed_multimodal.models.seed_x.train_agent import TuningTask
+    from seed_multimodal.recipes.seed_x.train_agent import TuningTask
     from seed_multimodal.training.distributed import ProcessGroup
 
     settings = TuningTask.run_type.read(compose(arguments, name="train_seed_x_sft"))

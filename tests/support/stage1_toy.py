@@ -14,9 +14,9 @@ from tiny import lavit
 from torch import Tensor
 
 from seed_multimodal.models.lavit.decoder import CodeDecoder
-from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
-from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
+from seed_multimodal.recipes.lavit.losses import LavitStage1
+from seed_multimodal.recipes.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train_stage

@@ -31,9 +31,9 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import load_llm
 from seed_multimodal.models.seed_x import modeling
-from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
 from seed_multimodal.nn.vision import qwen as vision
+from seed_multimodal.recipes.seed_x.losses import TrainedAgent
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights.find import find_path, locate_or_same
 

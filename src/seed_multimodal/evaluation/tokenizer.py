@@ -1,7 +1,7 @@
 """Evaluation of an image tokenizer: reconstruction, codebook use, retrieval, contact sheet.
 
 `seed eval tokenizer`, of any family whose images are codes. A family's evaluation may have further
-features and routes of retrieval (`SEED-2`: `models.seed.evaluate_tokenizer`). Writes report.json,
+features and routes of retrieval (`SEED-2`: `recipes.seed.evaluate_tokenizer`). Writes report.json,
 reconstructions.jpg, and a line per retrieval to evaluate.txt (LAVIS's names).
 """
 

@@ -15,8 +15,8 @@ from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
-from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
 from seed_multimodal.pipelines.assemble import join, write_hub_files
+from seed_multimodal.recipes.seed_x.train_agent import build_agent, read_agent
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.weights.catalogue import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_nano.train.diffusion import write_successor_unet

@@ -20,9 +20,9 @@ from seed_multimodal.diffusion.layout import reading_layers
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.models.lavit.losses import FLIP_EVERY, LavitLossWeights, LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
+from seed_multimodal.recipes.lavit.losses import FLIP_EVERY, LavitLossWeights, LavitStage1
+from seed_multimodal.recipes.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_nano.train.task import Loss, NanoTask, map_scenes

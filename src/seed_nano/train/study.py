@@ -29,13 +29,13 @@ from seed_multimodal.images.transforms import ImageTransform, normalise
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS
-from seed_multimodal.models.seed.export import part_of
 from seed_multimodal.models.seed.pipeline import SeedLlamaFamily
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import CodeCodec, Placement
+from seed_multimodal.recipes.seed.export import part_of
 from seed_multimodal.state_dicts import (
     assign_strictly,
     load_state_dict,

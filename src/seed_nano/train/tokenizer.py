@@ -18,9 +18,9 @@ from seed_multimodal.images.transforms import normalise
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
-from seed_multimodal.models.seed.export import export_tokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.recipes.seed.export import export_tokenizer
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.model import build_llm, save_llm_weights

@@ -14,7 +14,6 @@ import seed_multimodal  # noqa: F401  (before diffusers)
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
-from seed_multimodal.models.seed.losses import Stage1Model, Stage2Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.models.seed_x.adapter import ResamplerXLV2, SDXLAdapter
 from seed_multimodal.models.seed_x.modeling import ContinuousLVLM
@@ -25,6 +24,7 @@ from seed_multimodal.nn.vision.qwen import (
     QwenVitConfig,
     Resampler,
 )
+from seed_multimodal.recipes.seed.losses import Stage1Model, Stage2Model
 
 
 def lavit_tokenizer() -> DynamicTokenizer:

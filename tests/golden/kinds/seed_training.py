@@ -21,7 +21,7 @@ from kinds.seed_tokenizers import qformer_config, seed2_config, vit_config
 from runner import CLOSE, EXACT, Recording, Tensors, assert_close, assert_gradients, assert_same
 
 from seed_multimodal.models.seed.configuration import Seed2Config
-from seed_multimodal.models.seed.losses import (
+from seed_multimodal.recipes.seed.losses import (
     Stage1Model,
     Stage1Output,
     Stage1TrainingOptions,

@@ -36,7 +36,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.models.seed_x.data import SeedXDecoder, metadata_of
+from seed_multimodal.recipes.seed_x.data import SeedXDecoder, metadata_of
 
 TABLES = read_tables(__file__)
 BATCH = ("input_ids", "attention_mask", "labels")

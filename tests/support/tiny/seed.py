@@ -14,17 +14,17 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, CodeAdapterConfig
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
-from seed_multimodal.models.seed.losses import (
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
+from seed_multimodal.models.seed.qformer import QFormer
+from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
+from seed_multimodal.pipelines.assemble import assemble_system
+from seed_multimodal.recipes.seed.losses import (
     Seed1Stage2Model,
     Stage1Model,
     Stage1TrainingOptions,
     Stage2Model,
     Stage2TrainingOptions,
 )
-from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
-from seed_multimodal.models.seed.qformer import QFormer
-from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
-from seed_multimodal.pipelines.assemble import assemble_system
 from seed_nano.train.words import train_text_tokenizer
 from tiny import spread, write_json
 from tiny.diffusion import (

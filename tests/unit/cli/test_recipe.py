@@ -148,7 +148,7 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
     from tiny.seed import IMAGE_SIZE, write_seed2
 
     from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
-    from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
+    from seed_multimodal.recipes.seed.train_detokenizer import SeedDecoderTask
 
     out = write(tmp_path / "mine", "--size", "tiny", "--decoder", "unclip", "--json")
     steps = json.loads(capsys.readouterr().out)["steps"]

@@ -34,7 +34,7 @@ def stages(tmp_path_factory) -> Stages:
     from tiny.seed import SIZES, write_stages
 
     from seed_multimodal.models.seed.configuration import Seed2Config
-    from seed_multimodal.models.seed.export import export_tokenizer
+    from seed_multimodal.recipes.seed.export import export_tokenizer
 
     folder = tmp_path_factory.mktemp("stages")
     vocabulary = "a red green blue grey square of".split()

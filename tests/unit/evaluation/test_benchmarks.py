@@ -20,7 +20,7 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.benchmark import run
 from seed_multimodal.evaluation.vqa import Questions
-from seed_multimodal.models.lavit.evaluate import LavitQuestions
+from seed_multimodal.recipes.lavit.evaluate import LavitQuestions
 
 BENCHMARKS = read_tables(__file__)
 

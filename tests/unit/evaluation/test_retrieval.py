@@ -76,7 +76,7 @@ def test_retrieval_refuses_embeddings_that_are_not_finite():
 
 def test_stage1_texts_reads_captions_as_in_training(stages):
     from seed_multimodal import Seed2Tokenizer
-    from seed_multimodal.models.seed.evaluate_tokenizer import load_stage1, stage1_texts
+    from seed_multimodal.recipes.seed.evaluate_tokenizer import load_stage1, stage1_texts
 
     tokenizer = Seed2Tokenizer.from_pretrained(stages.tokenizer)
     model = load_stage1(stages.stage1, tokenizer)

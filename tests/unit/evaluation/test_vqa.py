@@ -16,7 +16,7 @@ from seed_multimodal.evaluation.vqa import (
     vqa_accuracy,
     vqa_answer,
 )
-from seed_multimodal.models.lavit.evaluate import lavit_answer
+from seed_multimodal.recipes.lavit.evaluate import lavit_answer
 
 TABLES = read_tables(__file__)
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.models.lavit.losses import (
+from seed_multimodal.recipes.lavit.losses import (
     HEADS,
     LavitLossWeights,
     LavitStage1,

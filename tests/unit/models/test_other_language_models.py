@@ -88,7 +88,7 @@ def train_seed_llama(folder, work: Path):
 def tune_seed_x(folder, work: Path):
     import tuning_parts
 
-    from seed_multimodal.models.seed_x.train_agent import TuningTask
+    from seed_multimodal.recipes.seed_x.train_agent import TuningTask
 
     tuning_parts.write_data(work)
     changes = {"visual_encoder": {"path": str(folder / "vision")}, **parts_of(folder)}
@@ -98,7 +98,7 @@ def tune_seed_x(folder, work: Path):
 def train_lavit(folder, work: Path):
     import pretrain_parts
 
-    from seed_multimodal.models.lavit.train_llm import PretrainTask
+    from seed_multimodal.recipes.lavit.train_llm import PretrainTask
 
     pretrain_parts.write_parts(work)
     changes = {"visual_encoder": {"path": str(folder / "tokenizer")}, **parts_of(folder, "llm")}

@@ -14,11 +14,11 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.models.seed.configuration import Seed2Config
-from seed_multimodal.models.seed.export import export_tokenizer
-from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions, Stage2Model
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.pipelines.images import open_images
 from seed_multimodal.pretokenize.encode import Encoder, read_transform
+from seed_multimodal.recipes.seed.export import export_tokenizer
+from seed_multimodal.recipes.seed.losses import Stage1Model, Stage1TrainingOptions, Stage2Model
 
 IMAGE = noise(1, (44, 30))  # no square, so that squashing and cropping differ
 

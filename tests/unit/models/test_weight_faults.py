@@ -25,13 +25,13 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
     from seed_multimodal.models.lavit.decoder import CodeDecoder
     from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
     from seed_multimodal.models.seed.configuration import Seed2Config
-    from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions
     from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
     from seed_multimodal.models.seed_x.adapter import SDXLAdapter
     from seed_multimodal.models.seed_x.modeling import load_agent
     from seed_multimodal.nn.vision.clip import load_clip_vision
     from seed_multimodal.nn.vision.eva import EvaVit
     from seed_multimodal.nn.vision.qwen import QwenVit
+    from seed_multimodal.recipes.seed.losses import Stage1Model, Stage1TrainingOptions
 
     def write(name, network) -> Callable[[Path], object]:
         return lambda folder: torch.save(network.state_dict(), folder / NETWORKS[name])

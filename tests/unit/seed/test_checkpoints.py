@@ -12,9 +12,9 @@ from tiny.seed import loud, seed1_tokenizer, training_name, write_released_seed1
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
-from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.nn.vision.eva import EvaVit
+from seed_multimodal.recipes.seed.losses import Stage1Model, Stage1TrainingOptions
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 

@@ -17,8 +17,8 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MODEL
 from seed_multimodal.models.seed.configuration import TokenizerConfig
-from seed_multimodal.models.seed.export import Export, export_tokenizer
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
+from seed_multimodal.recipes.seed.export import Export, export_tokenizer
 from seed_nano.train.words import write_files
 
 

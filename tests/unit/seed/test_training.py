@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from seed_multimodal.models.seed.configuration import Seed2Config
-from seed_multimodal.models.seed.losses import (
+from seed_multimodal.recipes.seed.losses import (
     Seed1Stage2Model,
     Seed1Stage2Weights,
     Stage1Model,

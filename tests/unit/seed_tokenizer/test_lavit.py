@@ -18,7 +18,7 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     from seed_multimodal.cli.main import main
     from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
     from seed_multimodal.models.lavit.decoder import CodeDecoder
-    from seed_multimodal.models.lavit.losses import LavitStage1
+    from seed_multimodal.recipes.lavit.losses import LavitStage1
 
     model = run(yaml("lavit", "run.valid_splits=[val]")).model.eval()
     lines = log_of(tmp_path / "lavit", "lavit-stage1")

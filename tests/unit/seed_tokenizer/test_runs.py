@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.models.seed.export import export_tokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.recipes.seed.export import export_tokenizer
 from seed_multimodal.state_dicts import load_state_dict
 
 RANDOM = ("model.load_pretrained=False", "model.kmeans_start=False")

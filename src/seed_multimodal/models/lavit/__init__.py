@@ -7,12 +7,6 @@
     processing   `LavitTokenizer`, prompts, ends of answers
     pipeline     `LavitFamily` and its `LavitImageCodec`
     checkpoints  folders of the tokenizer, the original's and ours
-    losses       `LavitStage1`, `UnifiedLoss`
-    codes        codes for pre-tokenization
-    data         captions, questions and compositions as training sequences
-    train_*      trainer tasks: tokenizer, language model, pixel decoders
-    evaluate     questions and answers as published
-    export       a stage-1 checkpoint → folders for the system
     spec         the family's `FamilySpec`; `LavitConfig`
 
 Nothing is imported here: `ratios` is used without torch.

@@ -9,9 +9,5 @@ diffusion       de-tokenizers: Stable Diffusion (SEED-1), unCLIP (SEED-2), `Code
 code_adapter    decoded codes → tokens of a denoiser
 pipeline        `SeedLlamaFamily` and its `SeedImageCodec`
 captions        caption tokenizers of stage 1
-losses          networks and losses of both stages
-export          stage checkpoints → a tokenizer folder
-train_detokenizer   a decoder from images alone, as a trainer task
-evaluate        questions and scores as in the original scripts
 spec            the family's `FamilySpec`; `SeedLlamaConfig`
 """

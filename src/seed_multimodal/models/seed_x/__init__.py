@@ -6,8 +6,5 @@ processing   `SeedXPrompts`: prompts with images and boxes; boxes of answers
 pipeline     `SeedXFamily` and its `SeedXImageCodec`
 adapter      `SDXLAdapter`: SDXL's U-Net, and the resampler of its prompt
 diffusion    `SdxlDetokenizer`: features → images
-data         conversations, image generation and edits as training sequences
-losses       `TrainedAgent`, losses of the de-tokenizer
-train_*      trainer tasks: the agent, the de-tokenizer
 spec         the family's `FamilySpec`; `SeedXConfig`
 """

@@ -1,7 +1,7 @@
 """A pixel decoder's trainer task: a denoiser that learns to reconstruct images.
 
-Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
-`models.lavit.train_pixels`) define the frozen conditioning model and the trained de-tokenizer.
+Subclasses (`recipes.seed.train_detokenizer`, `recipes.seed_x.train_detokenizer`,
+`recipes.lavit.train_pixels`) define the frozen conditioning model and the trained de-tokenizer.
 """
 
 from __future__ import annotations

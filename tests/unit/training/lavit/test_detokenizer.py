@@ -8,7 +8,7 @@ from tiny.lavit import TOKENIZER, small_tokenizer, write_tokenizer_of
 from tiny.training import lavit_config, write_lavit_parts
 
 from seed_multimodal.models.lavit.modeling import DynamicCodes
-from seed_multimodal.models.lavit.train_pixels import LavitPixelTask
+from seed_multimodal.recipes.lavit.train_pixels import LavitPixelTask
 
 
 def test_codes_depend_on_the_image_and_the_seed_only():

@@ -15,7 +15,7 @@ from tiny.lavit import write_tokenizer_of
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
-from seed_multimodal.models.lavit.train_llm import PretrainTask
+from seed_multimodal.recipes.lavit.train_llm import PretrainTask
 from seed_multimodal.state_dicts import load_state_dict
 
 

@@ -4,9 +4,9 @@ import pytest
 import stage1_toy as toy
 import torch
 
-from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
-from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.nn.layers import evaluating
+from seed_multimodal.recipes.lavit.losses import LavitStage1, LavitStage1Output
+from seed_multimodal.recipes.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.training.codebook import CodebookHealth, codebook_use
 from seed_multimodal.training.config import StageSettings
 

@@ -5,11 +5,11 @@ from tiny.training import write_detokenizer_parts
 
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.models.seed_x.train_detokenizer import (
-    pooled_features,
-)
 from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.vision.qwen import QwenVit
+from seed_multimodal.recipes.seed_x.train_detokenizer import (
+    pooled_features,
+)
 from seed_multimodal.training.pixel_decoder.encoders import (
     ImageEncoders,
     latent_moments,

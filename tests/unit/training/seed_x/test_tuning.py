@@ -16,7 +16,7 @@ from tiny.language import LLM_WIDTH
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed_x.modeling import load_agent
-from seed_multimodal.models.seed_x.train_agent import TuningTask, read_encoder
+from seed_multimodal.recipes.seed_x.train_agent import TuningTask, read_encoder
 from seed_multimodal.state_dicts import load_state_dict
 
 

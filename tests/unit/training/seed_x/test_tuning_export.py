@@ -11,8 +11,8 @@ from systems import load
 from tiny import read_json
 
 from seed_multimodal.compat.weight_programs import merge_script
-from seed_multimodal.models.seed_x.losses import TrainedAgent
-from seed_multimodal.models.seed_x.train_agent import TuningTask
+from seed_multimodal.recipes.seed_x.losses import TrainedAgent
+from seed_multimodal.recipes.seed_x.train_agent import TuningTask
 
 pytestmark = pytest.mark.slow
 STEPS = 2

@@ -6,7 +6,7 @@ import llm_runs
 import pytest
 from repository import APPLICATION
 
-from seed_multimodal.models.seed_x.train_agent import AgentModel, TuningTask
+from seed_multimodal.recipes.seed_x.train_agent import AgentModel, TuningTask
 from seed_multimodal.training.hydra_task import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
 

@@ -24,9 +24,9 @@ from seed_multimodal.models.lavit.diffusion import (
     LavitDetokenizer,
     read_empty_text,
 )
-from seed_multimodal.models.lavit.losses import HEADS, decoder_for
 from seed_multimodal.models.lavit.modeling import DynamicCodes
 from seed_multimodal.nn.frozen import FrozenFeatures
+from seed_multimodal.recipes.lavit.losses import HEADS, decoder_for
 from seed_multimodal.settings import non_negative
 from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,

@@ -22,12 +22,12 @@ from seed_multimodal.evaluation.tokenizer import NONE, OpenedTokenizer, Route
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
 from seed_multimodal.models.seed.checkpoints import VISION
-from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.nn.pretrained import without_memory
 from seed_multimodal.nn.vision.clip import CLIP_FOLDER
+from seed_multimodal.recipes.seed.losses import Stage1Model, Stage1TrainingOptions
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, require_tensor
 from seed_multimodal.weights.find import locate
 

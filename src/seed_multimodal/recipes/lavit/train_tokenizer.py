@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.models.lavit.losses import LavitStage1
+from seed_multimodal.recipes.lavit.losses import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookTask
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.meters import Metrics

@@ -1,6 +1,6 @@
 """Rows with images of variable length: placeholders of packing become the selected patches.
 
-Data workers plan a number of placeholders per image (`models.lavit.data`); the number of selected
+Data workers plan a number of placeholders per image (`recipes.lavit.data`); the number of selected
 patches and their codes are computed on the device. Here rows grow or shrink by the difference;
 sequences and order stay. Packed rows keep their length if the selected patches fit (padded), so
 that attention is compiled for few lengths; otherwise they grow by eighths.

@@ -23,8 +23,6 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES, copy_to, seeded
 from seed_multimodal.disk import JsonObject, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.models.seed_x.data import SeedXOptions
-from seed_multimodal.models.seed_x.losses import TrainedAgent, loss_parts
 from seed_multimodal.models.seed_x.modeling import AgentSettings, load_agent
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.nn.frozen import FrozenFeatures
@@ -37,6 +35,8 @@ from seed_multimodal.nn.vision.qwen import (
     ResamplerConfig,
 )
 from seed_multimodal.pipelines.config import write_checkpoint_system
+from seed_multimodal.recipes.seed_x.data import SeedXOptions
+from seed_multimodal.recipes.seed_x.losses import TrainedAgent, loss_parts
 from seed_multimodal.settings import non_negative, positive, read_settings
 from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict
 from seed_multimodal.training.config import ConfigNode

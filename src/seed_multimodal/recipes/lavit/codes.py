@@ -1,7 +1,7 @@
 """LaVIT's dynamic tokenizer for pre-tokenization, with the selection of its patches.
 
 # tokenizer.yaml
-_target_: seed_multimodal.models.lavit.codes.lavit_codes
+_target_: seed_multimodal.recipes.lavit.codes.lavit_codes
 pretrained_model_name_or_path: pretrained/LaVIT-7B-v2
 """
 

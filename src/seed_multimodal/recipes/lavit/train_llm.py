@@ -29,13 +29,13 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.fingerprints import fingerprint
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
-from seed_multimodal.models.lavit.losses import UnifiedLoss
 from seed_multimodal.models.lavit.modeling import MODES, TokenMerger
 from seed_multimodal.models.lavit.processing import load_lavit_tokenizer
-from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.frozen import FrozenFeatures
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.pipelines.config import write_checkpoint_system
+from seed_multimodal.recipes.lavit.losses import UnifiedLoss
+from seed_multimodal.recipes.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.settings import non_negative, positive, setting
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.distributed import ProcessGroup

@@ -12,9 +12,9 @@ from seed_multimodal.disk import JsonObject, atomic_folder, output_folder, read_
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.fingerprints import fingerprint, same_fingerprint
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.seed.checkpoints import load_vision
+from seed_multimodal.recipes.lavit.losses import LavitStage1
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 
