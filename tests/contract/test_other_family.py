@@ -15,7 +15,7 @@ from repository import ROOT
 from systems import load
 
 from seed_multimodal.errors import ConfigError, SeedWarning
-from seed_multimodal.models.registry import families, find_family
+from seed_multimodal.models.registry import LACKS, families, find_family
 
 GROUP = "seed_multimodal.families"
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
@@ -126,6 +126,28 @@ def test_server_and_page_of_the_system(mosaic):
 
 
 # ---- packages that cannot be used
+
+
+LESS = {
+    "writes": [
+        lambda system: system.describe(noise(1)),
+        lambda system: system.ask(noise(1), "What is it?"),
+        lambda system: system.chat([{"role": "user", "content": "Hello."}]),
+    ],
+    "edits": [lambda system: system.edit(noise(1), "Make it red.")],
+    "draws_codes": [lambda system: system.tokenize(noise(1))],
+    "reads_codes": [lambda system: system.use_plain_prompts()],
+}
+
+
+@pytest.mark.parametrize("ability", LESS)
+def test_what_a_family_does_not_do_is_refused_by_one_sentence(ability, mosaic, monkeypatch):
+    config = type(mosaic.config)
+    monkeypatch.setattr(config, "abilities", replace(config.abilities, **{ability: False}))
+    for task in LESS[ability]:
+        with pytest.raises(ConfigError, match=f"{LACKS[ability]}.*nano"):
+            task(mosaic)
+    assert mosaic.draw("a red apple").size == (48, 24)
 
 
 @pytest.mark.parametrize(

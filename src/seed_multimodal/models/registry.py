@@ -121,6 +121,14 @@ class Abilities:
     takes_conditions: bool = False
 
 
+# Tasks that need an ability.
+NEEDS = {
+    "describe": "writes",
+    "ask": "writes",
+    "chat": "writes",
+    "detect": "detects",
+    "edit": "edits",
+}
 # What a system without an ability is told to have none of.
 LACKS = {
     "reads_codes": "has prompts with features of images, not of ids alone",

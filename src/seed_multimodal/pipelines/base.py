@@ -95,7 +95,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         log: Log = None,
     ) -> None:
         super().__init__(family, log)
-        for task in ("describe", "draw", "chat"):
+        for task in filter(family.config.does, ("describe", "draw", "chat")):
             self.settings(task)  # reports wrong defaults in system.json early
         self.engine = self._open_engine(engine) if isinstance(engine, EngineOptions) else engine
 

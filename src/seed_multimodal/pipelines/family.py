@@ -30,6 +30,7 @@ from seed_multimodal.language.prompts import (
     merge_text,
 )
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
+from seed_multimodal.models.registry import NEEDS
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import Encoded, ImageInput, Options, Placement
 from seed_multimodal.pipelines.known_images import PREFACE, unknown_images_note
@@ -131,10 +132,12 @@ class Family:
 
         A temperature, top_p or top_k enables sampling (without beams), unless `do_sample` is set. A
         forced image raises `max_new_tokens`, unless the caller sets it; it is all of a drawing.
-        Raises ConfigError: an unknown option (with the nearest), one that the task does not read;
-        several answers; a limit below a forced image.
+        Raises ConfigError: a task that the family does not do; an unknown option (with the
+        nearest), one that the task does not read; several answers; a limit below a forced image.
         """
-        # 1. Names.
+        # 1. The task, and names.
+        if not self.config.does(kind):
+            self.config.check_ability(NEEDS[kind])
         names = [
             entry.name for entry in fields(GenerationSettings) if entry.name not in OF_FAMILIES
         ]
