@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from seed_multimodal.device import Runtime, choose_device, peak_tflops
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.recipes.seed.losses import Stage2Model
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.recipes.seed.losses import Stage2Model
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.loss import LossModule, round_residual
 from seed_multimodal.training.llm.metrics import token_flops
