@@ -156,7 +156,7 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 
 def share_of_codes(system: MultimodalSystem, images: Sequence[Image.Image]) -> float | None:
     """Of the codebook, used by these images; None: the system has features."""
-    if not system.images.has_codes:
+    if not system.abilities.draws_codes:
         return None
     rows = system.images.encode(images)
     used = {int(code) for row in rows for code in row}
