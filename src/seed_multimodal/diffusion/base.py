@@ -82,6 +82,8 @@ PARTS = {
     "vae": Part(AUTOENCODERS),
     **{name: Part(**row) for name, row in read_table(__file__).items()},
 }
+# Files of a part, and the key of its class where there is no `_class_name`.
+CLASS_KEYS = {"config.json": "architectures", "tokenizer_config.json": "tokenizer_class"}
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
 # Attributes of de-tokenizers with weights, in order of use.
 NETWORKS = (
@@ -555,10 +557,16 @@ class Detokenizer(Generic[Settings]):
 
         # 3. Load it.
         part = PARTS[name]
-        config_file = part_folder / "config.json"
-        values = read_json_object(config_file, CheckpointError) if config_file.is_file() else {}
-        stored_name = values.get("_class_name", part.classes[0])
-        class_name = check_class(stored_name, part.classes, config_file)
+        values: JsonObject = {}
+        class_name = part.classes[0]
+        for file_name, key in CLASS_KEYS.items():
+            file = part_folder / file_name
+            if file.is_file():
+                values |= read_json_object(file, CheckpointError)
+                # transformers' models have a list of them.
+                stored = values.get("_class_name") or values.get(key) or class_name
+                first = stored[0] if isinstance(stored, list) else stored
+                class_name = check_class(first, part.classes, file)
         part_class = getattr(import_library(part.module), class_name)
         if issubclass(part_class, PretrainedNetwork):
             return part_class.from_pretrained(part_folder, dtype=dtype)

@@ -227,7 +227,7 @@ def check_class(name: object, allowed: Sequence[str], label: str | Path) -> str:
     """The name of a class in a configuration. Raises CheckpointError: not one of these."""
     if name not in allowed:
         raise CheckpointError(
-            f"{label}: _class_name is {name!r}{nearest(str(name), allowed)}; "
+            f"{label}: the class is {name!r}{nearest(str(name), allowed)}; "
             f"{', '.join(allowed)} can be loaded."
         )
     return str(name)

@@ -447,10 +447,10 @@ def table(study: StudySettings, lines: Sequence[JsonObject]) -> str:
     """The results in Markdown; `lines`: those of runs.csv."""
     # 1. What was run.
     first = study.rows[0].name
-    values = ", ".join(f"{name} {value}" for name, value in study.values.items())
+    values = "".join(f", {name} {value}" for name, value in study.values.items())
     date = max(line["finished"] for line in lines)[:10]
     text = (
-        f"# {study.name}\n\n{study.question}\n\nFinished {date}; {values}. "
+        f"# {study.name}\n\n{study.question}\n\nFinished {date}{values}. "
         "Means over runs of different seeds with 95 % intervals (Student's t), and differences "
         f"to {first!r}, paired by seed. One run has no interval."
         "\n\n| | runs |"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import spread, write_json
+from tiny import read_json, spread, write_json
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
@@ -239,6 +239,25 @@ def test_from_pretrained_names_an_incomplete_part(folder, part):
     lost, _ = tensors.popitem()
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=lost[-12:]):
+        open_case(folder.parent, "sd")
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"}),
+        ("vae/config.json", {"_class_name": "AutoencoderOobleck"}),
+    ],
+    ids=str,
+)
+def test_from_pretrained_refuses_a_part_of_another_class(folder, file, values):
+    # A tokenizer of bytes was read as CLIP's, without an error.
+    path = folder / file
+    content = read_json(path) if path.is_file() else {}
+    write_json(path, {**content, **values})
+    [name] = [value[0] if isinstance(value, list) else value for value in values.values()]
+    with pytest.raises(CheckpointError, match=f"{path}.*{name}"):
         open_case(folder.parent, "sd")
 
 
