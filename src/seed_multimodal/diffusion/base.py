@@ -564,9 +564,10 @@ class Detokenizer(Generic[Settings]):
             if file.is_file():
                 values |= read_json_object(file, CheckpointError)
                 # transformers' models have a list of them.
-                stored = values.get("_class_name") or values.get(key) or class_name
+                key = "_class_name" if "_class_name" in values else key
+                stored = values.get(key) or class_name
                 first = stored[0] if isinstance(stored, list) else stored
-                class_name = check_class(first, part.classes, file)
+                class_name = check_class(first, part.classes, file, key)
         part_class = getattr(import_library(part.module), class_name)
         if issubclass(part_class, PretrainedNetwork):
             return part_class.from_pretrained(part_folder, dtype=dtype)

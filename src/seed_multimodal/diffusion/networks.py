@@ -223,11 +223,13 @@ def size_unit(denoiser: nn.Module, vae: nn.Module) -> int:
     return max(8, spatial_factor(vae) * patch)
 
 
-def check_class(name: object, allowed: Sequence[str], label: str | Path) -> str:
+def check_class(
+    name: object, allowed: Sequence[str], label: str | Path, key: str = "_class_name"
+) -> str:
     """The name of a class in a configuration. Raises CheckpointError: not one of these."""
     if name not in allowed:
         raise CheckpointError(
-            f"{label}: the class is {name!r}{nearest(str(name), allowed)}; "
+            f"{label}: {key} is {name!r}{nearest(str(name), allowed)}; "
             f"{', '.join(allowed)} can be loaded."
         )
     return str(name)

@@ -136,8 +136,9 @@ class Family:
         nearest), one that the task does not read; several answers; a limit below a forced image.
         """
         # 1. The task, and names.
-        if not self.config.does(kind):
-            self.config.check_ability(NEEDS[kind])
+        ability = NEEDS.get(kind)
+        if ability and not getattr(self.config.abilities, ability):
+            self.config.check_ability(ability)
         names = [
             entry.name for entry in fields(GenerationSettings) if entry.name not in OF_FAMILIES
         ]

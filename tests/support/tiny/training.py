@@ -196,7 +196,7 @@ class Family:
     @property
     def task_class(self):
         module, _, name = self.task.rpartition(".")
-        return getattr(import_module(f"seed_multimodal.models.{module}"), name)
+        return getattr(import_module(f"seed_multimodal.recipes.{module}"), name)
 
 
 SEED = Family(
