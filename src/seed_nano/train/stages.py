@@ -78,7 +78,7 @@ LAVIT_LANGUAGE = (
     Stage("reader", ReaderTask, ("start",), ("pool",)),
     Stage("tokenizer", TokenizerTask, ("reader",), ("pool", "tokenizer")),
     Stage("narrow", NarrowTask, ("tokenizer",), ("pool", "tokenizer")),
-    hydra("language", "train_lavit", "llm", "narrow", "llm", "records"),
+    hydra("language", "train_lavit", "llm", "narrow", "llm", "records", "things"),
 )
 
 PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {

@@ -28,7 +28,7 @@ from seed_multimodal.training.config import StageSettings
 from seed_nano.world.records import from_last_image, record_at
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import scene_at
-from seed_nano.world.things import NAMES
+from seed_nano.world.things import first_things
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
@@ -184,7 +184,7 @@ class Workspace:
     @property
     def names(self) -> Sequence[str]:
         """The things of the language model's records."""
-        return NAMES[: getattr(self.config, "things", None)]
+        return first_things(getattr(self.config, "things", None))
 
     @cached_property
     def pool(self) -> list[Scene]:

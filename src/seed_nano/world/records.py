@@ -203,7 +203,7 @@ class _RecordMaker(TypedDialogue):
         others = {*NAMES}.difference(names)
 
         def allowed(scene: Scene) -> bool:
-            return others.isdisjoint(scene.things) and held_out(scene) <= {split} - {"train"}
+            return others.isdisjoint(scene.things) and held_out(scene) <= {split}
 
         super().__init__(rng, allowed)
         self.index = index

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.disk import JsonObject
+from seed_multimodal.errors import DataError
 from seed_nano.world.records import from_last_image, record_at, with_images, x_record_at
 from seed_nano.world.scene import SIZE, Scene, WideScene, find_drawings, load_sprites
 from seed_nano.world.splits import check_split, scene_at, scenes
 from seed_nano.world.targets import label_names
-from seed_nano.world.things import NAMES
+from seed_nano.world.things import first_things
 from seed_nano.world.wide import View
 from seed_nano.world.words import describe
 
@@ -45,10 +46,11 @@ class NanoSource:
             has.
         seed: of training scenes; another one gives others.
         size: side of the images of scenes with captions, in pixels.
-        things: the first ones only, in records of one kind; None: all.
+        things: how many of them, the first ones, occur; None: all.
 
     Raises:
-        DataError: an unknown split, or no drawings.
+        DataError: an unknown split, `things` of records that do not read it, or no drawings.
+        ConfigError: `things` is no such number.
     """
 
     files = ()  # scenes are computed
@@ -69,9 +71,11 @@ class NanoSource:
         self.split = split
         self.seed = seed
         self.size = size
-        self.names = NAMES[:things]
+        self.names = first_things(things)
         self.pair_keys = EDIT_KEYS if content.endswith("edits") else {}
         self._listed = scenes(split, folder) if split != "train" and not content else []
+        if things is not None and (self._listed or content.startswith(X_KIND)):
+            raise DataError(f"nano: things is not of the listed scenes, nor of {X_KIND}*.")
         self.number = min(number or EPOCH, len(self._listed)) if self._listed else number or EPOCH
         load_sprites(self.path)  # before workers are forked, so that they share it
 
@@ -99,7 +103,7 @@ class NanoSource:
             captions = [describe(scene)]
         else:
             key = f"scene {self.split} {self.seed} {row}"
-            scene = scene_at(self.seed, row)
+            scene = scene_at(self.seed, row, names=self.names)
             rng = random.Random(f"{self.seed} captions {row}")
             captions = [describe(scene, rng) for _ in range(CAPTIONS)]
         fields = {

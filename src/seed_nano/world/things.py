@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from seed_multimodal.disk import JsonObject, replace_text
+from seed_multimodal.settings import check_value
 
 VOCABULARY: JsonObject = yaml.safe_load(
     Path(__file__).with_name("vocabulary.yaml").read_text(encoding="utf-8")
@@ -40,6 +41,16 @@ def article(phrase: str) -> str:
 NAMES = tuple(VOCABULARY["things"])
 HELD_OUT = tuple(VOCABULARY["held_out"])  # only ever reconstructed, never named
 THINGS = (*NAMES, *HELD_OUT)
+
+
+def first_things(number: int | None) -> tuple[str, ...]:
+    """The names of the first things; None: of all. Raises ConfigError: too few for a scene of two,
+    or more than there are."""
+    if number is None:
+        return NAMES
+    return NAMES[: check_value(int, number, "nano: things", minimum=2, maximum=len(NAMES))]
+
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     name: tuple(rgb) for name, rgb in VOCABULARY["colours"].items()
 }

@@ -10,6 +10,8 @@ from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 from seed_nano.world.scene import render
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import scene_at, scenes
+from seed_nano.world.things import NAMES
+from seed_nano.world.wide import View
 from seed_nano.world.words import describe, parse_caption
 
 
@@ -44,12 +46,28 @@ def test_requests_to_describe_have_the_fields_of_questions():
     assert {fields["question"] for fields in records} < set(DESCRIBE_REQUESTS)
 
 
+def test_the_first_things_only_occur():
+    # A study's language model sees few of them, in scenes and in records.
+    named = set()
+    for content in ("", "captions", "draw", "typed_draw", "edits"):
+        source = open_nano(content=content, number=60, things=9)
+        for row in range(60):
+            for value in source.locate(row).fields.values():
+                if isinstance(value, View):
+                    named |= set(value.scene.things)
+    assert named == set(NAMES[:9])
+
+
 @pytest.mark.parametrize(
     "options, error, name",
     [
         ({"split": "vall"}, DataError, "'val'"),
         ({"files": "nowhere"}, DataError, "nano"),
         ({"numbr": 3}, ConfigError, "'number'"),
+        ({"things": 1}, ConfigError, "things"),
+        ({"things": 151}, ConfigError, "things"),
+        ({"split": "val", "things": 9}, DataError, "things"),
+        ({"content": "seed_x.detect", "things": 9}, DataError, "things"),
     ],
 )
 def test_open_pairs_with_a_wrong_option(options, error, name):
