@@ -557,22 +557,12 @@ class Detokenizer(Generic[Settings]):
 
         # 3. Load it.
         part = PARTS[name]
-        values: JsonObject = {}
-        class_name = part.classes[0]
-        for file_name, key in CLASS_KEYS.items():
-            file = part_folder / file_name
-            if file.is_file():
-                values |= read_json_object(file, CheckpointError)
-                # transformers' models have a list of them.
-                key = "_class_name" if "_class_name" in values else key
-                stored = values.get(key) or class_name
-                first = stored[0] if isinstance(stored, list) else stored
-                class_name = check_class(first, part.classes, file, key)
-        part_class = getattr(import_library(part.module), class_name)
+        part_class = getattr(import_library(part.module), stored_class(part_folder, part))
         if issubclass(part_class, PretrainedNetwork):
             return part_class.from_pretrained(part_folder, dtype=dtype)
         label = f"{cls.label} folder"
         if part.files == DIFFUSERS_WEIGHTS:
+            values = read_json_object(part_folder / "config.json", CheckpointError)
             state = load_checkpoint(part_folder)
             return load_diffusers_network(part_class, values, state, part_folder, dtype)
         if issubclass(part_class, nn.Module):
@@ -581,6 +571,21 @@ class Detokenizer(Generic[Settings]):
             )[0]
         with reading_files(part_folder, label, cls.download_hint):
             return part_class.from_pretrained(part_folder, local_files_only=True)
+
+
+def stored_class(folder: Path, part: Part) -> str:
+    """The class that a part's files name; none: the usual one. Raises CheckpointError: another one
+    than the part's."""
+    for file_name, class_key in CLASS_KEYS.items():
+        file = folder / file_name
+        values = read_json_object(file, CheckpointError) if file.is_file() else {}
+        for key in ("_class_name", class_key):
+            if name := values.get(key):
+                # transformers' models have a list of classes.
+                return check_class(
+                    name[0] if isinstance(name, list) else name, part.classes, file, key
+                )
+    return part.classes[0]
 
 
 def scheduler_class(config: JsonObject, label: str | Path) -> Any:
