@@ -77,13 +77,13 @@ def reconstruct(args: Namespace) -> int:
     if args.condition:
         config.check_ability("takes_conditions")
         StoredImage(args.condition)
+    if args.codes_file:
+        config.check_ability("draws_codes")
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
     sources = image_sources(args.images)
     outputs = Outputs(args.out, len(names) * max(1, len(args.codes)))
     codec = load_images(args)
-    if stored:
-        config.check_ability("draws_codes")
     _check_counts(args, codec)
     settings = chosen_settings(args)
     first_count = {"codes": args.codes[0]} if args.codes else {}

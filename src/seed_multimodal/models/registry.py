@@ -129,13 +129,11 @@ NEEDS = {
     "detect": "detects",
     "edit": "edits",
 }
-# What a system without an ability is told to have none of.
+# What the refusal says of a system without an ability.
 LACKS = {
     "reads_codes": "has prompts with features of images, not of ids alone",
-    "draws_codes": "has no codes: its images are features",
-    "first_codes": "does not draw from the first codes of an image",
+    "draws_codes": "has no codes: its images are features (`images.encode` gives them)",
     "writes": "writes no text",
-    "converses": "answers each message alone",
     "edits": "does not edit images",
     "detects": "does not support detection",
     "takes_conditions": "draws without a condition image",
@@ -262,13 +260,13 @@ def find_family(name: str) -> FamilySpec:
 
 
 def check_ability(abilities: Abilities, ability: str, name: object) -> None:
-    """Raise ConfigError, which names others that have it, if the system `name` lacks an ability (a
-    field of `Abilities`)."""
+    """Raise ConfigError, which names others that have it, if the system `name` lacks an ability
+    (one of `LACKS`)."""
     if getattr(abilities, ability):
         return
     able = [spec for spec in families() if getattr(spec.config.abilities, ability)]
-    names = ", ".join(spec.config.shipped or spec.title for spec in able)
-    others = f" (others: {names})" if names else ""
+    names = [other for spec in able for other in (spec.config.shipped, spec.title) if other]
+    others = f" (others: {', '.join(names)})" if names else ""
     raise ConfigError(f"{name} {LACKS[ability]}{others}.")
 
 

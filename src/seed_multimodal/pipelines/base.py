@@ -95,8 +95,9 @@ class MultimodalSystem(TaskRunner, HubUpload):
         log: Log = None,
     ) -> None:
         super().__init__(family, log)
-        for task in filter(family.config.does, ("describe", "draw", "chat")):
-            self.settings(task)  # reports wrong defaults in system.json early
+        # Wrong defaults in system.json are reported early.
+        for task in ("describe", "draw", "chat") if self.abilities.writes else ("draw",):
+            self.settings(task)
         self.engine = self._open_engine(engine) if isinstance(engine, EngineOptions) else engine
 
     def _open_engine(self, options: EngineOptions) -> BaseEngine:

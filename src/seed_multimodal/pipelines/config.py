@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self
 from seed_multimodal.disk import JsonObject, read_json_object, replace_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
-from seed_multimodal.models.registry import NEEDS, Abilities, check_ability, families, find_family
+from seed_multimodal.models.registry import Abilities, check_ability, families, find_family
 from seed_multimodal.settings import check_keys, check_value, nearest, positive, read_settings
 from seed_multimodal.weights.catalogue import (
     ADAPTER_CONFIG,
@@ -124,10 +124,6 @@ class SystemConfig:
     def name(self) -> str:
         """Its folder, or the short name of an original."""
         return self.found.name
-
-    def does(self, task: str) -> bool:
-        """Whether its family has the ability that a task needs."""
-        return task not in NEEDS or getattr(self.abilities, NEEDS[task])
 
     def check_ability(self, ability: str) -> None:
         """Raise ConfigError, which names systems that have it, if its family lacks an ability."""
