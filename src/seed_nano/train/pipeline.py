@@ -105,7 +105,8 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     # 2. Resolve the template, then apply the keys for a run that starts from weights.
     recipe: Any = OmegaConf.to_container(OmegaConf.create(values)["recipe"], resolve=True)
     # Kinds of records with the number 0 have no file.
-    amounts = values.get("records", {})
+    records = values.get("records")
+    amounts = records if isinstance(records, dict) else {}  # LaVIT's has one number
     for data in (recipe.get("data", {}), recipe.get("eval_data", {})):
         for row in list(data.get("sources", ())):
             if amounts.get(Path(row.get("files", "")).stem) == 0:

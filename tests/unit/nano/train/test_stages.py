@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from seed_nano.train.pipeline import Application, render
+from seed_nano.train.stages import PIPELINES
 from seed_nano.train.task import scene_pixels, to_signed
 from seed_nano.train.vae import VaeTask, normalise_latents
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings
@@ -20,6 +22,17 @@ def test_load_settings_reads_every_preset(file):
     key = keys.get(file.parent.name, "train_images")
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
     assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
+
+
+@pytest.mark.parametrize("system", ["nano", "nano_lavit", "study", "study_lavit"])
+def test_every_training_gets_its_configuration(system, tmp_path):
+    # Settings of one name are of different kinds: LaVIT's `records` is a number.
+    kind, stages = PIPELINES[system]
+    space = kind(load_settings(system, "test"), tmp_path, tmp_path)
+    trainings = [row for row in stages if isinstance(row.run, Application) and row.run.section]
+    assert trainings
+    for stage in trainings:
+        assert render(space, stage.name, stage.run.section).is_file()
 
 
 @torch.no_grad()
