@@ -97,7 +97,9 @@ def texts_of(events: list[dict]) -> list[str]:
 def test_every_family_has_a_row(installed):
     from seed_multimodal.models.registry import families
 
-    assert [spec.name for spec in families()] == [*FAMILIES]  # others' behind ours
+    names = [spec.name for spec in families()]
+    names.remove("seed_glm_image")  # it writes no text: see tests/unit/glm_image
+    assert names == [*FAMILIES]  # others' behind ours
 
 
 # ---- batches

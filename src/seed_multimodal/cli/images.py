@@ -60,7 +60,9 @@ def tokenize(args: Namespace) -> int:
         record = {"image": name, "codes": codes.tolist()}
         if lines is not None:
             print_json(record, lines)
-        emit(args, record, f"{printable(name)}: {' '.join(map(str, record['codes']))}")
+        rows = codes if codes.ndim > 1 else codes[None]
+        text = "\n".join(" ".join(map(str, row.tolist())) for row in rows)
+        emit(args, record, f"{printable(name)}: {text}")
 
     # 2. The codes; the file holds the images that did not fail.
     return run_batches(args, args.images, show, work, args.batch_size)
@@ -111,7 +113,7 @@ def reconstruct(args: Namespace) -> int:
         # Features are too long for a record.
         record: JsonObject = {"image": name}
         if config.abilities.draws_codes:
-            record["codes"] = [int(code) for code in encoded]
+            record["codes"] = encoded if isinstance(encoded, list) else encoded.tolist()
         emit(args, record | saved, f"{printable(name)}: {paths}")
 
     return run_batches(args, names, show, work, args.batch_size)
@@ -204,7 +206,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file.")
     # Blank lines are skipped.
-    codes_of: dict[str, list[int]] = {}
+    codes_of: dict[str, list[Any]] = {}  # a row, or of grids rows
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         for row, line in enumerate(filter(str.strip, lines), 1):
@@ -216,7 +218,9 @@ def read_codes(path: str) -> dict[str, list[int]]:
                 name, codes = f"codes_{row}", value
             # Several rows may be of one image.
             key = f"{name} ({row})" if name in codes_of else name
-            codes_of[key] = [int(code) for code in codes]
+            codes_of[key] = [
+                [*map(int, row)] if isinstance(row, list) else int(row) for row in codes
+            ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: row {len(codes_of) + 1} is no list of codes, nor an object with image and "

@@ -35,11 +35,11 @@ from seed_multimodal.diffusion.networks import (
     context_dim,
     denoiser_folder,
     is_sdxl,
-    latent_scale,
     predict,
     size_ids,
     size_unit,
     spatial_factor,
+    unscaled_latents,
     with_unconditional,
 )
 from seed_multimodal.diffusion.objectives import flow_shift, is_flow
@@ -73,6 +73,7 @@ class Part(NamedTuple):
 
     classes: Sequence[str] = ()  # that its `config.json` may name; schedulers: any
     module: str = "diffusers"  # of these classes
+    folder: str = ""  # its sub-folder, if that has another name
     files: Sequence[str] = DIFFUSERS_WEIGHTS  # one of them must exist
     optional: str = ""  # the sub-folder without which it is left out
 
@@ -88,6 +89,7 @@ SAFETY_PARTS = ("safety_checker", "feature_extractor")
 # Attributes of de-tokenizers with weights, in order of use.
 NETWORKS = (
     "text_encoder",
+    "t5_encoder",
     "decoder",
     "code_adapter",
     "conditioner",
@@ -121,21 +123,26 @@ class Denoising:
 
     start: Tensor  # noise [B, C, h, w]
     n_runs: int
-    conditions: DenoiserConditions  # R · B rows
+    # of all runs together, R · B rows; or of each run, B rows
+    passes: Sequence[DenoiserConditions]
     guide: Callable[[Tensor], Tensor]  # combines the predictions of the R runs
     concatenated: Tensor | None = None  # further input channels, R · B rows
+    # of the scheduler: what the denoiser is told, and the noise; None: by their number
+    times: Mapping[str, Any] | None = None
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, step: Tensor) -> Tensor:
         """The guided prediction `[B, C, h, w]` in float32.
 
         step: the scheduler's time step, one for all or one each.
         """
-        inputs = noisy.repeat(self.n_runs, 1, 1, 1)
+        n_together = self.n_runs // len(self.passes)
+        inputs = noisy.repeat(n_together, 1, 1, 1)
         if step.ndim:
-            step = step.repeat(self.n_runs)
+            step = step.repeat(n_together)
         if self.concatenated is not None:
             inputs = torch.cat([inputs, self.concatenated.to(inputs)], dim=1)
-        return self.guide(predict(denoiser, inputs, step, self.conditions).float())
+        predictions = [predict(denoiser, inputs, step, conditions) for conditions in self.passes]
+        return self.guide(torch.cat(predictions).float())
 
 
 @dataclass(eq=False)
@@ -169,6 +176,7 @@ class Detokenizer(Generic[Settings]):
     trained: ClassVar[Mapping[str, str]] = {"denoiser": "denoiser"}
     reads: ClassVar[str] = "embedding"  # of an image, "codes": of each code, "ids": codes
     reads_condition = False  # whether it reads condition images
+    joins_runs = True  # the runs of guidance are one pass, so their conditions have equal shapes
 
     def __post_init__(self) -> None:
         if self.defaults is None:
@@ -188,7 +196,7 @@ class Detokenizer(Generic[Settings]):
 
     @property
     def embedding_dim(self) -> int:
-        """Width of the embeddings."""
+        """Width of the embeddings; 0: it reads other things."""
         raise NotImplementedError
 
     def read(self, embeds: Any) -> tuple[Any, Tensor]:
@@ -296,7 +304,7 @@ class Detokenizer(Generic[Settings]):
         n_images = len(embeds)
         if not n_images:
             return []
-        for width in {row.shape[-1] for row in embeds}:
+        for width in {row.shape[-1] for row in embeds} if self.embedding_dim else ():
             if width != self.embedding_dim:
                 raise CheckpointError(
                     f"The embeddings have width {width}, but this diffusion model needs width "
@@ -331,7 +339,8 @@ class Detokenizer(Generic[Settings]):
         scheduler = self.scheduler
         if settings.preset == "fast":
             scheduler = fast_scheduler(scheduler)
-        scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
+        times = denoising.times or {"num_inference_steps": settings.num_inference_steps}
+        scheduler.set_timesteps(**times, device=self.device)
         step_options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             step_options["generator"] = list(generators)
@@ -377,8 +386,11 @@ class Detokenizer(Generic[Settings]):
         time_ids = self.time_ids(settings, len(embeds)) if self.reads_sizes else None
         conditions, null = self.conditions(read, negatives, time_ids, settings, generators)
         n_runs, guide = self.guide(settings)
+        passes = [conditions]
         if n_runs > 1:
-            conditions = with_unconditional(conditions, null(), n_runs)
+            passes = [null(), conditions]
+            if self.joins_runs:
+                passes = [with_unconditional(conditions, passes[0], n_runs)]
         if start is None:
             shape = (self.vae.config.latent_channels, *latent_size)
             start = seeded_noise(generators, shape, self.noise_dtype or self.denoiser.dtype)
@@ -387,7 +399,7 @@ class Detokenizer(Generic[Settings]):
         if n_runs > 1 and condition is not None:
             rows = [condition] * (n_runs - 1)
             condition = torch.cat([torch.zeros_like(condition), *rows])
-        return Denoising(start, n_runs, conditions, guide, condition)
+        return Denoising(start, n_runs, passes, guide, condition)
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
         """Latents as PIL images, black where the safety checker flags them.
@@ -430,7 +442,6 @@ class Detokenizer(Generic[Settings]):
         from diffusers import AutoencoderTiny
 
         vae = self.vae
-        shift, scale = latent_scale(vae)
         # Channels last halves the time of small autoencoders on CPUs; in large ones it gains
         # nothing, and torch's GroupNorm is less exact.
         is_small = isinstance(vae, AutoencoderTiny)
@@ -439,7 +450,7 @@ class Detokenizer(Generic[Settings]):
         decoded = []
         with torch.autocast(self.device.type, enabled=False):
             for batch in latents.split(max(1, DECODED_PIXELS // n_pixels)):
-                unscaled = batch.to(self.device) / scale + shift
+                unscaled = unscaled_latents(vae, batch.to(self.device))
                 unscaled = unscaled.to(vae.dtype, memory_format=layout)
                 decoded.append(vae.decode(unscaled).sample)
         pixels = torch.cat(decoded)  # in -1…1
@@ -652,7 +663,9 @@ def empty_prompt(
 
 
 def _part_folder(folder: Path, name: str) -> Path:
-    return denoiser_folder(folder) if name == "denoiser" else folder / name
+    if name == "denoiser":
+        return denoiser_folder(folder)
+    return folder / (PARTS[name].folder or name)
 
 
 def _missing_path(folder: Path, name: str) -> Path | None:

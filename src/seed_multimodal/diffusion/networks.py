@@ -30,6 +30,12 @@ class DenoiserConditions(TypedDict, total=False):
     class_labels: Tensor  # of unCLIP's U-Net [R·B, 2 E]
     added_cond_kwargs: dict[str, Tensor]  # of SDXL's U-Net: pooled embeddings and sizes
     pooled_projections: Tensor  # of Stable Diffusion 3's transformer [R·B, P]
+    # Of GLM-Image's transformer.
+    prior_token_id: Tensor  # a code of each patch [B, N]
+    prior_token_drop: Tensor  # patches without, bool [B, N]
+    target_size: Tensor  # height and width [B, 2]
+    crop_coords: Tensor  # top and left [B, 2]
+    kv_caches: Any  # of source images
 
 
 class DenoiserKind(NamedTuple):
@@ -43,6 +49,7 @@ DENOISERS = {
     "UNet2DConditionModel": DenoiserKind("unet", "cross_attention_dim"),
     "SanaTransformer2DModel": DenoiserKind("transformer", "caption_channels"),
     "SD3Transformer2DModel": DenoiserKind("transformer", "joint_attention_dim"),
+    "GlmImageTransformer2DModel": DenoiserKind("transformer", "text_embed_dim"),
 }
 
 
@@ -170,8 +177,9 @@ def _combine(function: Callable[[Tensor, Tensor], Tensor], conditions: Any, null
 
 
 def compile_blocks(denoiser: nn.Module) -> None:
-    """Fuse the attentions' projections, and compile each block that repeats."""
-    denoiser.fuse_qkv_projections()
+    """Fuse the attentions' projections if they can be, and compile each block that repeats."""
+    if hasattr(denoiser, "fuse_qkv_projections"):
+        denoiser.fuse_qkv_projections()
     if denoiser._repeated_blocks:
         denoiser.compile_repeated_blocks()
         return
@@ -208,9 +216,22 @@ def encode_moments(vae: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
 
-def latent_scale(vae: nn.Module) -> tuple[float, float]:
-    """Shift and scaling factor: a denoiser's latents are `(latents − shift) · scale`."""
-    return float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
+def scaled_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """An autoencoder's latents as a denoiser's: shifted and scaled, or standardised by channel."""
+    config = vae.config
+    if config.get("latents_mean") is not None:
+        mean = latents.new_tensor(config.latents_mean)[:, None, None]
+        return (latents - mean) / latents.new_tensor(config.latents_std)[:, None, None]
+    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+def unscaled_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The inverse of `scaled_latents`."""
+    config = vae.config
+    if config.get("latents_mean") is not None:
+        mean = latents.new_tensor(config.latents_mean)[:, None, None]
+        return latents * latents.new_tensor(config.latents_std)[:, None, None] + mean
+    return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
 
 # ---- both

@@ -47,6 +47,10 @@ class EpsilonObjective:
         n_steps = self.schedule.config.num_train_timesteps
         return torch.randint(n_steps, (count,), generator=generator)
 
+    def told(self, steps: Tensor) -> Tensor:
+        """What the denoiser is told of time steps."""
+        return steps
+
     def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Noisy latents at time steps `[B]`."""
         return self.schedule.add_noise(latents, noise, steps)
@@ -93,6 +97,9 @@ class FlowObjective:
             times = torch.randn(count, generator=generator).sigmoid()
         shifted = self.shift * times / (1 + (self.shift - 1) * times)
         return shifted * self.n_steps
+
+    def told(self, steps: Tensor) -> Tensor:
+        return steps
 
     def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         times = (steps / self.n_steps)[:, None, None, None]
@@ -141,7 +148,7 @@ class NoisyLatents:
     """Noised latents of training."""
 
     latents: Tensor  # [B, C, h, w]
-    steps: Tensor  # time steps [B]
+    steps: Tensor  # time steps that the denoiser is told [B]
     target: Tensor  # what the denoiser should predict: [B, C, h, w]
 
     @classmethod
@@ -152,7 +159,7 @@ class NoisyLatents:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
         steps = objective.sample_timesteps(len(latents), generator).to(latents.device)
         noisy = objective.add_noise(latents, noise, steps)
-        return cls(noisy, steps, objective.target(latents, noise, steps))
+        return cls(noisy, objective.told(steps), objective.target(latents, noise, steps))
 
     def losses(self, prediction: Tensor) -> dict[str, Tensor]:
         """`total_loss`, the mean squared error in float32; `mse`, the same without gradient."""

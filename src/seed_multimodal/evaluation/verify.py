@@ -129,7 +129,7 @@ def _checksum(files: list[Path]) -> tuple[JsonObject, str]:
 
 
 def _codes(encoded: Sequence[Tensor]) -> tuple[JsonObject, str]:
-    codes = [int(code) for code in encoded[0]]
+    codes = encoded[0].flatten().tolist()
     digest = hashlib.sha256(" ".join(map(str, codes)).encode()).hexdigest()
     return {"codes": codes}, f"`{digest[:12]}`: {len(codes)} codes, {codes[0]} {codes[1]} …"
 

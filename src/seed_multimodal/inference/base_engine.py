@@ -92,6 +92,7 @@ class Row:
     sequence: what runs in it; None: the row is idle.
     prompt_input: the backend's form of the prompt (embeddings, or ids), until it is read.
     keys: of the prompt, of an idle row those of all its tokens (see `Prompt.prefix_keys`).
+    position_ids: of the prompt that runs in it.
     n_cached: tokens in the cache; between two steps all but the last generated one.
     scores, state: of the next token, `[V]` and `[D]`.
     weights: with which the tokens were computed (see `Backend.weights`).
@@ -101,6 +102,7 @@ class Row:
     sequence: GeneratedSequence | None = None
     prompt_input: PromptInput | None = None
     keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
+    position_ids: Tensor | None = None
     n_cached: int = 0
     scores: Tensor = NO_SCORES
     state: Tensor | None = None
@@ -118,6 +120,7 @@ class GeneratedSequence:
     prompts: `prompt` with a forced `<img>`; with guidance, the unconditional one behind it.
     initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
     n_rows: of the cache, that it needs.
+    vocabulary: with the number of codes of this answer's image.
     budget: new tokens at most; images must fit into them.
     ids: the generated tokens. grammar: where they stand.
     states: last hidden states (after the final norm) of SEED-X's model, see `states_at`.
@@ -141,21 +144,27 @@ class GeneratedSequence:
         original_constraints: bool = False,
     ) -> None:
         # 1. What is asked.
-        vocabulary = tokenizer.vocabulary
         prompt = request.prompt
         settings = request.settings
+        vocabulary = tokenizer.vocabulary
+        if prompt.n_codes is not None:
+            vocabulary = vocabulary.of_length(prompt.n_codes)
+        self.vocabulary = vocabulary
         forced = [vocabulary.boi_id] if settings.images == "forced" else []
         self.request = request
         self.prompt = prompt
         self.settings = settings
-        self.prompts = [Prompt([*prompt.ids, *forced], prompt.images)]
+        ids = [*prompt.ids, *forced]
+        self.prompts = [Prompt(ids, prompt.images, position_ids=prompt.position_ids)]
         if settings.guidance != 1:
             self.prompts.append(Prompt(prompt.negative or [vocabulary.boi_id]))
         self.initial_ids = [*prompt.answered, *forced]
         end_ids = settings.stop_token_ids
         self.end_ids = list(tokenizer.eos_token_ids if end_ids is None else end_ids)
         self.n_rows = max(len(self.prompts), settings.num_beams)
-        self.budget = min(settings.max_new_tokens, capacity - len(self.prompts[0]))
+        if prompt.position_ids is not None:  # which end with the answer
+            capacity = min(capacity, prompt.position_ids.shape[1])
+        self.budget = min(settings.max_new_tokens, capacity - len(ids))
 
         # 2. The answer.
         image_budget = 0 if settings.images == "never" else self.budget
@@ -178,7 +187,7 @@ class GeneratedSequence:
         self.rows: list[Row] = []
         n_initial = len(self.initial_ids)
         self.reader = AnswerReader(
-            tokenizer, settings.stop, request.previews, settings.stop_after, n_initial
+            tokenizer, settings.stop, request.previews, settings.stop_after, n_initial, vocabulary
         )
         self._tokenizer = tokenizer
         self._stream: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
@@ -305,6 +314,7 @@ class BaseEngine(ABC):
 
     device = torch.device("cpu")  # of the language model
     has_beams = False
+    has_axes = False  # whether it computes with `Prompt.position_ids`
     original_constraints = False  # see `ImageGrammar`
 
     def __init__(self, tokenizer: TextTokenizer, context: int, capacity: int, n_rows: int) -> None:
@@ -431,6 +441,10 @@ class BaseEngine(ABC):
             raise ConfigError("Beams need the engine torch, and no guidance: leave num_beams at 1.")
         if request.records and settings.num_beams > 1:
             raise ConfigError("Log-probabilities are of answers without beams.")
+        if request.prompt.position_ids is not None and not (self.has_axes and sequence.n_rows == 1):
+            raise ConfigError(
+                "Positions with axes need the engine torch, no beams and no guidance."
+            )
 
         # 2. The prompt, with a forced `<img>`, leaves a position for a token.
         length = len(sequence.prompts[0])
@@ -449,7 +463,7 @@ class BaseEngine(ABC):
 
         # 3. A forced image fits, with its codes and `</img>`.
         budget = sequence.budget
-        needed = self.vocabulary.min_codes + 1
+        needed = sequence.vocabulary.min_codes + 1
         if settings.images == "forced" and settings.constrain and budget < needed:
             raise GenerationError(
                 f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "

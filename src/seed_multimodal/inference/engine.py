@@ -71,6 +71,7 @@ class Engine(InboxThread[GeneratedSequence], BaseEngine):
         BaseEngine.__init__(self, tokenizer, backend.context, size.capacity, size.rows)
         self.backend = backend
         self.has_beams = backend.search is not None
+        self.has_axes = backend.has_axes
         self.device = backend.device
         self.original_constraints = original_constraints
         self._sampler = Sampler()
@@ -152,7 +153,8 @@ class Engine(InboxThread[GeneratedSequence], BaseEngine):
             start = row.n_cached
             stop = min(len(row.keys), start + budget)
             if start < stop and row.prompt_input is not None:
-                chunks.append(PromptChunk(row.index, row.prompt_input, start, stop))
+                chunk = PromptChunk(row.index, row.prompt_input, start, stop, row.position_ids)
+                chunks.append(chunk)
                 budget -= stop - start
         if chunks:
             rows = [self.rows[chunk.row] for chunk in chunks]
@@ -164,9 +166,11 @@ class Engine(InboxThread[GeneratedSequence], BaseEngine):
         decoding = self.rows[: self.n_decoding]
         if decoding:
             tokens = [row.sequence.ids[-1] for row in decoding if row.sequence is not None]
-            positions = [row.n_cached for row in decoding]
-            stops = [position + 1 for position in positions]
-            self._compute(decoding, stops, partial(self.backend.decode, tokens, positions))
+            slots = [row.n_cached for row in decoding]
+            position_ids = [row.position_ids for row in decoding]
+            stops = [slot + 1 for slot in slots]
+            read = partial(self.backend.decode, tokens, slots, position_ids)
+            self._compute(decoding, stops, read)
 
     def _compute(
         self, rows: Sequence[Row], stops: Sequence[int], run: Callable[[], NextTokens]
@@ -338,6 +342,7 @@ class Engine(InboxThread[GeneratedSequence], BaseEngine):
         # 3. A failure before this frees nothing, a failure after it frees the row.
         row.sequence = sequence
         row.prompt_input = prompt_input
+        row.position_ids = prompt.position_ids
         row.keys = keys
         row.weights = self._weights
         sequence.rows.append(row)

@@ -24,6 +24,7 @@ MAX_TEMPERATURE = 1e5
 EMPTY_TOKENS = 8  # at most inside of a stop text, such as special ones
 
 NO_KEYS = np.zeros(0, dtype=np.int64)
+HASH_FACTOR = np.int64(6364136223846793005)  # of Knuth's MMIX generator
 
 # Features of an input image: embeddings, or what the family's `embed_features` turns into them (a
 # tensor, or a dataclass that holds tensors).
@@ -150,6 +151,9 @@ class Prompt:
     answered: last tokens of the prompt that are part of the answer.
     negative: unconditional prompt for guidance, including `<img>`; None: `<img>` alone.
     source: the image that is edited.
+    n_codes: of the answer's image; None: as many as the vocabulary has.
+    position_ids: of a model whose positions have axes: `[A, L + N]`, of the prompt's tokens (with a
+    forced `<img>`) and of those that follow; None: 0, 1, 2 …
     """
 
     ids: Sequence[int] = ()
@@ -157,6 +161,8 @@ class Prompt:
     answered: Sequence[int] = ()
     negative: Sequence[int] | None = None
     source: Any = None
+    n_codes: int | None = None
+    position_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -172,12 +178,18 @@ class Prompt:
         return cls([0] * count, [PromptImage(embeddings, range(count))])
 
     def prefix_keys(self) -> np.ndarray:
-        """One int64 a token, equal for equal inputs: ids, and hashes at the images' positions."""
+        """One int64 a token, equal for equal inputs: ids, and hashes at the images' positions.
+
+        With `position_ids` hashes of the token and of its positions.
+        """
         keys = np.array(self.ids, dtype=np.int64)
         for image in self.images:
             # Hashed positions are negative, so that they equal no token id.
             first_key = -1 - _fingerprint(image.features)
             keys[list(image.positions)] = first_key - np.arange(len(image.positions))
+        if self.position_ids is not None:
+            for axis in self.position_ids[:, : len(keys)].numpy().astype(np.int64):
+                keys = keys * HASH_FACTOR + axis  # modulo 2**64
         return keys
 
 

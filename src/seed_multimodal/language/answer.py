@@ -190,6 +190,7 @@ class AnswerReader:
     previews: numbers of codes after which there is an event with the image so far.
     stop_after: see `GenerationSettings`; before it no text is sent.
     n_opening: so many tokens at the beginning are not the model's: stops begin behind them.
+    vocabulary: with another number of codes of an image than the tokenizer's.
 
     ids: the tokens that belong to the answer so far. parts: its complete texts and images.
     found_stop: whether one of `stops` has ended the answer.
@@ -202,8 +203,10 @@ class AnswerReader:
         previews: Sequence[int] = (),
         stop_after: str = "",
         n_opening: int = 0,
+        vocabulary: ImageVocabulary | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary or tokenizer.vocabulary
         self.previews = previews
         self.stop_after = stop_after
         self.ids: list[int] = []
@@ -211,7 +214,7 @@ class AnswerReader:
         self.finished = False
         self.found_stop = False
         self._run: list[int] = []  # tokens since the last change between text and image
-        self._grammar = ImageGrammar(tokenizer.vocabulary)  # whether the run is an open image
+        self._grammar = ImageGrammar(self.vocabulary)  # whether the run is an open image
         self._is_image = False  # whether it is an image, or image tokens without its start
         self._n_opening = n_opening  # tokens that are still to come
         self._stops_from = 0  # characters of the run's text that are the opening's
@@ -229,7 +232,7 @@ class AnswerReader:
 
     def read(self, token: int) -> list[Event]:
         """Add one token and return the events it completes; an image's has its `ImagePart`."""
-        vocabulary = self.tokenizer.vocabulary
+        vocabulary = self.vocabulary
         in_image = self._grammar.n_in_image is not None
         is_opening = self._n_opening > 0
         if is_opening:
@@ -270,7 +273,7 @@ class AnswerReader:
 
     def _preview(self) -> list[Event]:
         """The unfinished image, where a preview is due."""
-        vocabulary = self.tokenizer.vocabulary
+        vocabulary = self.vocabulary
         codes = self._run[1:]
         in_image = self._grammar.n_in_image is not None
         is_due = in_image and len(codes) in self.previews
@@ -298,7 +301,7 @@ class AnswerReader:
             return self._flush_text()
 
         # 1. Texts inside belong to the image only if it is closed.
-        vocabulary = self.tokenizer.vocabulary
+        vocabulary = self.vocabulary
         run = self._run
         start = len(self.ids) - len(run)
         end = len(run)

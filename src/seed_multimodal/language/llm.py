@@ -150,7 +150,7 @@ def load_llm(
     if layers:
         refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
     warn_tensors(outside, (ROTARY,), folder_or_id)
-    if config.tie_word_embeddings and not model.all_tied_weights_keys:
+    if model.config.tie_word_embeddings and not model.all_tied_weights_keys:
         # transformers has loaded both tensors, since they differ.
         warn_untied(folder_or_id)
         model.config.tie_word_embeddings = False
@@ -186,7 +186,7 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
 
     ids: None: LLaMA's for a LLaMA without hub tokenizer, else the folder's.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     # 1. The file; an original's folder is recognised by its name.
     advice = "give the folder of a language model (config.json and *.safetensors)"
@@ -210,6 +210,13 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json is damaged ({first_line(error)}).") from error
+
+    # 3. Of a multimodal model the language model, where a class can load it alone.
+    text_config = config.get_text_config()
+    if text_config is not config and type(text_config) in AutoModelForCausalLM._model_mapping:
+        config = text_config
+        for name, value in (ids or {}).items():
+            setattr(config, name, value)
     check_sizes(config, source)
     return config
 

@@ -412,8 +412,11 @@ def load_base(
         )
 
     # 2. The size of its vocabulary.
-    default = llama.get_input_embeddings().weight
-    vocab_size = min(len(trained.full.get(name, default)) for name in (EMBEDDING, HEAD))
+    embeddings = llama.get_input_embeddings().weight
+    head = trained.full.get(HEAD, embeddings)
+    if len(head) == len(llama.get_output_embeddings().weight):
+        head = embeddings  # of GLM-Image it has fewer rows: codes alone are written
+    vocab_size = min(len(trained.full.get(EMBEDDING, embeddings)), len(head))
     if tokenizer is not None:
         check_vocab_size(vocab_size, tokenizer.vocabulary, str(trained.source))
     if vocab_size != llama.config.vocab_size:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from seed_multimodal.errors import CodesError
 
@@ -45,6 +45,7 @@ def location_token(location: int) -> str:
 class ImageVocabulary:
     """Sizes of the vocabulary, and conversion between codes (0..n_codes-1) and ids.
 
+    tokens_per_image: codes of an image at most. fewest_codes: at least; None: as many.
     fixed_image_order: an image's tokens are always the first codes in order.
     image_only_when_forced: images are started only by the prompt.
     ignored_below_id: smaller ids may occur inside an image, and are skipped.
@@ -54,6 +55,7 @@ class ImageVocabulary:
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
+    fewest_codes: int | None = field(default=None, kw_only=True)
     fixed_image_order: ClassVar[bool] = False
     image_only_when_forced: ClassVar[bool] = False
     ignored_below_id: ClassVar[int] = 0
@@ -83,7 +85,11 @@ class ImageVocabulary:
     @cached_property
     def min_codes(self) -> int:
         """Minimum number of codes of an image."""
-        return self.tokens_per_image
+        return self.tokens_per_image if self.fewest_codes is None else self.fewest_codes
+
+    def of_length(self, n_codes: int) -> Self:
+        """The vocabulary of an image with so many codes."""
+        return replace(self, tokens_per_image=n_codes, fewest_codes=n_codes)
 
     def is_ignored_in_image(self, id: int) -> bool:
         """Whether `id` may occur inside an image, and is skipped."""

@@ -101,7 +101,10 @@ class Abilities:
     """What the systems of a family do.
 
     Attributes:
-        reads_codes, draws_codes: prompts, and answers, hold codes of an image, not features.
+        reads_codes, draws_codes: prompts, and answers, hold codes of an image alone, neither
+            features nor pixels.
+        codes_are_rows: the codes of an image are a row, and positions count tokens; else a grid in
+            a size of the request's, in positions with axes.
         first_codes: whether the first codes of an image are an image, which previews show.
         writes: texts.
         converses: in several turns; else each message is answered alone, by a text if it has an
@@ -113,6 +116,7 @@ class Abilities:
 
     reads_codes: bool = True
     draws_codes: bool = True
+    codes_are_rows: bool = True
     first_codes: bool = False
     writes: bool = True
     converses: bool = True
@@ -131,8 +135,9 @@ NEEDS = {
 }
 # What the refusal says of a system without an ability.
 LACKS = {
-    "reads_codes": "has prompts with features of images, not of ids alone",
+    "reads_codes": "has prompts with features or pixels of images, not of ids alone",
     "draws_codes": "has no codes: its images are features (`images.encode` gives them)",
+    "codes_are_rows": "has grids of codes in positions with axes, for the engine torch alone",
     "writes": "writes no text",
     "edits": "does not edit images",
     "detects": "does not support detection",

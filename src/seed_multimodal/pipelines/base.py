@@ -26,6 +26,7 @@ from seed_multimodal.images.io import is_image, open_image
 from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
 from seed_multimodal.inference.engines import (
     COMPLETION_SERVER,
+    LLAMA_CPP,
     TORCH,
     WITHOUT_WEIGHTS,
     EngineOptions,
@@ -164,6 +165,8 @@ class MultimodalSystem(TaskRunner, HubUpload):
         family_class = pkgutil.resolve_name(find_family(config.system).family)
         if engine not in (TORCH, COMPLETION_SERVER):
             config.check_ability("reads_codes")
+        if engine in (LLAMA_CPP, COMPLETION_SERVER):
+            config.check_ability("codes_are_rows")
 
         # 1. Missing files are reported before the first weights are loaded.
         required = ["tokenizer"] if engine in WITHOUT_WEIGHTS else ["tokenizer", "llm"]
@@ -360,6 +363,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         Raises ConfigError: the system's images are features. RequestError: another number of texts.
         """
         # 1. Requests, and the tokens of their answers.
+        self.config.check_ability("codes_are_rows")
         conversations = self._drawing_requests(text, verbatim)
         codes = self.tokenize(images)
         if len(codes) != len(conversations):

@@ -285,11 +285,13 @@ class Family:
         task: TaskKind,
         seeds: Sequence[int | None] | None = None,
         notes: Sequence[Notes] = (),
+        drawing: Options | None = None,
     ) -> list[Prompt]:
         """Conversations as prompts.
 
         seeds: of stochastic encoders (LaVIT's).
         notes: of each conversation, which get what is unusual about its images.
+        drawing: settings of the drawings, of which a family may write some into its prompts.
         """
         # 1. Users' words as the system learned them.
         conversations = [self.read_words(turns) for turns in conversations]

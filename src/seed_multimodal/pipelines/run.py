@@ -240,7 +240,9 @@ class TaskRunner:
         conversations: list[Any] = [task.request for task in tasks]
         seeds = [task.generation.seed for task in tasks]
         notes = [task.notes for task in tasks]
-        prompts = self.family.prompts(conversations, tasks[0].kind, seeds, notes)
+        first = tasks[0]
+        settings = first.drawing.settings if first.drawing else None
+        prompts = self.family.prompts(conversations, first.kind, seeds, notes, settings)
         for task, prompt in zip(tasks, prompts, strict=True):
             if task.negative:
                 prompt.negative = self.family.negative_ids(task.negative)
@@ -465,7 +467,7 @@ class TaskRunner:
                     lengths = range(1, len(ids) + 1)
                     texts_until = ((n, self.tokenizer.decode(ids[:n])) for n in lengths)
                     length = next((n for n, text in texts_until if verdict_end in text), 0)
-                    prompts[row] = Prompt([*prompt.ids, *ids[:length]], prompt.images)
+                    prompts[row] = replace(prompt, ids=[*prompt.ids, *ids[:length]])
             continuations = [
                 [self.tokenizer.encode(text) for text in texts]
                 for texts in answers[start : start + batch_size]

@@ -16,6 +16,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -222,7 +223,8 @@ class RlTask(LanguageModelTask):
         conversations = [user_message(record["prompt"]) for record in records]
         opening = system.tokenizer.encode_parts([system.tasks.draw_response])
         prompts = [
-            prompt.answered_with(opening) for prompt in system.family.prompts(conversations, "draw")
+            prompt.answered_with(opening)
+            for prompt in system.family.prompts(conversations, "draw", drawing=self.drawing)
         ]
         length = system.tokenizer.vocabulary.tokens_per_image + 1
         settings = system.settings("draw", **SAMPLED, temperature=self.run.data.temperature)
@@ -231,10 +233,11 @@ class RlTask(LanguageModelTask):
         requests = system.engine.run(prompts, rows, records=True)
 
         # 2. Their pixels.
-        inputs: list[Sequence[int]] = []
+        inputs: list[Any] = []
         for request in requests:
-            (part,) = [part for part in request.reader.parts if isinstance(part, ImagePart)]
-            inputs.append(part.codes[: self.run.data.rewarded_codes])
+            parts = [part for part in request.reader.parts if isinstance(part, ImagePart)]
+            image_inputs: Any = system.family.image_inputs(parts, request)
+            inputs.append(image_inputs[0][: self.run.data.rewarded_codes])
         images = system.family.draw(inputs, prompts, seeds, self.drawing)
 
         # 3. The rewards, which need not be able to judge no images, and their weighted sum.
@@ -414,7 +417,12 @@ def token_log_probs(model: nn.Module, requests: Sequence[GeneratedSequence]) -> 
     ids = pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     is_token = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    scores = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.float()
+    plans: list[Any] = [request.prompts[0].position_ids for request in requests]
+    axes: dict[str, Tensor] = {}
+    if plans[0] is not None:
+        columns = [plan[:, : len(row)].T for plan, row in zip(plans, rows, strict=True)]
+        axes["position_ids"] = pad_sequence(columns, batch_first=True).permute(2, 0, 1).to(device)
+    scores = model(input_ids=ids, attention_mask=is_token, use_cache=False, **axes).logits.float()
 
     # 2. The distributions, by the same constraints and warpers.
     sampler = Sampler()

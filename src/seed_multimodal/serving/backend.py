@@ -124,7 +124,7 @@ class Backend:
         self.limits = limits or Limits()
         self.name = Path(system.config.name).name
         self.vocabulary = system.tokenizer.vocabulary
-        self.has_codes = system.abilities.draws_codes
+        self.has_codes = system.abilities.draws_codes and system.abilities.codes_are_rows
         self.template = system.family.template
         self.created = int(time.time())
 
@@ -584,6 +584,9 @@ class Backend:
 
     def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
         """Settings of drawing by `size` and `ratio`. Raises RequestError: no such one."""
+        if not self.system.abilities.codes_are_rows and request.size:
+            width, height = map(int, request.size.split("x"))
+            return {"width": width, "height": height}
         ratios = find_family(self.system.config.system).page_cards().family.ratios or ("1:1",)
         sides = [1]
         if request.size:
@@ -612,7 +615,7 @@ class Backend:
     def tokenize(self, request: TokensRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """The codes of images, or the images of codes."""
         if not self.has_codes:
-            raise RequestError("The images of this model have no codes.")
+            raise RequestError("The images of this model have no rows of codes.")
         if request.codes:
             # Codes → images.
             options: Options = {}

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -66,13 +65,14 @@ BEAM_SETTINGS = ("length_penalty", "early_stopping")
 
 @dataclass(frozen=True)
 class GeneratedFeatures:
-    """Features `[B, N, W]` of generated images, and the images of which those are edits (or None).
+    """Features `[B, N, W]` of generated images, or grids of codes `[B, h, w]`, and the sources of
+    their prompts: as the images of which those are edits (or None).
 
     Like a tensor where transformers' pipeline takes rows from a batch.
     """
 
     features: Tensor
-    sources: list[Image.Image | None]
+    sources: list[Any]
 
     @property
     def shape(self) -> torch.Size:
@@ -108,7 +108,9 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config.text_config = system.llm.config
         self.system = system
         self.drawing: dict[str, Any] = {}
-        self.generation_config = self._generation_config("chat")
+        self.generation_config = self._generation_config(
+            "chat" if system.abilities.writes else "draw"
+        )
         if not getattr(system.llm, "is_quantized", False):
             self.language_model.requires_grad_(True)  # SEED-X freezes it
         self.image_tokenizer = system.images.model
@@ -386,7 +388,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         # 3. In the order of the prompts.
         inputs = [images[row] for row in range(len(prompts))]
-        if not self.system.abilities.draws_codes:
+        abilities = self.system.abilities
+        if not (abilities.draws_codes and abilities.codes_are_rows):
             sources = [prompt.source for prompt in prompts]
             return GeneratedFeatures(torch.stack(inputs), sources)
         return _padded([vocabulary.image_ids(codes) for codes in inputs], vocabulary.eoi_id)

@@ -7,11 +7,14 @@ and registers when one of them was executed; those that are imported already are
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from types import ModuleType
+
+from seed_multimodal.errors import SeedWarning
 
 # Modules of transformers, their Auto classes, and the kind of class that is registered there.
 AUTO_MODULES = {
@@ -48,12 +51,23 @@ class _AutoModules(MetaPathFinder):
 
 
 def _register(module: ModuleType) -> None:
-    """Register the classes of all families in one of `AUTO_MODULES`."""
+    """Register the classes of all families in one of `AUTO_MODULES`; a family with the name of a
+    model of transformers would take that model's place, and is left out with a warning."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     from seed_multimodal.models.registry import families
     from seed_multimodal.transformers import class_of
 
     auto_class, kind = AUTO_MODULES[module.__name__]
     for spec in families():
+        if spec.name in CONFIG_MAPPING_NAMES:
+            warnings.warn(
+                f"The family {spec.name} has the name of a model of transformers, so transformers' "
+                "classes do not load its systems: choose another name.",
+                SeedWarning,
+                stacklevel=2,
+            )
+            continue
         key = spec.name if kind == "Config" else class_of(spec.name, "Config")
         getattr(module, auto_class).register(key, class_of(spec.name, kind), exist_ok=True)
     # A package that imports this one while its own family is not made yet was left out.

@@ -82,7 +82,7 @@ def test_latents_of_autoencoders(name, channels, tmp_path):
     shift = vae.config.get("shift_factor") or 0.0
     latents = (mean - shift) * scale
     if name in ("dc", "tiny"):  # without a variance
-        sampled = sample_latents(moments, scale, torch.Generator(), shift)
+        sampled = sample_latents(vae, moments, torch.Generator())
         assert_close(sampled, latents, atol=1e-5, rtol=1e-5)
     detokenizer = CodesDetokenizer.from_pretrained(write_code_decoder(tmp_path / "decoder"))
     detokenizer.vae = vae

@@ -59,8 +59,8 @@ class FaultyBackend(TorchBackend):
         self.passes.append(sum(chunk.stop - chunk.start for chunk in chunks))
         return super().prefill(chunks)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
-        computed = super().decode(tokens, positions)
+    def decode(self, tokens: Sequence[int], slots: Sequence[int], *position_ids) -> NextTokens:
+        computed = super().decode(tokens, slots, *position_ids)
         self.passes.append(0)
         self._check("decode")  # when keys and values are written
         on_decode, self.on_decode = self.on_decode, None

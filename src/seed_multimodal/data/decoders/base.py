@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from seed_multimodal.data.formats.conversations import NO_ANSWER, REPAIRED, not_a_conversation
 from seed_multimodal.data.formats.images import missing_key_text
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
@@ -43,6 +45,7 @@ class TrainingSequence:
     drop_reason: why the sample is skipped, or empty.
     repaired: what was left out or joined to make the record usable, or empty.
     n_truncated: tokens removed at the end.
+    position_ids: `[A, n]`, where the model's positions have axes.
     """
 
     ids: list[int]
@@ -51,6 +54,7 @@ class TrainingSequence:
     drop_reason: str = ""
     repaired: str = ""
     n_truncated: int = 0
+    position_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

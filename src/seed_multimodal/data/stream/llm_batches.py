@@ -30,7 +30,13 @@ from seed_multimodal.data.decoders.features import BatchViews
 from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.order import Order
-from seed_multimodal.data.stream.packing import Piece, best_fit, join_views, make_row
+from seed_multimodal.data.stream.packing import (
+    Piece,
+    best_fit,
+    join_position_ids,
+    join_views,
+    make_row,
+)
 from seed_multimodal.data.stream.source import open_sources
 from seed_multimodal.data.stream.stream import State, Stream
 from seed_multimodal.device import copy_to
@@ -57,6 +63,7 @@ class LlmBatch:
     learned: int  # targets after the shift
     squares: int  # sum of squared sequence lengths (cost of attention)
     views: BatchViews | None = None  # images that are input or target features (SEED-X)
+    axis_ids: Tensor | None = None  # positions on the axes [A, B, L]; None: they are `position_ids`
 
     def to(self, device: torch.device) -> Self:
         """The batch without its views, on a device."""
@@ -198,6 +205,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
             squares=sum(n_tokens**2 for n_tokens in lengths),
             views=views,
+            axis_ids=join_position_ids(rows, length),
         )
 
     def report(self) -> JsonObject:

@@ -26,6 +26,7 @@ class Piece:
     ids: np.ndarray  # int32 [n]
     labels: np.ndarray  # int32 [n]
     views: SequenceViews | None = None
+    position_ids: np.ndarray | None = None  # [A, n], where positions have axes
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,6 +85,27 @@ def make_row(
             positions[end:] -= len(ids)  # the next sequence, or the padding, starts at 0
         start = end
     return row_ids, row_labels, positions
+
+
+def join_position_ids(rows: Sequence[Sequence[Piece]], length: int) -> Tensor | None:
+    """Positions `[A, B, L]` on the axes, of rows of `length` tokens; None: they have none.
+
+    The padding, and sequences without their own, count from 0 on all axes.
+    """
+    planned = [piece.position_ids for row in rows for piece in row]
+    n_axes = max((len(plan) for plan in planned if plan is not None), default=0)
+    if not n_axes:
+        return None
+    joined = np.zeros((n_axes, len(rows), length), np.int64)
+    for index, row in enumerate(rows):
+        start = 0
+        for piece in row:
+            end = start + len(piece)
+            plan = np.arange(len(piece)) if piece.position_ids is None else piece.position_ids
+            joined[:, index, start:end] = plan
+            start = end
+        joined[:, index, start:] = np.arange(length - start)
+    return torch.from_numpy(joined)
 
 
 def join_views(rows: Sequence[Sequence[Piece]], length: int) -> BatchViews | None:

@@ -140,6 +140,9 @@ class OpenedSource:
         labels = np.array(sequence.labels, np.int32)
         if isinstance(self.decoder, FeatureDecoder) and isinstance(sequence, ImageSequence):
             return [Piece(self.index, position, 0, ids, labels, self.decoder.cut(sequence))]
+        if sequence.position_ids is not None:  # whose images end where the plan does
+            plan = sequence.position_ids[:, : len(ids)]
+            return [Piece(self.index, position, 0, ids, labels, position_ids=plan)]
         arrays = split_long(ids, labels, self.length, self.decoder.vocabulary)
         if self.packing:
             arrays = [(ids, labels) for ids, labels in arrays if (labels[1:] != IGNORE_INDEX).any()]

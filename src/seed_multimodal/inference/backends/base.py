@@ -64,12 +64,14 @@ class PromptChunk:
     """Tokens `start` to `stop` of a prompt, for one row of the cache, which holds those before.
 
     row: its index. prompt_input: what `Backend.prepare` returned.
+    position_ids: of the whole prompt, see `Prompt`.
     """
 
     row: int
     prompt_input: PromptInput
     start: int
     stop: int
+    position_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,14 @@ class Backend(Protocol):
 
     context: positions of the model. device: of the scores.
     cheap_copies: whether copying a prefix costs less than computing it.
+    has_axes: whether it computes with `Prompt.position_ids`.
     """
 
     context: int
     device: torch.device
     cache_size: CacheSize
     cheap_copies: bool
+    has_axes: bool
 
     @property
     def search(self) -> Callable[..., None] | None:
@@ -116,8 +120,16 @@ class Backend(Protocol):
         """Read pieces of prompts; the scores are those after each one's last token."""
         ...
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
-        """Read one token in each row from 0 on, at its position."""
+    def decode(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        position_ids: Sequence[Tensor | None] = (),
+    ) -> NextTokens:
+        """Read one token in each row from 0 on, at its slot of the row.
+
+        position_ids: of each row's prompt, see `Prompt`; read where `has_axes`.
+        """
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -123,8 +123,10 @@ class LlamaCppBackend:
         tokens = [chunk.prompt_input[chunk.start : chunk.stop] for chunk in chunks]
         return self._run([chunk.row for chunk in chunks], tokens, [chunk.start for chunk in chunks])
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
-        return self._run(range(len(tokens)), [[token] for token in tokens], positions)
+    def decode(
+        self, tokens: Sequence[int], slots: Sequence[int], position_ids: object = ()
+    ) -> NextTokens:
+        return self._run(range(len(tokens)), [[token] for token in tokens], slots)
 
     def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
         sequences = self._sequence_of_row

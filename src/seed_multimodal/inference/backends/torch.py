@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -82,6 +83,7 @@ class TorchBackend:
     """
 
     cheap_copies = True
+    has_axes = True
 
     def __init__(
         self,
@@ -209,13 +211,25 @@ class TorchBackend:
         # 2. The model.
         self.cache.span = (seen[0], seen[1])
         is_own = table[0, 0, :, None] == seen[0]  # [n, K]
-        states = self._states_of(embeddings, table[0], table[1], seen[1, 0], is_own)[0, last]
+        position_ids = None
+        planned = [chunk for chunk in chunks if chunk.position_ids is not None]
+        if planned:
+            spans = [(chunk.start, chunk.stop, chunk.position_ids) for chunk in chunks]
+            position_ids = _joined_position_ids(spans)[:, None].to(device)  # [A, 1, n]
+        states = self._states_of(
+            embeddings, table[0], table[1], seen[1, 0], is_own, position_ids=position_ids
+        )[0, last]
         return NextTokens(output_scores(self.llm, states), states)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
-        # 1. Positions that attention reads, and rows that are computed; few numbers of both are
+    def decode(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        position_ids: Sequence[Tensor | None] = (),
+    ) -> NextTokens:
+        # 1. Slots that attention reads, and rows that are computed; few numbers of both are
         #    compiled: powers of two.
-        end = max(positions) + 1
+        end = max(slots) + 1
         n_rows = len(tokens)
         n_padding = 0
         span = -(-end // SPAN_STEP) * SPAN_STEP
@@ -230,11 +244,15 @@ class TorchBackend:
         device = embed.weight.device
         ids = torch.tensor([*tokens, *([0] * n_padding)], dtype=torch.long, device=device)
         padding = [self.cache_size.length - 1] * n_padding
-        arguments = (
+        arguments = [
             embed(ids[:, None]),
-            torch.tensor([*positions, *padding], dtype=torch.long, device=device)[:, None],
+            torch.tensor([*slots, *padding], dtype=torch.long, device=device)[:, None],
             torch.arange(span, device=device),
-        )
+        ]
+        if [plan for plan in position_ids if plan is not None]:
+            spans = [(slot, slot + 1, plan) for slot, plan in zip(slots, position_ids, strict=True)]
+            joined_ids = F.pad(_joined_position_ids(spans), (0, n_padding))
+            arguments.append(joined_ids.T[..., None].to(device))
         if self.compiled:  # one graph for any number of rows and positions
             for tensor in arguments:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -325,35 +343,41 @@ class TorchBackend:
 
     # ---- one pass
 
-    def _decode(self, embeddings: Tensor, positions: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, embeddings: Tensor, slots: Tensor, span: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scores `[B, V]` and last hidden states `[B, D]` of a token in each of the first rows.
 
-        embeddings: `[B, 1, D]`. positions: theirs `[B, 1]`; they see the `span` `[K]` up to these.
+        embeddings: `[B, 1, D]`. slots: theirs `[B, 1]`; they see the `span` `[K]` up to these.
+        position_ids: `[B, A, 1]`.
         """
         # Set here, where it is traced: outside, torch.compile would make a graph for each value.
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
         self.cache.span = len(span)
-        states = self._states_of(embeddings, rows, positions, span)[:, -1]
+        if position_ids is not None:
+            position_ids = position_ids.transpose(0, 1)
+        states = self._states_of(embeddings, rows, slots, span, position_ids=position_ids)[:, -1]
         return output_scores(self.llm, states), states
 
     def _states_of(
         self,
         embeddings: Tensor,
         rows: Tensor,
-        positions: Tensor,
+        slots: Tensor,
         seen: Tensor,
         is_own: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states `[B, n, D]` of tokens, which the cache gets at rows and positions
+        """Last hidden states `[B, n, D]` of tokens, which the cache gets at rows and slots
         `[B, n]`.
 
-        seen, is_own: see `AttentionMasks`.
+        seen, is_own: see `AttentionMasks`. position_ids: `[A, B, n]`; None: the slots.
         """
-        self.cache.written = (rows, positions)
+        self.cache.written = (rows, slots)
         output = self.llm.get_decoder()(
             None,
-            self._masks(positions, seen, embeddings.dtype, is_own),
-            positions,
+            self._masks(slots, seen, embeddings.dtype, is_own),
+            slots if position_ids is None else position_ids,
             self.cache,  # by position: its name changed in transformers 5.24
             inputs_embeds=embeddings,
             use_cache=True,
@@ -444,6 +468,20 @@ class KVCache:
         """Give the memory of the tables back."""
         self.layers.clear()
         self._spare_row = NO_SCORES
+
+
+def _joined_position_ids(pieces: Sequence[tuple[int, int, Tensor | None]]) -> Tensor:
+    """Position ids `[A, n]` of the tokens in pieces of rows, in those without a plan their slots.
+
+    pieces: first slot, the one behind the last, and the row's plan (see `Prompt.position_ids`), of
+    which one has one.
+    """
+    n_axes = next(len(plan) for _, _, plan in pieces if plan is not None)
+    columns: list[Tensor] = []
+    for start, stop, plan in pieces:
+        slots = torch.arange(start, stop, device="cpu").expand(n_axes, -1)
+        columns.append(slots if plan is None else plan[:, start:stop])
+    return torch.cat(columns, dim=1)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +51,7 @@ class LavitVocabulary(ImageVocabulary):
     ignored_below_id = 3  # <unk>, <s> and </s>
     n_codes: int = 16384
     tokens_per_image: int = 256
+    fewest_codes: int | None = field(default=1, kw_only=True)
 
     @cached_property
     def boi_id(self) -> int:
@@ -61,11 +62,6 @@ class LavitVocabulary(ImageVocabulary):
     def code_start(self) -> int:
         """Id of code 0."""
         return self.n_text + 2
-
-    @cached_property
-    def min_codes(self) -> int:
-        """The fewest codes of an image."""
-        return 1
 
 
 class LavitTexts(TextTokenizer):

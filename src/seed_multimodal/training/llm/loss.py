@@ -99,13 +99,17 @@ class LossModule(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         embeds: Tensor | None = None,
+        axis_ids: Tensor | None = None,
     ) -> LossParts:
-        """Loss of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: input embeddings with image
-        features."""
+        """Loss of a batch's tensors `[B, L]`.
+
+        embeds: input embeddings with image features `[B, L, width]`.
+        axis_ids: positions on the model's axes `[A, B, L]`; None: they are `position_ids`.
+        """
         llama = find_llama(self.llm)
         # Only states with a target pass the head: [T, width], [T].
         hidden, targets = _learned_states(
-            llama, input_ids, labels, position_ids, attention_mask, embeds
+            llama, input_ids, labels, position_ids, attention_mask, embeds, axis_ids
         )
         losses = _token_losses(llama, hidden, targets, self.max_logits)
         return _sum_by_type(targets, losses, self.weights)
@@ -198,6 +202,7 @@ def _learned_states(
     position_ids: Tensor | None,
     attention_mask: Tensor | None,
     embeds: Tensor | None,
+    axis_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states with a target `[T, width]`, and targets `[T]`."""
     shape = input_ids.shape
@@ -216,10 +221,16 @@ def _learned_states(
         position_ids = position_ids.expand(shape).reshape(1, -1)
         if embeds is not None:
             embeds = embeds.reshape(1, -1, embeds.shape[-1])
+        if axis_ids is not None:
+            axis_ids = axis_ids.reshape(len(axis_ids), 1, -1)
+    # Packed, transformers reads the sequences' borders from a first axis.
+    all_ids = position_ids
+    if axis_ids is not None:
+        all_ids = axis_ids if all_ids is None else torch.cat([all_ids[None], axis_ids])
     output = llama.get_decoder()(
         input_ids=input_ids if embeds is None else None,
         inputs_embeds=embeds,
-        position_ids=position_ids,
+        position_ids=all_ids,
         attention_mask=attention_mask,
         use_cache=False,
     )

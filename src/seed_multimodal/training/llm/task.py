@@ -271,7 +271,10 @@ class LlmTask(LanguageModelTask):
     def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         """`loss.LossParts` of a prepared batch."""
         batch = batch.to(self.device)
-        return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
+        axes = {} if batch.axis_ids is None else {"axis_ids": batch.axis_ids}
+        return model(
+            batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, **axes
+        )
 
     def close(self) -> None:
         self.data.close()

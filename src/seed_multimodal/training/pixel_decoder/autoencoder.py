@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seed_multimodal.config import project_path
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.networks import unscaled_latents
 from seed_multimodal.diffusion.training import new_part
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.nn.frozen import FrozenFeatures
@@ -85,7 +86,8 @@ class AutoencoderDistillation(Reconstruction):
         """`mse` is that of the pixels."""
         task = self.task
         with torch.no_grad():
-            wanted = task.encoders.moments.model.decode(latents / task.scale + task.shift).sample
+            teacher = task.encoders.moments.model
+            wanted = teacher.decode(unscaled_latents(teacher, latents)).sample
         pixels = signed(copy_to(task.device, images.batch["image"]))
         student_latents, output = model(pixels, latents)
         error = output.float() - wanted

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.targets import TargetBatch
-from seed_multimodal.diffusion.networks import encode_moments
+from seed_multimodal.diffusion.networks import encode_moments, scaled_latents
 from seed_multimodal.nn.frozen import FrozenFeatures
 
 
@@ -69,15 +69,13 @@ class ImageEncoders:
         return encoded
 
 
-def sample_latents(
-    moments: Tensor, scaling: float, generator: torch.Generator, shift: float = 0.0
-) -> Tensor:
-    """Latents `[B, C, h, w]` sampled from `moments`, shifted and scaled as by `latent_scale`.
+def sample_latents(vae: nn.Module, moments: Tensor, generator: torch.Generator) -> Tensor:
+    """A denoiser's latents `[B, C, h, w]`, sampled from `moments` of the autoencoder.
 
     generator: on the CPU.
     """
     posterior = DiagonalGaussianDistribution(moments.float())
-    return (posterior.sample(generator) - shift) * scaling
+    return scaled_latents(vae, posterior.sample(generator))
 
 
 def signed(pixels: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ from seed_multimodal.diffusion.networks import (
     context_dim,
     denoiser_kind,
     drop_conditions,
-    latent_scale,
     predict,
 )
 from seed_multimodal.diffusion.objectives import NoisyLatents, Objective, build_objective
@@ -148,7 +147,7 @@ class Reconstruction:
     @cached_property
     def objective(self) -> Objective:
         """What the denoiser predicts."""
-        return build_objective(self.scheduler(), self.task.model.flow_times)
+        return self.task.new_objective(self.scheduler())
 
     def build(self) -> TrainedDetokenizer:
         """The initial module on the CPU."""
@@ -253,6 +252,10 @@ class PixelTask(RunTask):
         """Conditions as the detokenizer's input."""
         return conditions.float()
 
+    def new_objective(self, scheduler: SchedulerMixin) -> Objective:
+        """What the denoiser learns to predict."""
+        return build_objective(scheduler, self.model.flow_times)
+
     def save_student(self, denoiser: nn.Module, teacher: Any, folder: Path) -> None:
         """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
         denoiser_folder = denoiser_kind(denoiser).folder
@@ -275,7 +278,6 @@ class PixelTask(RunTask):
 
         # 1. Frozen models.
         vae = self.detokenizer_class.load_part(self.folder, "vae")
-        self.shift, self.scale = latent_scale(vae)
         max_pixels = max(height * width for height, width in self.image_sizes())
         moments = latent_moments(vae, self.device, max(1, SMALL**2 // max_pixels))
         self.encoders = ImageEncoders(self.conditions(), moments)
@@ -379,7 +381,8 @@ class PixelTask(RunTask):
         mse = torch.zeros((), device=self.device)
         for part in batch.parts:
             images = self.encoders(part)
-            latents = sample_latents(images.moments, self.scale, batch.generator, self.shift)
+            vae = self.encoders.moments.model
+            latents = sample_latents(vae, images.moments, batch.generator)
             losses = self.learner.losses(model, images, latents, batch.generator)
             share = len(part["key"]) / n_images
             loss = loss + share * losses["total_loss"]

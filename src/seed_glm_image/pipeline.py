@@ -1,0 +1,294 @@
+"""GLM-Image: it draws texts in any size, and edits one or several images; it writes no text.
+
+text, codes of source images ─► language model ─► codes ─► de-tokenizer ─► image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_glm_image.diffusion import DrawingInput, GlmImageDetokenizer, GlmImageSettings
+from seed_glm_image.modeling import CodeNetwork, limit_context
+from seed_glm_image.processing import (
+    CONTEXT,
+    PREVIEW,
+    DrawingRequest,
+    GlmImageTokenizer,
+    Source,
+    build_prompt,
+    code_grid,
+    source_grid,
+)
+from seed_glm_image.spec import PIXELS, GlmImageConfig
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
+from seed_multimodal.images.io import ImageSource, is_image
+from seed_multimodal.images.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageTransform,
+    normalise,
+    to_bytes,
+)
+from seed_multimodal.inference.base_engine import GeneratedSequence
+from seed_multimodal.inference.prompt import Prompt
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.llm import check_vocab_size
+from seed_multimodal.language.messages import Message
+from seed_multimodal.pipelines.family import Family, load_language_model
+from seed_multimodal.pipelines.images import (
+    CodeCodec,
+    Encoded,
+    ImageInput,
+    Options,
+    Placement,
+    Seed,
+)
+from seed_multimodal.pipelines.tasks import Notes, TaskKind
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# Sampling of the original: greedy answers are flat.
+SAMPLING: Options = {
+    "do_sample": True,
+    "temperature": 0.9,
+    "top_p": 0.75,
+    "top_k": 50,
+    "max_new_tokens": CONTEXT,
+}
+
+
+class GlmImageCodec(CodeCodec):
+    """Images ⇄ codes `[h, w]`, one of 32 x 32 pixels.
+
+    side: pixels of a square drawing, if no size is given, and of images of data sets.
+    shortest, longest: sides between which input images are scaled.
+    """
+
+    model: CodeNetwork
+    drawing_settings = tuple(entry.name for entry in fields(GlmImageSettings))
+
+    def __init__(
+        self,
+        model: CodeNetwork,
+        placement: Placement,
+        side: int,
+        shortest: int,
+        longest: int,
+    ) -> None:
+        super().__init__(
+            model,
+            placement,
+            transform=ImageTransform(side // 2, interpolation="bicubic"),
+            codebook_size=model.n_codes,
+            codes_per_image=CONTEXT,
+            min_codes=1,
+        )
+        self.side = side
+        self.shortest = shortest
+        self.longest = longest
+        self.min_side = longest
+
+    def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
+        """Codes `[h, w]` int64 of each image, on the CPU."""
+        return [image.value.codes for image in self.read(images)]
+
+    def read(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Encoded]:
+        """Each image as a `Source`: resized once, for its codes and for the de-tokenizer.
+
+        Pillow resizes, as in transformers' slow processor.
+        """
+        resized: list[Image.Image] = []
+        rows: list[Tensor] = []
+        for image in map(self.open, images):
+            height, width = source_grid(image.size, self.shortest, self.longest)
+            image = image.resize((PIXELS * width, PIXELS * height), Image.Resampling.LANCZOS)
+            small = image.resize((PREVIEW * width, PREVIEW * height), Image.Resampling.BICUBIC)
+            resized.append(image)
+            rows.append(normalise(to_bytes(small), CLIP_MEAN, CLIP_STD))
+        codes = self._encode_batcher(None, rows)
+        return [Encoded(Source(*pair)) for pair in zip(resized, codes, strict=True)]
+
+    @torch.inference_mode()
+    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Normalised pixels `[3, 16 h, 16 w]` of each image → its codes."""
+        with self.encoding():
+            return [codes.cpu() for codes in self.model.codes(rows)]
+
+    def image_size(self, settings: Options | None) -> tuple[int, int]:
+        """Height and width of a drawing with these settings, or the default ones."""
+        sizes = {"height": self.side, "width": self.side}
+        given = {name: (settings or {}).get(name) or side for name, side in sizes.items()}
+        return self.decoder.image_size(self.decoder.check_settings(**given))
+
+    def draw(
+        self,
+        image_codes: Sequence[Any],
+        *,
+        seeds: Sequence[int],
+        requests: Sequence[DrawingRequest] = (),
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Codes `[h, w]` → images of 32 pixels a code; requests: of each, none: the codes alone."""
+        self.check_drawing(**settings)
+        grids = [
+            code_grid(codes, self.codebook_size, f"Image {index}")
+            for index, codes in enumerate(image_codes)
+        ]
+        for grid in grids:
+            for name, side in zip(("height", "width"), grid.shape, strict=True):
+                if settings.get(name) not in (None, PIXELS * side):
+                    raise ConfigError(
+                        f"The option {name!r} is {settings[name]}, but the codes are of "
+                        f"{PIXELS * side} pixels."
+                    )
+        inputs = map(DrawingInput, grids, requests or [DrawingRequest()] * len(grids))
+        return self.draw_batched(settings, list(inputs), seeds)
+
+    @torch.inference_mode()
+    def draw_batch(
+        self, key: Mapping[str, Any], rows: Sequence[tuple[DrawingInput, int]]
+    ) -> list[Image.Image]:
+        """Input and seed of each image → images; those of a `group` are one batch."""
+        groups: dict[str, list[int]] = {}
+        for index, (row, _) in enumerate(rows):
+            groups.setdefault(str(row.group), []).append(index)
+        drawn: dict[int, Image.Image] = {}
+        for indices in groups.values():
+            inputs = [rows[index][0] for index in indices]
+            height, width = (PIXELS * side for side in inputs[0].codes.shape)
+            settings = {**key, "height": height, "width": width}
+            images = self.decoder(inputs, seeds=[rows[index][1] for index in indices], **settings)
+            drawn.update(zip(indices, images, strict=True))
+        return [drawn[index] for index in range(len(rows))]
+
+
+class SeedGlmImageFamily(Family):
+    """Single requests for an image; `height` and `width` are part of the prompt."""
+
+    tokenizer: GlmImageTokenizer
+    images: GlmImageCodec
+    defaults = {"draw": SAMPLING, "edit": SAMPLING}
+
+    @classmethod
+    def check_decoder(cls, config: GlmImageConfig) -> None:
+        GlmImageDetokenizer.check_folder(config.decoder)
+
+    @classmethod
+    def load(cls, config: GlmImageConfig, placement: Placement) -> Self:
+        tokenizer = GlmImageTokenizer.from_pretrained(config.path("tokenizer"))
+        images = load_images(config, placement)
+        if images.codebook_size != tokenizer.vocabulary.n_codes:
+            raise CheckpointError(
+                f"{config.tokenizer}: has {tokenizer.vocabulary.n_codes} codes, but the image "
+                f"tokenizer has {images.codebook_size}."
+            )
+        llm = load_language_model(config, tokenizer, placement)
+        if llm is not None:
+            check_vocab_size(llm.config.vocab_size, tokenizer.vocabulary, config.name)
+            limit_context(llm.config)
+        return cls(config, tokenizer, llm, images)
+
+    def settings(self, task: str) -> Options:
+        stop = (self.tokenizer.vocabulary.eoi_id,)
+        return {**super().settings(task), "stop_token_ids": stop}
+
+    # ---- prompts
+
+    def encode(
+        self, images: Sequence[ImageSource], task: TaskKind, seeds: Sequence[int | None]
+    ) -> list[Encoded]:
+        return self.images.read(images)
+
+    def prompt(
+        self, conversation: Sequence[Message], task: TaskKind, encoded: Iterator[Source]
+    ) -> Prompt:
+        """The request alone; `prompts` completes it."""
+        texts: list[str] = []
+        sources: list[Source] = []
+        for item in conversation[-1].content:
+            if isinstance(item, str):
+                texts.append(item.strip())
+            elif is_image(item):
+                sources.append(next(encoded))
+            else:
+                raise RequestError("GLM-Image edits pictures; codes alone are not enough.")
+        return Prompt(source=DrawingRequest(" ".join(filter(None, texts)), sources))
+
+    def prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: TaskKind,
+        seeds: Sequence[int | None] | None = None,
+        notes: Sequence[Notes] = (),
+        drawing: Options | None = None,
+    ) -> list[Prompt]:
+        height, width = self.images.image_size(drawing)
+        grid = (height // PIXELS, width // PIXELS)
+        prompts: list[Prompt] = []
+        for prompt in super().prompts(conversations, task, seeds, notes):
+            request = replace(prompt.source, grid=grid)
+            codes = [source.codes for source in request.sources]
+            complete = build_prompt(self.tokenizer, request.text, grid, codes)
+            prompts.append(replace(complete, source=request))
+        return prompts
+
+    # ---- images
+
+    def image_inputs(
+        self, parts: Sequence[ImagePart], request: GeneratedSequence
+    ) -> Sequence[ImageInput]:
+        """The codes of the image itself, behind those of its preview."""
+        height, width = request.prompt.source.grid
+        rows = [torch.tensor(part.codes[-height * width :]) for part in parts]
+        return [row.view(height, width) for row in rows]
+
+    def draw(
+        self,
+        inputs: Sequence[ImageInput],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        settings: Options,
+    ) -> list[Image.Image]:
+        requests = [prompt.source for prompt in prompts]
+        return self.images.draw(inputs, seeds=seeds, requests=requests, **settings)
+
+
+# ---- loading
+
+
+def load_images(config: GlmImageConfig, placement: Placement) -> GlmImageCodec:
+    """The image tokenizer now, the de-tokenizer when it is first needed."""
+    network = CodeNetwork.from_pretrained(
+        config.path("encoder"), placement.load_device("encoder"), placement.images.dtype
+    )
+    codec = GlmImageCodec(network, placement, config.side, *read_sides(config.path("tokenizer")))
+    if placement.load_decoder:
+        codec.load_decoder = partial(_load_decoder, config, placement)
+    return codec
+
+
+def _load_decoder(config: GlmImageConfig, placement: Placement) -> GlmImageDetokenizer:
+    return GlmImageDetokenizer.from_pretrained(
+        config.path("decoder"), device=placement.drawing.device, dtype=placement.drawing.dtype
+    )
+
+
+def read_sides(folder: Path) -> tuple[int, int]:
+    """The least and the greatest side of input images, of a processor's folder.
+
+    Raises CheckpointError: no file with them.
+    """
+    for file in (folder / name for name in PROCESSOR_FILES):
+        values = read_json_object(file, CheckpointError) if file.is_file() else {}
+        size = values.get("image_processor", values).get("size", {})
+        if {"shortest_edge", "longest_edge"} <= size.keys():
+            return round(size["shortest_edge"] ** 0.5), round(size["longest_edge"] ** 0.5)
+    raise CheckpointError(f"{folder}: no {' or '.join(PROCESSOR_FILES)} with the size of images.")
