@@ -421,8 +421,10 @@ class MultimodalSystem(TaskRunner, HubUpload):
     def reconstruct(
         self, images: Images, seed: Seed = 0, *, batch_size: int = 8, **drawing: Any
     ) -> list[Image.Image]:
-        """Reconstruct images, or decode their codes."""
-        inputs = flatten_images(images)
+        """Reconstruct images, or decode their codes; those of a grid are an array `[h, w]` each."""
+        inputs: list[Any] = [*images] if isinstance(images, list | tuple) else [images]
+        if self.abilities.codes_are_rows:
+            inputs = flatten_images(images)
         seeds = seed_per_image(seed, len(inputs))
         return self.images.reconstruct(inputs, seeds=seeds, batch_size=batch_size, **drawing)
 

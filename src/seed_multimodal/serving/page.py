@@ -70,10 +70,10 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
         if log is not None:
             gr.Markdown(LOG_NOTICE)
         # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             with gr.Tab("Chat"):
                 chat, known, settings, replies = chat_tab(session)
-            with gr.Tab("Draw", visible=False) as draw, gr.Row():
+            with gr.Tab("Draw", visible=False, id="draw") as draw, gr.Row():
                 draw_ratio = draw_tab(session)
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
                 edit_tab(session)
@@ -100,6 +100,7 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
                 *settings,
                 draw_ratio,
                 *code_sliders,
+                tabs,
                 draw,
                 edit,
                 codes,

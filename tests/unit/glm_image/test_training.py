@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_glm_image as tiny
 import torch
@@ -285,3 +286,21 @@ def test_decoder_training(folder, tmp_path):
     )
     image = trained.draw("a fox", height=64, width=64, num_inference_steps=1)
     assert image.size == (64, 64)
+
+
+@pytest.mark.slow
+def test_training_by_rewards(folder, tmp_path):
+    """Two steps of GRPO: the engine's probabilities are the trainer's, and weights change."""
+    from rl_runs import run
+
+    def red(images: list[Any], records: Any) -> list[float]:
+        return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+    drawing = {"height": 64, "width": 96, "num_inference_steps": 1}
+    before = MultimodalSystem.from_pretrained(folder, device="cpu", log=None).llm.state_dict()
+    task = run(tmp_path, folder, {"red": red}, data={"drawing": drawing})
+    lines = (tmp_path / "out" / "train.log.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if "drift" in line]
+    assert steps and all(step["drift"] < 1e-4 for step in steps)
+    after = task.system.llm.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())

@@ -385,7 +385,7 @@ def test_build_opens_no_connection(name, monkeypatch):
     card = session.model.card
     build([session.model])
     updates = asyncio.run(session.on_model(0, None))
-    force, _, beams, _, temperature, _, rounds, shape, _, _, *tabs = updates[6:]
+    force, _, beams, _, temperature, _, rounds, shape, _, _, _, *tabs = updates[6:]
     names = ("draw", "edit", "codes", "find")
     shown = [name for name, update in zip(names, tabs, strict=True) if update["visible"]]
     assert shown == [*card.tabs] and shape["visible"] == ("lavit" in name)

@@ -1,0 +1,225 @@
+"""A GLM-Image as a system: its folder, what it refuses, its routes, transformers' pipeline."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_glm_image as tiny
+import torch
+from PIL import Image
+
+from seed_multimodal import MultimodalSystem
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
+from seed_multimodal.images.io import image_to_base64
+from seed_multimodal.serving.app import create_app
+
+pytest.importorskip("transformers.models.glm_image.modeling_glm_image")
+pytest.importorskip("diffusers.pipelines.glm_image.pipeline_glm_image")
+from seed_glm_image.tiny import write_tiny  # noqa: E402
+
+SMALL = {"height": 64, "width": 96, "num_inference_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("glm") / "system"
+    write_tiny(path, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def system(folder: Path) -> MultimodalSystem:
+    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+
+
+# ---- its folder
+
+
+def change(file: str, **values: Any) -> Callable[[Path], None]:
+    """A function that changes keys of a JSON file."""
+
+    def apply(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return apply
+
+
+def remove(path: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        target = folder / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    return apply
+
+
+def cut(path: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        target = folder / path
+        target.write_bytes(target.read_bytes()[:-100])
+
+    return apply
+
+
+LLM = "vision_language_encoder"
+FAULTS = [
+    (remove("transformer"), "no such folder"),
+    (remove("text_encoder/model.safetensors"), "text_encoder"),
+    (remove("tokenizer/tokenizer_config.json"), "tokenizer_config.json"),
+    (remove("scheduler"), "scheduler"),
+    (remove("processor/tokenizer.json"), "tokenizer.json"),
+    (remove("processor/processor_config.json"), "processor_config.json"),
+    (remove(f"{LLM}/model.safetensors"), LLM),
+    (cut(f"{LLM}/model.safetensors"), LLM),
+    (cut("transformer/diffusion_pytorch_model.safetensors"), "transformer"),
+    (change("text_encoder/config.json", architectures=["CLIPTextModel"]), "CLIPTextModel"),
+    (change("tokenizer/tokenizer_config.json", tokenizer_class="CLIPTokenizer"), "CLIPTokenizer"),
+    (change("transformer/config.json", _class_name="FluxTransformer2DModel"), "Flux"),
+    (change("transformer/config.json", num_layers=3), "transformer"),
+    (change("transformer/config.json", patch_size=4, in_channels=1), ""),
+    (change(f"{LLM}/config.json", model_type="glm4v"), "glm4v"),
+    (change("system.json", side=100), "side"),
+    (change("system.json", sides=64), "did you mean 'side'"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FAULTS)
+def test_a_damaged_folder_is_refused(folder, tmp_path, damage, message):
+    copy = tmp_path / "system"
+    shutil.copytree(folder, copy)
+    damage(copy)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        MultimodalSystem.from_pretrained(copy, device="cpu", log=None).images.prepare_drawing()
+
+
+def test_the_original_s_folder_is_recognised(folder, tmp_path):
+    copy = tmp_path / "GLM-Image"
+    shutil.copytree(folder, copy)
+    (copy / "system.json").unlink()
+    system = MultimodalSystem.from_pretrained(copy, device="cpu", log=None)
+    assert system.config.system == "seed_glm_image" and system.config.side == 1024
+    assert system.draw("a fox", **SMALL).size == (96, 64)
+
+
+def test_a_saved_system_draws_the_same(system, tmp_path):
+    saved = MultimodalSystem.from_pretrained(
+        system.save_pretrained(tmp_path / "saved"), device="cpu", log=None
+    )
+    before = system.draw("a fox", seed=3, **SMALL)
+    assert saved.draw("a fox", seed=3, **SMALL).tobytes() == before.tobytes()
+    files = [path.parent.name for path in (tmp_path / "saved").rglob("*.safetensors")]
+    assert sorted(files) == ["llm", "text_encoder", "transformer", "vae"]
+
+
+def test_transformers_draws_by_any_to_any(system, tmp_path):
+    from transformers import pipeline
+
+    pipe = pipeline("any-to-any", model=str(system.save_pretrained(tmp_path / "saved")))
+    content: list[dict[str, Any]] = [{"type": "text", "text": "a fox"}]
+    for parts in (content, [{"type": "image", "image": tiny.picture(96, 64)}, *content]):
+        chat = [{"role": "user", "content": parts}]
+        (answer,) = pipe(text=chat, generation_mode="image")
+        assert answer["generated_image"].size == (128, 128)
+
+
+# ---- what it does not do
+
+
+PICTURE = tiny.picture(96, 64)
+REFUSED: list[tuple[str, Callable[[MultimodalSystem], Any], str]] = [
+    ("describe", lambda system: system.describe(PICTURE), "writes no text"),
+    ("ask", lambda system: system.ask(PICTURE, "What?"), "writes no text"),
+    ("chat", lambda system: system.chat([{"role": "user", "content": "hi"}]), "writes no text"),
+    ("detect", lambda system: system.detect(PICTURE, "a fox"), "detection"),
+    ("plain", lambda system: system.use_plain_prompts(), "not of ids alone"),
+    ("beams", lambda system: system.draw("a", num_beams=2, **SMALL), "no beams"),
+    ("guidance", lambda system: system.draw("a", guidance=3.0, **SMALL), "no guidance"),
+    ("likelihood", lambda system: system.image_likelihoods(PICTURE, "a"), "grids of codes"),
+    ("previews", lambda system: system.draw("a", stream=True, previews=[9], **SMALL), "previews"),
+    ("read back", lambda system: system.draw("a", read_back=True, **SMALL), "writes no text"),
+    ("negative", lambda system: system.draw("a", negative_prompt="b", **SMALL), "negative_prompt"),
+    ("preset", lambda system: system.draw("a", preset="fast", **SMALL), "preset"),
+    ("size", lambda system: system.draw("a", height=50, width=64), "multiples of 32"),
+    ("too large", lambda system: system.draw("a", height=1024, width=2048), "image needs"),
+    ("too few tokens", lambda system: system.draw("a", max_new_tokens=9, **SMALL), "image needs"),
+    ("strip", lambda system: system.edit(tiny.picture(500, 64), "a"), "too long"),
+    ("codes", lambda system: system.edit([[[[1, 2], [3, 4]]]], "a"), ""),
+    ("row", lambda system: system.reconstruct([[1, 2, 3]]), "grid of codes"),
+    ("code", lambda system: system.reconstruct([torch.tensor([[1, 64]])]), "outside 0 to 63"),
+    (
+        "other size",
+        lambda system: system.reconstruct([torch.tensor([[1, 2]])], height=64),
+        "of 32 pixels",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"), [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED]
+)
+def test_what_it_does_not_do_is_refused(system, call, message):
+    with pytest.raises(SeedError, match=message):
+        result = call(system)
+        list(result)  # of a stream
+
+
+@pytest.mark.parametrize("engine", ["openai", "llama.cpp"])
+def test_other_engines_are_refused(folder, engine):
+    url = {"url": "http://127.0.0.1:9"} if engine == "openai" else {}
+    with pytest.raises((ConfigError, ImportError), match=r"engine torch|ids alone|llama_cpp"):
+        MultimodalSystem.from_pretrained(folder, device="cpu", log=None, engine=engine, **url)
+
+
+def test_codes_are_grids(system):
+    (codes,) = system.tokenize(tiny.picture(160, 96))
+    assert codes.shape == (3, 5)
+    first, second = system.reconstruct([codes, codes.numpy()], seed=1, num_inference_steps=1)
+    assert first.size == (160, 96) and first.tobytes() == second.tobytes()
+    turned = system.reconstruct([codes.T], seed=1, num_inference_steps=1)[0]
+    assert turned.size == (96, 160)
+
+
+# ---- its routes
+
+
+@pytest.fixture(scope="module")
+def client(system: MultimodalSystem):
+    return create_app(system).test_client()
+
+
+def picture_of(response: Any) -> Image.Image:
+    assert response.status_code == 200, response.json
+    return Image.open(io.BytesIO(base64.b64decode(response.json["data"][0]["b64_json"])))
+
+
+def test_routes_draw_and_edit(client):
+    request = {"prompt": "a fox", "size": "96x64", "seed": 1}
+    assert picture_of(client.post("/v1/images/generations", json=request)).size == (96, 64)
+    files = [
+        (io.BytesIO(base64.b64decode(image_to_base64(tiny.picture(*size)))), "a.png")
+        for size in ((96, 64), (64, 64))
+    ]
+    form = {**request, "image": files, "size": "64x96"}
+    assert picture_of(client.post("/v1/images/edits", data=form)).size == (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "message"),
+    [
+        ("/v1/images/generations", {"prompt": "a", "size": "100x64"}, "multiples of 32"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, "no text"),
+        ("/generate", {"text": "hi", "images": []}, "no text"),
+        ("/v1/images/tokens", {"images": []}, ""),
+    ],
+)
+def test_routes_refuse_what_it_does_not_do(client, route, body, message):
+    response = client.post(route, json=body)
+    assert 400 <= response.status_code < 500
+    assert message in str(response.json)
