@@ -185,6 +185,7 @@ def test_greedy_codes(pipe, system):
 
 
 @pytest.mark.nightly
+@pytest.mark.process  # the compiler
 def test_compiled_codes(pipe, folder):
     system = MultimodalSystem.from_pretrained(folder, device="cpu", log=None, compiled=True)
     expected = [[*greedy_codes(pipe, request), tiny.END] for request in REQUESTS]
