@@ -3,9 +3,8 @@
     python benchmarks/glm_image_sizes.py       two tables in Markdown
 
 The networks of transformers (class defaults) and diffusers are built on the meta device, which
-allocates nothing. No defaults: the transformer has 32 heads of 128 and 30 layers. Assumed, because
-the libraries hold no configuration of them: ByT5-small, and Stable Diffusion's autoencoder with 16
-channels of latents.
+allocates nothing. No defaults: the transformer has 32 heads of 128 and 30 layers. Assumed, without
+a configuration in the libraries: ByT5-small; Stable Diffusion's autoencoder with 16 channels.
 """
 
 from __future__ import annotations

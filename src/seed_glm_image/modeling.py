@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     GenerationMixin,
     GlmImageConfig,
     GlmImageTextConfig,
@@ -37,7 +36,7 @@ IMAGE_WEIGHTS = {"visual": "model.visual.", "vqmodel": "model.vqmodel."}
 class GlmImageForCausalLM(GlmImagePreTrainedModel, GenerationMixin):
     """The language model with its head of codes; it reads text and codes, and writes codes.
 
-    `AutoModelForCausalLM` knows it from the import of this module on.
+    The entry points of the group `seed_multimodal.language_models` make it known.
     """
 
     config_class = GlmImageTextConfig
@@ -70,10 +69,6 @@ class GlmImageForCausalLM(GlmImagePreTrainedModel, GenerationMixin):
         """Scores `[B, n, V]` of codes, image start and end; options: of `GlmImageTextModel`."""
         output = self.model(input_ids=input_ids, **options)
         return CausalLMOutputWithPast(logits=self.lm_head(output.last_hidden_state))
-
-
-# Without `exist_ok` transformers leaves out, in silence, classes of its own configurations.
-AutoModelForCausalLM.register(GlmImageTextConfig, GlmImageForCausalLM, exist_ok=True)
 
 
 def limit_context(config: Any) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import seed_glm_image.modeling  # noqa: F401  registers the language model
 from seed_glm_image.diffusion import GlmImageDetokenizer, GlmImageObjective
 from seed_glm_image.modeling import CodeNetwork
 from seed_glm_image.processing import GlmImageTokenizer

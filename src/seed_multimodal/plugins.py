@@ -6,9 +6,9 @@
 Groups: `families` (`models.registry`), `formats` (`data.formats.contents`), `conditioners`
 (`diffusion.conditioner`), `benchmarks` (`evaluation.benchmark`), `detectors`
 (`evaluation.detection`), `rewards` (`rl.rewards`), `tokenizers`
-(`recipes.seed.train_detokenizer`) and `lavis` (models of the LAVIS application,
-`seed_lavis.register`). A checkout of this repository needs no installation: the table in its own
-`pyproject.toml` counts as well.
+(`recipes.seed.train_detokenizer`), `language_models` (`language.llm`) and `lavis` (models of the
+LAVIS application, `seed_lavis.register`). A checkout of this repository needs no installation: the
+table in its own `pyproject.toml` counts as well.
 """
 
 from __future__ import annotations

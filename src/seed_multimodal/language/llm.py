@@ -32,6 +32,7 @@ from seed_multimodal.language.text_tokenizer import (
 )
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.nn.pretrained import load_library_model
+from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.state_dicts import refuse_tensors, warn_tensors
 from seed_multimodal.weights.catalogue import SHIPPED_LLMS, download_advice, part_of
 from seed_multimodal.weights.find import find_file
@@ -196,6 +197,7 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
     file = find_file(source, ("config.json",), advice)
     values = read_json_object(file)
     model_type = values.get("model_type")
+    register_class(model_type)
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{source}: model_type {model_type!r} is no model of this transformers version."
@@ -219,6 +221,21 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
             setattr(config, name, value)
     check_sizes(config, source)
     return config
+
+
+def register_class(model_type: object) -> None:
+    """Make the class known to transformers that a package has for a type of language models: an
+    entry point `TYPE = "module:Class"` of the group `seed_multimodal.language_models`.
+
+    Raises ConfigError: it cannot be imported.
+    """
+    from transformers import AutoModelForCausalLM
+
+    entry = registered("language_models").get(str(model_type))
+    if entry is not None:
+        model_class = import_entry(entry)
+        # Without `exist_ok` transformers leaves out, in silence, classes of its configurations.
+        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
 
 
 def check_sizes(config: PreTrainedConfig, label: str | Path) -> None:

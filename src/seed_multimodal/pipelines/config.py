@@ -338,9 +338,12 @@ class SystemConfig:
                 target = paths[key] or "a path (seed assemble joins parts)"
                 reasons.append(f"its {self.parts()[key].label} is not there: put it at {target}")
         if not originals.keys().isdisjoint(keys):
+            instead = (
+                f", or take --model {self.shipped} ({self.model_flags}: --system {self.shipped}), "
+                "which runs now"
+            )
             reasons.append(
-                f"{missing_weights_message(originals.values())}, or take --model {self.shipped} "
-                f"({self.model_flags}: --system {self.shipped}), which runs now"
+                missing_weights_message(originals.values()) + (instead if self.shipped else "")
             )
         return f"{'; '.join(reasons)}."
 

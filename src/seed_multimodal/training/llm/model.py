@@ -26,6 +26,7 @@ from seed_multimodal.language.llm import (
     force_special_ids,
     load_llm,
     output_scores,
+    register_class,
 )
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import check_keys
@@ -148,6 +149,7 @@ def _random_llm(sizes: Mapping[str, Any], tokenizer: TextTokenizer, seed: int) -
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     model_type = sizes.get("model_type", LLAMA)
+    register_class(model_type)
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(f"sizes: model_type {model_type!r} is no model of transformers.")
     config_class = CONFIG_MAPPING[model_type]
