@@ -10,7 +10,6 @@ as `image_ids` (a grid) and `preview_ids`. How the originals made previews is no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,11 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from seed_glm_image.processing import (
-    PREVIEW,
     GlmImageTokenizer,
     answer_grids,
     build_prompt,
-    code_grid,
+    read_grids,
 )
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TrainingSequence
 from seed_multimodal.data.formats.record import BadRecord, RecordFields
@@ -69,29 +67,12 @@ class GlmImageDecoder(Decoder):
             ids, labels, position_ids=prompt.position_ids.numpy().astype(np.int64)
         )
 
-    def grid(self, value: object, name: str) -> Tensor:
-        """The codes of an image; of a row those behind its preview."""
-        if isinstance(value, list) and value and type(value[0]) is int:
-            return self.split_row(value, name)[1]
-        return self.checked(value, name)
-
-    def split_row(self, row: list[int], name: str) -> list[Tensor]:
-        """The grids of a square preview and a square image, of their codes in one row."""
-        side = math.isqrt(max(0, len(row) - PREVIEW**2))
-        if not side or side**2 + PREVIEW**2 != len(row):
-            raise BadRecord(
-                "number of codes",
-                f"{name}: {len(row)} codes in a row are no square preview and image: give a grid.",
-            )
-        codes = self.checked([row], name)[0]
-        preview, image = codes.split([PREVIEW**2, side**2])
-        return [preview.view(PREVIEW, PREVIEW), image.view(side, side)]
-
-    def checked(self, value: object, name: str) -> Tensor:
+    def grids(self, value: object, name: str) -> list[Tensor]:
+        """The codes of an image, of a row with those of its preview before them."""
         if value is None:
             self.require({}, name, list)  # its message
         try:
-            return code_grid(value, self.vocabulary.n_codes, name)
+            return read_grids(value, self.vocabulary.n_codes, name)
         except CodesError as error:
             raise BadRecord("wrong codes", str(error)) from error
 
@@ -106,11 +87,11 @@ class Draw(GlmImageDecoder):
         if isinstance(text, list):
             text = rng.choice(self.choices(fields, "text"))
         text = self.require_text({"text": text}, "text")
-        value = fields.get("image_ids")
-        if isinstance(value, list) and value and type(value[0]) is int:
-            return text, [], self.split_row(value, "image_ids")
-        image = self.checked(value, "image_ids")
-        preview = self.checked(fields.get("preview_ids"), "preview_ids")
+        grids = self.grids(fields.get("image_ids"), "image_ids")
+        if len(grids) == 2:
+            return text, [], grids
+        (image,) = grids
+        preview = self.grids(fields.get("preview_ids"), "preview_ids")[-1]
         expected = answer_grids((image.shape[0], image.shape[1]), has_preview=True)[0]
         if tuple(preview.shape) != expected:
             raise BadRecord(
@@ -128,6 +109,8 @@ class Edit(GlmImageDecoder):
 
     def request(self, fields: RecordFields, rng: SeededRandom) -> Request:
         text = self.require_text(fields, "instruction")
-        source = self.grid(fields.get("source_image_ids"), "source_image_ids")
-        target = self.grid(fields.get("target_image_ids"), "target_image_ids")
+        source, target = (
+            self.grids(fields.get(name), name)[-1]
+            for name in ("source_image_ids", "target_image_ids")
+        )
         return text, [source], [target]

@@ -24,7 +24,7 @@ from seed_glm_image.processing import (
     GlmImageTokenizer,
     Source,
     build_prompt,
-    code_grid,
+    read_grids,
     source_grid,
 )
 from seed_glm_image.spec import PIXELS, GlmImageConfig
@@ -139,7 +139,7 @@ class GlmImageCodec(CodeCodec):
         """Codes `[h, w]` → images of 32 pixels a code; requests: of each, none: the codes alone."""
         self.check_drawing(**settings)
         grids = [
-            code_grid(codes, self.codebook_size, f"Image {index}")
+            read_grids(codes, self.codebook_size, f"Image {index}")[-1]
             for index, codes in enumerate(image_codes)
         ]
         for grid in grids:

@@ -157,17 +157,31 @@ def source_grid(size: tuple[int, int], shortest: int, longest: int) -> Grid:
     return rows, columns
 
 
-def code_grid(codes: object, n_codes: int, label: str) -> Tensor:
-    """Codes of an image, `[h, w]` or a list of rows. Raises CodesError."""
+def read_grids(codes: object, n_codes: int, label: str) -> list[Tensor]:
+    """Codes of an image, an array or rows `[h, w]`; or of a square image in one row, behind those
+    of its preview (`CodeNetwork.encode`). Returns the preview, if there is one, and the image.
+
+    Raises CodesError: another form, or a code outside the codebook.
+    """
     try:
         grid = codes if isinstance(codes, Tensor) else torch.tensor(codes, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         grid = torch.empty(0)
-    if grid.ndim != 2 or not grid.numel() or grid.is_floating_point() or grid.dtype == torch.bool:
-        raise CodesError(f"{label} must be a grid of codes: rows of whole numbers, equally long.")
+    n_preview = PREVIEW**2
+    side = math.isqrt(max(0, grid.numel() - n_preview))
+    is_row = grid.ndim == 1 and side > 0 and side**2 + n_preview == len(grid)
+    is_whole = not grid.is_floating_point() and grid.dtype != torch.bool
+    if not is_whole or not grid.numel() or not (is_row or grid.ndim == 2):
+        raise CodesError(
+            f"{label} must be a grid of codes, an array [h, w] of whole numbers; or a row of the "
+            f"{n_preview} codes of a preview and those of a square image."
+        )
     if not 0 <= int(grid.min()) <= int(grid.max()) < n_codes:
         raise CodesError(f"{label} holds a code outside 0 to {n_codes - 1}.")
-    return grid.long().cpu()
+    grid = grid.long().cpu()
+    if not is_row:
+        return [grid]
+    return [grid[:n_preview].view(PREVIEW, PREVIEW), grid[n_preview:].view(side, side)]
 
 
 # ---- prompts

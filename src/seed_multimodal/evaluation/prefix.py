@@ -51,6 +51,7 @@ from seed_multimodal.evaluation.tokenizer import (
 )
 from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings, TokenizerSettings
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import CodeCodec
 from seed_multimodal.plots import save_figure
 from seed_multimodal.plugins import import_entry, registered
@@ -86,6 +87,7 @@ def evaluate_prefixes(settings: PrefixSettings, log: Log = print) -> JsonObject:
     measures: _Measures | None = None
     for name in settings.model:
         # 1. The tokenizer; the first one's target encoder compares the drawings of all.
+        SystemConfig.find(name).check_ability("codes_are_rows")
         clip = settings.clip if measures is None else NONE
         of_model = TokenizerSettings(model=name, data=settings.data, out=settings.out, clip=clip)
         opened = open_tokenizer(of_model, runtime)

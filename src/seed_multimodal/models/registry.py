@@ -139,7 +139,7 @@ NEEDS = {
 LACKS = {
     "reads_codes": "has prompts with features or pixels of images, not of ids alone",
     "draws_codes": "has no codes: its images are features (`images.encode` gives them)",
-    "codes_are_rows": "has grids of codes in positions with axes, for the engine torch alone",
+    "codes_are_rows": "has grids of codes, not rows, for the engine torch alone",
     "writes": "writes no text",
     "edits": "does not edit images",
     "detects": "does not support detection",

@@ -148,10 +148,10 @@ def test_sequences(system):
     [
         ({"text": "a"}, "image_ids"),
         ({"text": "", "image_ids": RECORDS[2]["image_ids"]}, "empty"),
-        ({"text": "a", "image_ids": codes(16**2 + 5)}, "no square"),
+        ({"text": "a", "image_ids": codes(16**2 + 5)}, "a square image"),
         ({"text": "a", "image_ids": codes(4, 4)}, "preview_ids"),
         ({"text": "a", "image_ids": codes(4, 4), "preview_ids": codes(8, 8)}, "(16, 16)"),
-        ({"text": "a", "image_ids": [[1, 2], [3]]}, "equally long"),
+        ({"text": "a", "image_ids": [[1, 2], [3]]}, "array"),
         ({"text": "a", "image_ids": [[1, tiny.N_CODES]]}, "outside"),
         ({"text": "a", "image_ids": [[1.5, 2.0]]}, "whole numbers"),
         ({"text": "a", "image_ids": [[True]]}, "whole numbers"),
