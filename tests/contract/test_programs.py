@@ -208,6 +208,7 @@ seed assemble seed-llama --llm absent --tokenizer {seed}/seed_tokenizer --out mi
 seed assemble seed-llama --llm {seed}/seed_llama --tokenizer {seed}/seed_tokenizer --out mine
     --settings {seed}/seed_llama/config.json -> 'architectures'
 seed assemble lavit --llm absent --tokenizer absent --out mine -> --llm
+seed assemble seed-glm-image --llm absent --tokenizer absent --out mine -> --llm
 # Not the first listed originals.
 seed fetch nano -> in pretrained/
 seed fetch 8c -> '8b'

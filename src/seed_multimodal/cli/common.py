@@ -224,6 +224,7 @@ def add_size(parser: ArgumentParser) -> None:
 def add_condition_flags(parser: ArgumentParser) -> None:
     """Flags of drawing with a source or condition image."""
     add_flags(parser, "condition")
+    add_flags(parser, "size")
     parser.add_argument(
         "--ratio",
         choices=(*RATIO_MODES, *_ratios()),
