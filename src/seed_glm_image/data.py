@@ -24,7 +24,7 @@ from seed_glm_image.processing import (
 )
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TrainingSequence
 from seed_multimodal.data.formats.record import BadRecord, RecordFields
-from seed_multimodal.errors import CodesError
+from seed_multimodal.errors import CodesError, RequestError
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 # Text, source images and the answer's grids.
@@ -53,7 +53,10 @@ class GlmImageDecoder(Decoder):
         """
         text, sources, grids = self.request(fields, rng)
         height, width = grids[-1].shape
-        prompt = build_prompt(self.tokenizer, text, (height, width), sources)
+        try:
+            prompt = build_prompt(self.tokenizer, text, (height, width), sources)
+        except RequestError as error:  # such as a text that is not Unicode
+            raise BadRecord("refused", str(error)) from error
         vocabulary = self.tokenizer.vocabulary
         answer = [code for grid in grids for code in grid.flatten().tolist()]
         answer.append(vocabulary.eoi_id)
@@ -67,14 +70,20 @@ class GlmImageDecoder(Decoder):
             ids, labels, position_ids=prompt.position_ids.numpy().astype(np.int64)
         )
 
-    def grids(self, value: object, name: str) -> list[Tensor]:
+    def grids(self, fields: RecordFields, name: str) -> list[Tensor]:
         """The codes of an image, of a row with those of its preview before them."""
-        if value is None:
-            self.require({}, name, list)  # its message
+        if fields.get(name) is None:
+            self.require(fields, name, list)  # its message
         try:
-            return read_grids(value, self.vocabulary.n_codes, name)
+            return read_grids(fields[name], self.vocabulary.n_codes, name)
         except CodesError as error:
             raise BadRecord("wrong codes", str(error)) from error
+
+    def one_text(self, fields: RecordFields, name: str, rng: SeededRandom) -> str:
+        """A text, or one of several."""
+        if isinstance(fields.get(name), list):
+            fields = {name: rng.choice(self.choices(fields, name))}
+        return self.require_text(fields, name)
 
 
 class Draw(GlmImageDecoder):
@@ -83,16 +92,21 @@ class Draw(GlmImageDecoder):
     name: ClassVar[str] = "glm_image.draw"
 
     def request(self, fields: RecordFields, rng: SeededRandom) -> Request:
-        text = fields.get("text")
-        if isinstance(text, list):
-            text = rng.choice(self.choices(fields, "text"))
-        text = self.require_text({"text": text}, "text")
-        grids = self.grids(fields.get("image_ids"), "image_ids")
+        # 1. A row has both grids.
+        text = self.one_text(fields, "text", rng)
+        grids = self.grids(fields, "image_ids")
         if len(grids) == 2:
+            if fields.get("preview_ids") is not None:
+                raise BadRecord("wrong codes", "preview_ids: image_ids has a preview, too.")
             return text, [], grids
+
+        # 2. A grid needs its preview.
+        preview = self.grids(fields, "preview_ids")[-1]
         (image,) = grids
-        preview = self.grids(fields.get("preview_ids"), "preview_ids")[-1]
-        expected = answer_grids((image.shape[0], image.shape[1]), has_preview=True)[0]
+        try:
+            expected = answer_grids((image.shape[0], image.shape[1]), has_preview=True)[0]
+        except RequestError as error:
+            raise BadRecord("wrong codes", f"image_ids: {error}") from error
         if tuple(preview.shape) != expected:
             raise BadRecord(
                 "number of codes",
@@ -108,9 +122,7 @@ class Edit(GlmImageDecoder):
     name: ClassVar[str] = "glm_image.edit"
 
     def request(self, fields: RecordFields, rng: SeededRandom) -> Request:
-        text = self.require_text(fields, "instruction")
-        source, target = (
-            self.grids(fields.get(name), name)[-1]
-            for name in ("source_image_ids", "target_image_ids")
-        )
+        text = self.one_text(fields, "instruction", rng)
+        source = self.grids(fields, "source_image_ids")[-1]
+        target = self.grids(fields, "target_image_ids")[-1]
         return text, [source], [target]

@@ -11,6 +11,7 @@ shifted, while the noise is: by the number of patches.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -55,12 +56,6 @@ class DrawingInput(NamedTuple):
 
     codes: Tensor
     request: DrawingRequest = DrawingRequest()
-
-    @property
-    def group(self) -> object:
-        """Equal for images of one batch: the denoiser has no mask of padding."""
-        sizes = [source.codes.shape for source in self.request.sources]
-        return self.codes.shape, sizes, [len(text.encode()) for text in quoted(self.request.text)]
 
 
 def quoted(text: str) -> list[str]:
@@ -159,11 +154,12 @@ class GlmImageDetokenizer(Detokenizer[GlmImageSettings]):
         """See `Detokenizer`; sizes are those of the codes."""
         _, codes = self.read(embeds)
         size = [PIXELS * side for side in embeds[0].codes.shape]
-        caches = self.source_caches([row.request.sources for row in embeds])
+        caches = self.source_caches(embeds[0].request.sources)
 
         def of(texts: Sequence[str], is_dropped: bool) -> DenoiserConditions:
-            glyphs = torch.stack([self.glyphs(text) for text in texts])
-            return self.inputs(glyphs, codes, size, is_dropped)
+            glyphs = {text: self.glyphs(text) for text in dict.fromkeys(texts)}
+            rows = torch.stack([glyphs[text] for text in texts])
+            return self.inputs(rows, codes, size, is_dropped)
 
         conditions = of([row.request.text for row in embeds], False)
         if caches is not None:
@@ -198,9 +194,9 @@ class GlmImageDetokenizer(Detokenizer[GlmImageSettings]):
         states = self.t5_encoder(padded, attention_mask=mask.float()).last_hidden_state
         return states[mask]
 
-    def source_caches(self, sources: Sequence[Sequence[Source]]) -> GlmImageKVCache | None:
-        """Keys and values of the source images of each image, read at time 0 without a text."""
-        if not sources[0]:
+    def source_caches(self, sources: Sequence[Source]) -> GlmImageKVCache | None:
+        """Keys and values of source images, read at time 0 without a text."""
+        if not sources:
             return None
         from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 
@@ -208,26 +204,36 @@ class GlmImageDetokenizer(Detokenizer[GlmImageSettings]):
         caches.set_mode("write")
         width = self.denoiser.config.text_embed_dim
         no_text = torch.zeros(1, 0, width, device=self.device)
-        for row in sources:
-            for image, codes in row:
-                pixels = 2 * (to_bytes(image)[None].to(self.device) / 255) - 1
-                # Channels last, as from diffusers' image processor: the sums are equal.
-                pixels = pixels.clone(memory_format=torch.channels_last)
-                latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
-                ids = doubled(codes)[None].to(self.device)
-                conditions = self.inputs(no_text, ids, pixels.shape[-2:])
-                conditions["kv_caches"] = caches
-                time = torch.zeros(1, device=self.device)
-                predict(self.denoiser, scaled_latents(self.vae, latents), time, conditions)
-            caches.next_sample()
-        caches.set_mode("read")
+        for image, codes in sources:
+            pixels = 2 * (to_bytes(image)[None].to(self.device) / 255) - 1
+            # Channels last, as from diffusers' image processor: the sums are equal.
+            pixels = pixels.clone(memory_format=torch.channels_last)
+            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+            ids = doubled(codes)[None].to(self.device)
+            conditions = self.inputs(no_text, ids, pixels.shape[-2:])
+            conditions["kv_caches"] = caches
+            time = torch.zeros(1, device=self.device)
+            predict(self.denoiser, scaled_latents(self.vae, latents), time, conditions)
+        caches.set_mode("read")  # by all images of a batch
         return caches
+
+    def group(self, row: DrawingInput) -> object:
+        """Equal for images of one batch: they have the same source images, and texts of equal
+        lengths, since the denoiser has no mask of padding."""
+        assert self.byt5_tokenizer is not None
+        texts = self.byt5_tokenizer(quoted(row.request.text)).input_ids
+        sources = [hashlib.blake2b(image.tobytes()).digest() for image, _ in row.request.sources]
+        return row.codes.shape, sources, [*map(len, texts)]
 
     # ---- times
 
     def prepare(self, settings: GlmImageSettings, *arguments: Any) -> Denoising:
         denoising = super().prepare(settings, *arguments)
         denoising.times = self.times(settings)
+        # Once, on the device; the denoiser computes it on the CPU in each pass.
+        rotary = tuple(part.to(self.device) for part in self.denoiser.rope(denoising.start))
+        for conditions in denoising.passes:
+            conditions["image_rotary_emb"] = rotary
         return denoising
 
     def times(self, settings: GlmImageSettings) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from transformers.models.glm_image.modeling_glm_image import GlmImagePreTrainedM
 
 from seed_glm_image.processing import CONTEXT, PREVIEW
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.nn.pretrained import without_memory
 from seed_multimodal.state_dicts import assign_strictly, load_checkpoint, tensors_below
 
@@ -64,6 +64,10 @@ class GlmImageForCausalLM(GlmImagePreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Raises ConfigError: transformers would count positions on one line."""
+        raise ConfigError("GLM-Image's language model draws by MultimodalSystem.draw and edit.")
 
     def forward(self, input_ids: Tensor | None = None, **options: Any) -> CausalLMOutputWithPast:
         """Scores `[B, n, V]` of codes, image start and end; options: of `GlmImageTextModel`."""

@@ -55,7 +55,7 @@ from seed_multimodal.pipelines.images import (
 from seed_multimodal.pipelines.tasks import Notes, TaskKind
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-# Sampling of the original: greedy answers are flat.
+# Temperature and top_p of the published examples, top_k of transformers; greedy answers are flat.
 SAMPLING: Options = {
     "do_sample": True,
     "temperature": 0.9,
@@ -122,10 +122,18 @@ class GlmImageCodec(CodeCodec):
         with self.encoding():
             return [codes.cpu() for codes in self.model.codes(rows)]
 
-    def image_size(self, settings: Options | None) -> tuple[int, int]:
-        """Height and width of a drawing with these settings, or the default ones."""
-        sizes = {"height": self.side, "width": self.side}
-        given = {name: (settings or {}).get(name) or side for name, side in sizes.items()}
+    def image_size(
+        self, settings: Options | None, sources: Sequence[Source] = ()
+    ) -> tuple[int, int]:
+        """Height and width of a drawing with these settings; those of the first source image where
+        they do not say, or `side`."""
+        sizes = (self.side, self.side)
+        if sources:
+            sizes = tuple(PIXELS * side for side in sources[0].codes.shape)
+        given = {
+            name: (settings or {}).get(name) or side
+            for name, side in zip(("height", "width"), sizes, strict=True)
+        }
         return self.decoder.image_size(self.decoder.check_settings(**given))
 
     def draw(
@@ -138,13 +146,16 @@ class GlmImageCodec(CodeCodec):
     ) -> list[Image.Image]:
         """Codes `[h, w]` → images of 32 pixels a code; requests: of each, none: the codes alone."""
         self.check_drawing(**settings)
+        checked = self.decoder.check_settings(
+            height=settings.get("height"), width=settings.get("width")
+        )
         grids = [
             read_grids(codes, self.codebook_size, f"Image {index}")[-1]
             for index, codes in enumerate(image_codes)
         ]
         for grid in grids:
             for name, side in zip(("height", "width"), grid.shape, strict=True):
-                if settings.get(name) not in (None, PIXELS * side):
+                if getattr(checked, name) not in (None, PIXELS * side):
                     raise ConfigError(
                         f"The option {name!r} is {settings[name]}, but the codes are of "
                         f"{PIXELS * side} pixels."
@@ -159,7 +170,7 @@ class GlmImageCodec(CodeCodec):
         """Input and seed of each image → images; those of a `group` are one batch."""
         groups: dict[str, list[int]] = {}
         for index, (row, _) in enumerate(rows):
-            groups.setdefault(str(row.group), []).append(index)
+            groups.setdefault(str(self.decoder.group(row)), []).append(index)
         drawn: dict[int, Image.Image] = {}
         for indices in groups.values():
             inputs = [rows[index][0] for index in indices]
@@ -230,10 +241,10 @@ class SeedGlmImageFamily(Family):
         notes: Sequence[Notes] = (),
         drawing: Options | None = None,
     ) -> list[Prompt]:
-        height, width = self.images.image_size(drawing)
-        grid = (height // PIXELS, width // PIXELS)
         prompts: list[Prompt] = []
         for prompt in super().prompts(conversations, task, seeds, notes):
+            height, width = self.images.image_size(drawing, prompt.source.sources)
+            grid = (height // PIXELS, width // PIXELS)
             request = replace(prompt.source, grid=grid)
             codes = [source.codes for source in request.sources]
             complete = build_prompt(self.tokenizer, request.text, grid, codes)
@@ -247,7 +258,7 @@ class SeedGlmImageFamily(Family):
     ) -> Sequence[ImageInput]:
         """The codes of the image itself, behind those of its preview."""
         height, width = request.prompt.source.grid
-        rows = [torch.tensor(part.codes[-height * width :]) for part in parts]
+        rows = [torch.tensor(part.codes[-height * width :], device="cpu") for part in parts]
         return [row.view(height, width) for row in rows]
 
     def draw(

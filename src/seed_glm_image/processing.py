@@ -176,9 +176,9 @@ def read_grids(codes: object, n_codes: int, label: str) -> list[Tensor]:
             f"{label} must be a grid of codes, an array [h, w] of whole numbers; or a row of the "
             f"{n_preview} codes of a preview and those of a square image."
         )
+    grid = grid.long().cpu()
     if not 0 <= int(grid.min()) <= int(grid.max()) < n_codes:
         raise CodesError(f"{label} holds a code outside 0 to {n_codes - 1}.")
-    grid = grid.long().cpu()
     if not is_row:
         return [grid]
     return [grid[:n_preview].view(PREVIEW, PREVIEW), grid[n_preview:].view(side, side)]
@@ -193,13 +193,15 @@ def position_ids(parts: Sequence[int | Grid]) -> Tensor:
     start = 0
     for part in parts:
         if isinstance(part, int):
-            columns.append(torch.arange(start, start + part).expand(3, -1))
+            columns.append(torch.arange(start, start + part, device="cpu").expand(3, -1))
             start += part
             continue
         height, width = part
-        rows = torch.arange(height).repeat_interleave(width)
+        rows = torch.arange(height, device="cpu").repeat_interleave(width)
         times = torch.full_like(rows, 0)
-        columns.append(start + torch.stack([times, rows, torch.arange(width).repeat(height)]))
+        columns.append(
+            start + torch.stack([times, rows, torch.arange(width, device="cpu").repeat(height)])
+        )
         start += max(part)
     return torch.cat(columns, dim=1)
 

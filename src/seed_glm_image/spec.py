@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.registry import Abilities, FamilySpec
-from seed_multimodal.pipelines.config import SystemConfig, part
+from seed_multimodal.pipelines.config import SystemConfig, part, read_sizes
 from seed_multimodal.settings import positive
 
 PIPELINE = "GlmImagePipeline"
@@ -61,6 +61,13 @@ class GlmImageConfig(SystemConfig):
             if config is not None:
                 return config
         return cls()
+
+    @classmethod
+    def settings_of_weights(cls, paths: dict[str, Path]) -> JsonObject:
+        """A trained language model alone has no image tokenizer."""
+        if "encoder" not in paths and "vision_config" not in read_sizes(paths["llm"]):
+            raise ConfigError(f"{paths['llm']}: has no image tokenizer: give --encoder, too.")
+        return {}
 
     def parts_to_save(self) -> dict[str, Path]:
         """One copy of a folder that is language model and image tokenizer."""

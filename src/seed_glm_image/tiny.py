@@ -20,7 +20,7 @@ START, END = N_CODES, N_CODES + 1
 N_HEAD = N_CODES + 4  # rows of the head: codes, start, end, padding
 PAD = "<|endoftext|>"
 IMAGE = "<|image|>"
-# Images in start and end tokens, then the text; published with roles around it.
+# Images in start and end tokens, then the text.
 TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
     f"<|dit_token_{START}|>{IMAGE}<|dit_token_{END}|>"

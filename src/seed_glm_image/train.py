@@ -47,6 +47,7 @@ class GlmImageTask(LlmTask):
         # have other positions.
         self.loss_weights = LossWeights(0, self.settings.text_weight, self.settings.image_weight)
         self.sample_steps = 0
+        self._log("no samples are written during this training; draw from a checkpoint.")
 
     @staticmethod
     def load_tokenizer(folder: str | Path) -> GlmImageTokenizer:
@@ -89,6 +90,8 @@ class GlmImageDecoderTask(PixelTask):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        if self.model.teacher:
+            raise ConfigError("model.teacher: GLM-Image's decoder cannot be distilled.")
         data = self.run.data
         if data.sizes or data.resolution % PIXELS or data.encoder_size * 2 != data.resolution:
             raise ConfigError(

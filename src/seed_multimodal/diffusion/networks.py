@@ -36,6 +36,7 @@ class DenoiserConditions(TypedDict, total=False):
     target_size: Tensor  # height and width [B, 2]
     crop_coords: Tensor  # top and left [B, 2]
     kv_caches: Any  # of source images
+    image_rotary_emb: tuple[Tensor, ...]  # of the patches
 
 
 class DenoiserKind(NamedTuple):

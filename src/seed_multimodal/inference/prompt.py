@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import SEEDS, fraction, non_negative, positive, setting
@@ -168,7 +169,12 @@ class Prompt:
         return len(self.ids)
 
     def answered_with(self, ids: Sequence[int]) -> Prompt:
-        """The prompt with `ids` at its end, which are part of the answer."""
+        """The prompt with `ids` at its end, which are part of the answer.
+
+        Raises ConfigError: its positions are those of a complete prompt.
+        """
+        if ids and self.position_ids is not None:
+            raise ConfigError("The answer to a prompt with positions cannot be begun.")
         return replace(self, ids=[*self.ids, *ids], answered=[*self.answered, *ids])
 
     @classmethod

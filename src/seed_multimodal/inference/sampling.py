@@ -93,7 +93,8 @@ class ImageConstraints:
         for state, grammar in zip(states, grammars, strict=True):
             key = (vocabulary, grammar.original, state, len(scores[0]), scores.device)
             if key not in _forbidden:
-                allowed = [id for id in grammar.candidates() if grammar.allows(id)]
+                n_rows = len(scores[0])  # a head may have fewer than the vocabulary
+                allowed = [id for id in grammar.candidates() if id < n_rows and grammar.allows(id)]
                 mask = torch.ones_like(scores[0], dtype=torch.bool)
                 mask[allowed] = False
                 _forbidden[key] = mask

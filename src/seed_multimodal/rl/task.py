@@ -152,6 +152,7 @@ class RlTask(LanguageModelTask):
         self.system.images.check_drawing(**drawing)
         self.drawing = {**drawing, "batch_size": DRAWN_AT_ONCE}
         if self.run.data.rewarded_codes is not None:
+            config.check_ability("first_codes")
             self.drawing["codes"] = self.run.data.rewarded_codes
         records = [*self.records, *self.eval_records]
         self.rewards = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import shutil
@@ -123,10 +124,11 @@ def test_transformers_draws_by_any_to_any(system, tmp_path):
 
     pipe = pipeline("any-to-any", model=str(system.save_pretrained(tmp_path / "saved")))
     content: list[dict[str, Any]] = [{"type": "text", "text": "a fox"}]
-    for parts in (content, [{"type": "image", "image": tiny.picture(96, 64)}, *content]):
+    source = {"type": "image", "image": tiny.picture(96, 64)}
+    for parts, size in ((content, (128, 128)), ([source, *content], (96, 64))):
         chat = [{"role": "user", "content": parts}]
         (answer,) = pipe(text=chat, generation_mode="image")
-        assert answer["generated_image"].size == (128, 128)
+        assert answer["generated_image"].size == size
 
 
 # ---- what it does not do
@@ -177,10 +179,53 @@ def test_other_engines_are_refused(folder, engine):
         MultimodalSystem.from_pretrained(folder, device="cpu", log=None, engine=engine, **url)
 
 
+def test_an_edit_has_the_size_of_its_source(system):
+    source = tiny.picture(160, 96)
+    assert system.edit(source, "a", num_inference_steps=1).size == (160, 96)
+    assert system.edit(source, "a", num_inference_steps=1, height=64).size == (160, 64)
+
+
+def test_control_words_in_quotes_do_not_fail_a_batch(system):
+    # ByT5 reads such a name as one token.
+    texts = ["x 'abcd'", "x '</s>'", "x '<pad>a'"]
+    together = system.draw(texts, seed=[1, 1, 1], **SMALL)
+    for text, image in zip(texts, together, strict=True):
+        assert image.tobytes() == system.draw(text, seed=1, **SMALL).tobytes()
+
+
+def test_the_language_model_alone_does_not_generate(system):
+    # transformers would count positions on one line.
+    with pytest.raises(ConfigError, match=r"MultimodalSystem\.draw"):
+        system.llm.generate(torch.tensor([[1, 2]]))
+
+
+def test_every_backend_has_what_the_engine_asks():
+    from seed_multimodal.inference.backends.torch import TorchBackend
+
+    module = Path(inspect.getfile(TorchBackend)).with_name("llama_cpp.py")
+    assert all(f"    {name} = " in module.read_text() for name in ("cheap_copies", "has_axes"))
+
+
+def test_assembled_parts_have_an_image_tokenizer(system, folder, tmp_path, capsys):
+    from seed_multimodal.cli.main import main
+
+    system.llm.save_pretrained(tmp_path / "llm")  # the language model alone
+    command = ["assemble", "seed-glm-image", "--llm", tmp_path / "llm", "--tokenizer"]
+    command += [folder / "processor", "--decoder", folder, "--out", tmp_path / "out"]
+    assert main([*map(str, command)]) == 2
+    assert "--encoder" in capsys.readouterr().err
+    command += ["--encoder", folder / "vision_language_encoder"]
+    assert main([*map(str, command)]) == 0
+    whole = MultimodalSystem.from_pretrained(tmp_path / "out", device="cpu", log=None)
+    assert whole.draw("a", **SMALL).tobytes() == system.draw("a", **SMALL).tobytes()
+
+
 def test_codes_are_grids(system):
     (codes,) = system.tokenize(tiny.picture(160, 96))
     assert codes.shape == (3, 5)
-    first, second = system.reconstruct([codes, codes.numpy()], seed=1, num_inference_steps=1)
+    first, second = system.reconstruct(
+        [codes, codes.numpy().astype("uint64")], seed=1, num_inference_steps=1
+    )
     assert first.size == (160, 96) and first.tobytes() == second.tobytes()
     turned = system.reconstruct([codes.T], seed=1, num_inference_steps=1)[0]
     assert turned.size == (96, 160)

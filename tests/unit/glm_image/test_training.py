@@ -155,11 +155,30 @@ def test_sequences(system):
         ({"text": "a", "image_ids": [[1, tiny.N_CODES]]}, "outside"),
         ({"text": "a", "image_ids": [[1.5, 2.0]]}, "whole numbers"),
         ({"text": "a", "image_ids": [[True]]}, "whole numbers"),
+        ({"text": "a", "image_ids": codes(1, 300), "preview_ids": codes(1, 277)}, "too long"),
+        ({"text": "a\ud800", "image_ids": RECORDS[2]["image_ids"]}, "Unicode"),
+        ({**RECORDS[2], "preview_ids": codes(16, 16)}, "has a preview, too"),
     ],
 )
 def test_wrong_records(system, record, reason):
     with pytest.raises(BadRecord, match=reason.replace("(", r"\(").replace(")", r"\)")):
         get_decoder("glm_image.draw", system.tokenizer).decode(record, SeededRandom(0))
+
+
+ODD = (None, True, 0, -1, 1.5, float("nan"), 10**40, "", " ", "\ud83d", [], [[]], [None], {}, [{}])
+
+
+@pytest.mark.parametrize(("name", "record"), [("draw", RECORDS[0]), ("edit", EDIT)])
+def test_odd_values_of_records(system, name, record):
+    """They are refused by the record's own error; without a field it is named."""
+    decoder = get_decoder(f"glm_image.{name}", system.tokenizer)
+    for key in record:
+        for value in ODD:
+            with pytest.raises(BadRecord):
+                decoder.decode({**record, key: value}, SeededRandom(0))
+        others = {other: value for other, value in record.items() if other != key}
+        with pytest.raises(BadRecord, match=key):
+            decoder.decode(others, SeededRandom(0))
 
 
 def test_a_sequence_that_is_too_long_is_dropped(system):
@@ -286,6 +305,17 @@ def test_decoder_training(folder, tmp_path):
     )
     image = trained.draw("a fox", height=64, width=64, num_inference_steps=1)
     assert image.size == (64, 64)
+
+
+def test_a_decoder_is_not_distilled(folder, tmp_path, capsys):
+    model = {"teacher": str(folder), "diffusion": str(folder), "tokenizer": str(folder)}
+    file = tmp_path / "model.yaml"
+    file.write_text(json.dumps(model))
+    images = f"{{name: mine, files: {ROOT / 'images'}}}"
+    arguments = [f"model={file}", "data=glm_image", f"data.sources=[{images}]"]
+    arguments.append(f"output_dir={tmp_path / 'run'}")
+    assert train("train_glm_image_decoder", CONFIGS, arguments) == 2
+    assert "distilled" in capsys.readouterr().err
 
 
 @pytest.mark.slow

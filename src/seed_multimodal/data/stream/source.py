@@ -134,15 +134,18 @@ class OpenedSource:
     def _pieces(self, position: int, sequence: TrainingSequence) -> list[Piece]:
         """The sequence's pieces with something to learn.
 
-        One with images as pixels is never split.
+        One with images as pixels, or with positions of its own, is never split.
         """
         ids = np.array(sequence.ids, np.int32)
         labels = np.array(sequence.labels, np.int32)
+        plan = sequence.position_ids
+        if plan is not None:
+            plan = plan[:, : len(ids)]
         if isinstance(self.decoder, FeatureDecoder) and isinstance(sequence, ImageSequence):
-            return [Piece(self.index, position, 0, ids, labels, self.decoder.cut(sequence))]
-        if sequence.position_ids is not None:  # whose images end where the plan does
-            plan = sequence.position_ids[:, : len(ids)]
-            return [Piece(self.index, position, 0, ids, labels, position_ids=plan)]
+            views = self.decoder.cut(sequence)
+            return [Piece(self.index, position, 0, ids, labels, views, plan)]
+        if plan is not None:  # whose images end where it does
+            return [Piece(self.index, position, 0, ids, labels, None, plan)]
         arrays = split_long(ids, labels, self.length, self.decoder.vocabulary)
         if self.packing:
             arrays = [(ids, labels) for ids, labels in arrays if (labels[1:] != IGNORE_INDEX).any()]

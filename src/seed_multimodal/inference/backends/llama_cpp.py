@@ -41,6 +41,7 @@ class LlamaCppBackend:
     """
 
     cheap_copies = False  # llama.cpp copies whole sequences only
+    has_axes = False
     search = None
     device = torch.device("cpu")
 

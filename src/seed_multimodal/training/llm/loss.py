@@ -177,6 +177,8 @@ def add_packed_lengths(
     device each time.
     """
     positions = arguments.get("position_ids")
+    if positions is not None and positions.ndim == 3:  # with axes: the first one is of time
+        positions = positions[0]
     if positions is None or positions.shape[0] != 1:  # several rows
         return inputs, arguments
     if arguments.get("attention_mask") is not None:  # a padded row
