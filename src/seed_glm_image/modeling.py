@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.glm_image.modeling_glm_image import GlmImagePreTrainedModel
 
-from seed_glm_image.processing import CONTEXT, PREVIEW
+from seed_glm_image.processing import PREVIEW
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.nn.pretrained import without_memory
@@ -73,11 +73,6 @@ class GlmImageForCausalLM(GlmImagePreTrainedModel, GenerationMixin):
         """Scores `[B, n, V]` of codes, image start and end; options: of `GlmImageTextModel`."""
         output = self.model(input_ids=input_ids, **options)
         return CausalLMOutputWithPast(logits=self.lm_head(output.last_hidden_state))
-
-
-def limit_context(config: Any) -> None:
-    """Limit the positions of a language model, whose cache has rows of the whole context."""
-    config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
 
 
 class CodeNetwork(nn.Module):

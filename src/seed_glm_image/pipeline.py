@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_glm_image.diffusion import DrawingInput, GlmImageDetokenizer, GlmImageSettings
-from seed_glm_image.modeling import CodeNetwork, limit_context
+from seed_glm_image.modeling import CodeNetwork
 from seed_glm_image.processing import (
     CONTEXT,
     PREVIEW,
@@ -187,6 +187,7 @@ class SeedGlmImageFamily(Family):
     tokenizer: GlmImageTokenizer
     images: GlmImageCodec
     defaults = {"draw": SAMPLING, "edit": SAMPLING}
+    context = CONTEXT
 
     @classmethod
     def check_decoder(cls, config: GlmImageConfig) -> None:
@@ -204,7 +205,6 @@ class SeedGlmImageFamily(Family):
         llm = load_language_model(config, tokenizer, placement)
         if llm is not None:
             check_vocab_size(llm.config.vocab_size, tokenizer.vocabulary, config.name)
-            limit_context(llm.config)
         return cls(config, tokenizer, llm, images)
 
     def settings(self, task: str) -> Options:

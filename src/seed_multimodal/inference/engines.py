@@ -60,6 +60,7 @@ class EngineOptions:
     kv_cache: GiB for keys and values; None: see `default_budget`.
     compiled: tokens are computed by `torch.compile`.
     offload_device: where a torch model computes that rests on the CPU.
+    context: tokens of a row at most; None: the model's.
     """
 
     name: str = setting(TORCH, choices=(TORCH, LLAMA_CPP, COMPLETION_SERVER, NO_ENGINE))
@@ -69,6 +70,7 @@ class EngineOptions:
     kv_cache: float | None = setting(None, above=0)
     compiled: bool = False
     offload_device: torch.device | None = None
+    context: int | None = positive(None)
 
     def __post_init__(self) -> None:
         check_settings(self, "engine")
@@ -100,6 +102,7 @@ def torch_engine(
         llm,
         max_rows=options.max_running,
         cache_bytes=options.cache_bytes,
+        context=options.context,
         compiled=options.compiled,
         device=options.offload_device,
         embed_features=embed_features,

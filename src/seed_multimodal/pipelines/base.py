@@ -106,7 +106,8 @@ class MultimodalSystem(TaskRunner, HubUpload):
             return outside_engine(
                 options, self.tokenizer, self.config.llm, self.family.embed_prompt
             )
-        self.engine_options = replace(options, max_running=max(options.max_running, self._min_rows))
+        n_rows = max(options.max_running, self._min_rows)
+        self.engine_options = replace(options, max_running=n_rows, context=self.family.context)
         return torch_engine(
             self.llm, self.tokenizer, self.engine_options, self.family.embed_features
         )

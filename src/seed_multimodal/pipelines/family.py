@@ -61,6 +61,8 @@ class Family:
 
     # Generation settings by task, below those of `system.json`.
     defaults: ClassVar[dict[str, Options]] = {}
+    # Tokens of a row of the KV cache at most; None: the model's context.
+    context: ClassVar[int | None] = None
 
     def __init__(
         self,

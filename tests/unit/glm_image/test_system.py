@@ -220,6 +220,19 @@ def test_assembled_parts_have_an_image_tokenizer(system, folder, tmp_path, capsy
     assert whole.draw("a", **SMALL).tobytes() == system.draw("a", **SMALL).tobytes()
 
 
+def test_the_context_is_limited(folder, tmp_path):
+    # A row of the published context would need 5 GiB; the configuration stays.
+    copy = tmp_path / "system"
+    shutil.copytree(folder, copy)
+    file = copy / LLM / "config.json"
+    values = json.loads(file.read_text())
+    values["text_config"]["max_position_embeddings"] = 131_072
+    file.write_text(json.dumps(values))
+    system = MultimodalSystem.from_pretrained(copy, device="cpu", log=None)
+    assert system.engine.context == 8192
+    assert system.llm.config.max_position_embeddings == 131_072
+
+
 def test_codes_are_grids(system):
     (codes,) = system.tokenize(tiny.picture(160, 96))
     assert codes.shape == (3, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ class TorchBackend:
     """Computes with `llm`, a decoder-only transformers model with `inputs_embeds`.
 
     max_rows: sequences at once (guidance takes two).
-    cache_bytes: for keys and values; None: see `default_budget`.
+    cache_bytes: for keys and values; None: see `default_budget`. context: tokens of a row at most.
     compiled: `torch.compile` computes the tokens (on CUDA as CUDA graphs); the first token then
         takes from seconds to minutes.
     device: where the model computes if it rests on the CPU (off-loading).
@@ -91,6 +92,7 @@ class TorchBackend:
         *,
         max_rows: int = MAX_RUNNING,
         cache_bytes: int | None = None,
+        context: int | None = None,
         compiled: bool = False,
         device: torch.device | None = None,
         embed_features: Callable[[Sequence[ImageFeatures]], Tensor] = joined,
@@ -98,7 +100,7 @@ class TorchBackend:
         self.llm = llm
         self.compiled = compiled
         self._masks = AttentionMasks(llm.config)
-        self.context = _context(llm.config)
+        self.context = min(_context(llm.config), context or sys.maxsize)
         self.device = device or llm.device
         self._offload_device = device
         self._n_loads = 0  # of an off-loaded model, whose cache is then empty

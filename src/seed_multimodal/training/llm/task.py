@@ -271,9 +271,12 @@ class LlmTask(LanguageModelTask):
     def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         """`loss.LossParts` of a prepared batch."""
         batch = batch.to(self.device)
-        axes = {} if batch.axis_ids is None else {"axis_ids": batch.axis_ids}
         return model(
-            batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, **axes
+            batch.input_ids,
+            batch.labels,
+            batch.position_ids,
+            batch.attention_mask,
+            axis_ids=batch.axis_ids,
         )
 
     def close(self) -> None:
