@@ -12,6 +12,7 @@ from data_files import lines
 from PIL import Image
 from yaml_tables import read_tables
 
+from seed_multimodal.entry import run_and_exit
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.rl import rewards
 from seed_multimodal.rl.task import RlTask
@@ -70,6 +71,11 @@ def ranks(images, records) -> list[float]:
     return [rank + 0.1 * rank * (-1) ** index * (index < 4) for index in range(len(images))]
 
 
-if __name__ == "__main__":
+def main() -> int:
     torch.distributed.init_process_group("gloo")
     run(Path(sys.argv[1]), sys.argv[2], {"mine": ranks}, evaluated=1)
+    return 0
+
+
+if __name__ == "__main__":
+    run_and_exit(main)  # as the programs end: Python's tear-down after gloo may abort
