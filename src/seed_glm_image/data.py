@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from seed_glm_image.processing import (
@@ -66,9 +65,7 @@ class GlmImageDecoder(Decoder):
         if max_length is not None and len(ids) > max_length:
             reason = f"an image with its request has {len(ids)} tokens, rows have {max_length}"
             return TrainingSequence([], [], drop_reason=reason)
-        return TrainingSequence(
-            ids, labels, position_ids=prompt.position_ids.numpy().astype(np.int64)
-        )
+        return TrainingSequence(ids, labels, position_ids=prompt.position_ids.numpy())
 
     def grids(self, fields: RecordFields, name: str) -> list[Tensor]:
         """The codes of an image, of a row with those of its preview before them."""

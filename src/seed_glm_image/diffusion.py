@@ -71,15 +71,16 @@ def doubled(codes: Tensor) -> Tensor:
 def noise_shift(scheduler: SchedulerMixin, n_patches: int) -> float:
     """How far the noise of an image of so many patches is above its time."""
     config = scheduler.config
-    return float((n_patches / config.base_image_seq_len) ** 0.5 * config.max_shift) + float(
-        config.base_shift
-    )
+    root = (n_patches / config.base_image_seq_len) ** 0.5
+    shift: float = root * config.max_shift + config.base_shift
+    return shift
 
 
 class GlmImageObjective(FlowObjective):
     """The flow from noise to images, whose noise is shifted, and whose told times are not."""
 
     def __init__(self, scheduler: SchedulerMixin, patch: int, flow_times: FlowTimes) -> None:
+        # Not the base's, which refuses schedulers whose shift depends on the size.
         self.scheduler = scheduler
         self.n_steps = int(scheduler.config.num_train_timesteps)
         self.shift = 1.0
@@ -136,35 +137,36 @@ class GlmImageDetokenizer(Detokenizer[GlmImageSettings]):
             )
         return height, width
 
-    def read(self, embeds: Any) -> tuple[Sequence[DrawingInput], Tensor]:
+    def read(self, embeds: Any) -> tuple[tuple[Sequence[DrawingInput], Tensor], Tensor]:
+        """Inputs and the codes of their patches `[B, P]`, for `conditions`."""
         inputs = [row if isinstance(row, DrawingInput) else DrawingInput(row) for row in embeds]
         codes = torch.stack([doubled(row.codes) for row in inputs]).to(self.device)
-        return inputs, codes
+        return (inputs, codes), codes
 
     # ---- conditions
 
     def conditions(
         self,
-        embeds: Sequence[DrawingInput],
+        embeds: tuple[Sequence[DrawingInput], Tensor],
         negatives: Tensor | None,
         time_ids: Tensor | None,
         settings: GlmImageSettings,
         generators: Generators,
     ) -> Conditions:
         """See `Detokenizer`; sizes are those of the codes."""
-        _, codes = self.read(embeds)
-        size = [PIXELS * side for side in embeds[0].codes.shape]
-        caches = self.source_caches(embeds[0].request.sources)
+        inputs, codes = embeds
+        size = [PIXELS * side for side in inputs[0].codes.shape]
+        caches = self.source_caches(inputs[0].request.sources)
 
         def of(texts: Sequence[str], is_dropped: bool) -> DenoiserConditions:
             glyphs = {text: self.glyphs(text) for text in dict.fromkeys(texts)}
             rows = torch.stack([glyphs[text] for text in texts])
             return self.inputs(rows, codes, size, is_dropped)
 
-        conditions = of([row.request.text for row in embeds], False)
+        conditions = of([row.request.text for row in inputs], False)
         if caches is not None:
             conditions["kv_caches"] = caches
-        return conditions, lambda: of([""] * len(embeds), True)
+        return conditions, lambda: of([""] * len(inputs), True)
 
     def inputs(
         self, glyphs: Tensor, codes: Tensor, size: Sequence[int], is_dropped: bool = False
@@ -223,7 +225,7 @@ class GlmImageDetokenizer(Detokenizer[GlmImageSettings]):
         assert self.byt5_tokenizer is not None
         texts = self.byt5_tokenizer(quoted(row.request.text)).input_ids
         sources = [hashlib.blake2b(image.tobytes()).digest() for image, _ in row.request.sources]
-        return row.codes.shape, sources, [*map(len, texts)]
+        return row.codes.shape, tuple(sources), tuple(map(len, texts))
 
     # ---- times
 

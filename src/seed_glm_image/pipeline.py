@@ -19,7 +19,6 @@ from seed_glm_image.diffusion import DrawingInput, GlmImageDetokenizer, GlmImage
 from seed_glm_image.modeling import CodeNetwork
 from seed_glm_image.processing import (
     CONTEXT,
-    PREVIEW,
     DrawingRequest,
     GlmImageTokenizer,
     Source,
@@ -27,7 +26,7 @@ from seed_glm_image.processing import (
     read_grids,
     source_grid,
 )
-from seed_glm_image.spec import PIXELS, GlmImageConfig
+from seed_glm_image.spec import PIXELS, READ_PIXELS, GlmImageConfig
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
 from seed_multimodal.images.io import ImageSource, is_image
@@ -94,7 +93,7 @@ class GlmImageCodec(CodeCodec):
         self.side = side
         self.shortest = shortest
         self.longest = longest
-        self.min_side = longest
+        self.min_side = longest  # of any image: sizes differ
 
     def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Codes `[h, w]` int64 of each image, on the CPU."""
@@ -110,7 +109,8 @@ class GlmImageCodec(CodeCodec):
         for image in map(self.open, images):
             height, width = source_grid(image.size, self.shortest, self.longest)
             image = image.resize((PIXELS * width, PIXELS * height), Image.Resampling.LANCZOS)
-            small = image.resize((PREVIEW * width, PREVIEW * height), Image.Resampling.BICUBIC)
+            read_size = (READ_PIXELS * width, READ_PIXELS * height)
+            small = image.resize(read_size, Image.Resampling.BICUBIC)
             resized.append(image)
             rows.append(normalise(to_bytes(small), CLIP_MEAN, CLIP_STD))
         codes = self._encode_batcher(None, rows)
@@ -146,16 +146,13 @@ class GlmImageCodec(CodeCodec):
     ) -> list[Image.Image]:
         """Codes `[h, w]` → images of 32 pixels a code; requests: of each, none: the codes alone."""
         self.check_drawing(**settings)
-        checked = self.decoder.check_settings(
-            height=settings.get("height"), width=settings.get("width")
-        )
         grids = [
             read_grids(codes, self.codebook_size, f"Image {index}")[-1]
             for index, codes in enumerate(image_codes)
         ]
         for grid in grids:
             for name, side in zip(("height", "width"), grid.shape, strict=True):
-                if getattr(checked, name) not in (None, PIXELS * side):
+                if int(settings.get(name) or PIXELS * side) != PIXELS * side:
                     raise ConfigError(
                         f"The option {name!r} is {settings[name]}, but the codes are of "
                         f"{PIXELS * side} pixels."
@@ -168,9 +165,12 @@ class GlmImageCodec(CodeCodec):
         self, key: Mapping[str, Any], rows: Sequence[tuple[DrawingInput, int]]
     ) -> list[Image.Image]:
         """Input and seed of each image → images; those of a `group` are one batch."""
-        groups: dict[str, list[int]] = {}
+        # 1. Which images are one batch.
+        groups: dict[object, list[int]] = {}
         for index, (row, _) in enumerate(rows):
-            groups.setdefault(str(self.decoder.group(row)), []).append(index)
+            groups.setdefault(self.decoder.group(row), []).append(index)
+
+        # 2. The images, in the order of the rows.
         drawn: dict[int, Image.Image] = {}
         for indices in groups.values():
             inputs = [rows[index][0] for index in indices]

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_glm_image.spec import READ_PIXELS
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
@@ -153,7 +154,7 @@ def source_grid(size: tuple[int, int], shortest: int, longest: int) -> Grid:
     scale = max(1.0, shortest / min(size))
     if max(size) * scale > longest:
         scale = longest / max(size)
-    rows, columns = (max(1, round(side // 2 * scale / PREVIEW)) for side in (height, width))
+    rows, columns = (max(1, round(side // 2 * scale / READ_PIXELS)) for side in (height, width))
     return rows, columns
 
 

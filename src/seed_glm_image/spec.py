@@ -18,6 +18,7 @@ from seed_multimodal.settings import positive
 PIPELINE = "GlmImagePipeline"
 INDEX = "model_index.json"
 PIXELS = 32  # of a code's side
+READ_PIXELS = 16  # of a code's side, as the image tokenizer reads it
 LLM = "vision_language_encoder"
 # A request is the text alone.
 TASKS = TaskPrompts(draw="{caption}", draw_response="", edit_response="")

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from seed_glm_image.diffusion import GlmImageDetokenizer, GlmImageObjective
 from seed_glm_image.modeling import CodeNetwork
 from seed_glm_image.processing import GlmImageTokenizer
-from seed_glm_image.spec import PIXELS
+from seed_glm_image.spec import PIXELS, READ_PIXELS
 from seed_multimodal.device import DTYPES
+from seed_multimodal.diffusion.base import DEFAULTS
 from seed_multimodal.diffusion.objectives import Objective
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.frozen import FrozenFeatures
+from seed_multimodal.training.config import refuse_unread
 from seed_multimodal.training.llm.loss import LossWeights
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.pixel_decoder.config import (
@@ -30,7 +31,6 @@ from seed_multimodal.training.pixel_decoder.config import (
     PixelRunSettings,
 )
 from seed_multimodal.training.pixel_decoder.task import PixelTask
-from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -43,11 +43,13 @@ class GlmImageTask(LlmTask):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        # Only codes are learned, whose ids are the first; answers of transformers' `generate` would
-        # have other positions.
-        self.loss_weights = LossWeights(0, self.settings.text_weight, self.settings.image_weight)
-        self.sample_steps = 0
-        self._log("no samples are written during this training; draw from a checkpoint.")
+        # Only codes are learned, whose ids are the first.
+        refuse_unread(self.settings, ["text_weight"], "trainer", "where no text is learned")
+        self.loss_weights = LossWeights(0, image=self.settings.image_weight)
+        # Samples are made by transformers' `generate`, which would count other positions.
+        if self.sample_steps:
+            self._log("no samples are written during this training; draw from a checkpoint.")
+            self.sample_steps = 0
 
     @staticmethod
     def load_tokenizer(folder: str | Path) -> GlmImageTokenizer:
@@ -86,7 +88,7 @@ class GlmImageDecoderTask(PixelTask):
     detokenizer_class = GlmImageDetokenizer
     frozen_name = "tokenizer"
     fixed_settings = ("trained", "start")
-    copied = ("vae", "scheduler", "text_encoder", "tokenizer", "model_index.json")
+    copied = ("vae", "scheduler", "text_encoder", "tokenizer", DEFAULTS)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -100,21 +102,17 @@ class GlmImageDecoderTask(PixelTask):
             )
 
     def conditions(self) -> FrozenFeatures:
-        """The images' codes `[B, h, w]`."""
+        """The images' codes, behind those of their previews."""
         network = CodeNetwork.from_pretrained(
             self.model.tokenizer, self.device, DTYPES[self.settings.precision]
         )
-        side = self.run.data.encoder_size
-        transform = ImageTransform(side, interpolation="bicubic")
-        self.resize_as(transform)
-
-        def codes(pixels: Tensor) -> Tensor:
-            return torch.stack(network.codes(list(transform.normalise(pixels))))
-
-        return FrozenFeatures(network, self.device, codes)
+        transform = ImageTransform(self.run.data.encoder_size, interpolation="bicubic")
+        return self.codes_of(network, transform)
 
     def embeds(self, conditions: Tensor) -> Tensor:
-        return conditions
+        """The codes of the images alone `[B, h, w]`."""
+        side = self.run.data.encoder_size // READ_PIXELS
+        return conditions[:, -(side**2) :].unflatten(1, (side, side))
 
     def new_objective(self, scheduler: SchedulerMixin) -> Objective:
         return GlmImageObjective(scheduler, self.patch, self.model.flow_times)
@@ -131,10 +129,6 @@ class GlmImageDecoderTask(PixelTask):
         )
         self.patch = detokenizer.patch
         return detokenizer
-
-    def load_decoder(self, path: str) -> GlmImageDetokenizer:
-        folder = find_folder(path, ("*/*",), GlmImageDetokenizer.download_hint)
-        return GlmImageDetokenizer.from_pretrained(folder)
 
     def save_trained(self, detokenizer: GlmImageDetokenizer, folder: Path) -> None:
         """For `GlmImageDetokenizer.from_pretrained`."""

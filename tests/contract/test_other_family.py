@@ -56,6 +56,19 @@ def test_pipeline_of_transformers(mosaic, mosaic_folder, monkeypatch):
     assert row["generated_image"].tobytes() == mosaic.draw("a red apple").tobytes()
 
 
+def test_a_family_does_not_take_the_place_of_a_model_of_transformers(monkeypatch):
+    from transformers import CONFIG_MAPPING, LlamaConfig
+    from transformers.models.auto import configuration_auto
+
+    from seed_multimodal.transformers import registration
+
+    monkeypatch.setattr(find_family("mosaic").config, "system", "llama")
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
+    with pytest.warns(SeedWarning, match="llama"):
+        registration._register(configuration_auto)
+    assert CONFIG_MAPPING["llama"] is LlamaConfig
+
+
 @pytest.mark.slow
 def test_init_prints_a_command_whose_checkpoint_is_a_system(mosaic, tmp_path, capsys):
     # From nothing to a trained model of a family that the library does not know.

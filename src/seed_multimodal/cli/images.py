@@ -197,7 +197,7 @@ def draw(args: Namespace) -> int:
     return run_batches(args, args.texts, show, work, args.batch_size)
 
 
-def read_codes(path: str) -> dict[str, list[int]]:
+def read_codes(path: str) -> dict[str, list[Any]]:
     """Codes by name, from a file of JSON lines as `seed tokenize --out` writes them, or lists of
     numbers.
 
@@ -219,7 +219,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
             # Several rows may be of one image.
             key = f"{name} ({row})" if name in codes_of else name
             codes_of[key] = [
-                [*map(int, row)] if isinstance(row, list) else int(row) for row in codes
+                [*map(int, item)] if isinstance(item, list) else int(item) for item in codes
             ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -304,7 +304,8 @@ class Detokenizer(Generic[Settings]):
         n_images = len(embeds)
         if not n_images:
             return []
-        for width in {row.shape[-1] for row in embeds} if self.embedding_dim else ():
+        widths = {row.shape[-1] for row in embeds} if self.embedding_dim else set()
+        for width in widths:
             if width != self.embedding_dim:
                 raise CheckpointError(
                     f"The embeddings have width {width}, but this diffusion model needs width "

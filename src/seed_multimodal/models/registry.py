@@ -75,7 +75,6 @@ class ModelCard:
 
     Attributes:
         tabs: further tabs, of "draw", "edit", "codes" and "find".
-        chats: the page begins with the chat; else, of a model that writes no text, with "draw".
         about: below the title, after the system's notice.
         temperature, max_rounds: initial values of the sliders; 0 rounds: any number.
         examples: the gallery, whose messages are answered at a click.
@@ -88,7 +87,6 @@ class ModelCard:
     title: str
     about: str = ""
     tabs: tuple[str, ...] = ("draw", "edit", "codes")
-    chats: bool = True
     temperature: float = 1.0
     examples: tuple[Example, ...] = ()
     keeps_aspect: bool = False

@@ -236,9 +236,10 @@ class RlTask(LanguageModelTask):
         # 2. Their pixels.
         inputs: list[Any] = []
         for request in requests:
-            parts = [part for part in request.reader.parts if isinstance(part, ImagePart)]
-            image_inputs: Any = system.family.image_inputs(parts, request)
-            inputs.append(image_inputs[0][: self.run.data.rewarded_codes])
+            (part,) = [part for part in request.reader.parts if isinstance(part, ImagePart)]
+            image_input: Any
+            (image_input,) = system.family.image_inputs([part], request)
+            inputs.append(image_input[: self.run.data.rewarded_codes])
         images = system.family.draw(inputs, prompts, seeds, self.drawing)
 
         # 3. The rewards, which need not be able to judge no images, and their weighted sum.

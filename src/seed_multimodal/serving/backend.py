@@ -584,9 +584,6 @@ class Backend:
 
     def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
         """Settings of drawing by `size` and `ratio`. Raises RequestError: no such one."""
-        if not self.system.abilities.codes_are_rows and request.size:
-            width, height = map(int, request.size.split("x"))
-            return {"width": width, "height": height}
         ratios = find_family(self.system.config.system).page_cards().family.ratios or ("1:1",)
         sides = [1]
         if request.size:
@@ -596,6 +593,8 @@ class Backend:
             size_ratio = ":".join(str(side // divisor) for side in sides)
             if ratio not in (None, size_ratio):
                 raise contradiction("ratio", "size")
+            if not self.system.abilities.codes_are_rows:
+                return dict(zip(("width", "height"), sides, strict=True))
             ratio = size_ratio
         if ratio not in (None, *ratios) or max(sides) > MAX_SIDE:
             raise RequestError(

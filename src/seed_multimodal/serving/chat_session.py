@@ -521,7 +521,7 @@ class ChatSession:
             {**ratios},  # Gradio empties an update
             gr.update(maximum=most_codes, value=most_codes),
             gr.update(maximum=most_codes, value=n_codes // 2),
-            gr.update() if card.chats else gr.update(selected="draw"),
+            gr.update() if self.model.abilities.writes else gr.update(selected="draw"),
             *(gr.update(visible=tab in card.tabs) for tab in TABS),
         )
 

@@ -11,7 +11,7 @@ from urllib.request import getproxies
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError, first_line
-from seed_multimodal.models.registry import ModelCard, find_family, model_cards
+from seed_multimodal.models.registry import Abilities, ModelCard, find_family, model_cards
 from seed_multimodal.proxies import direct
 
 SECONDS = 600  # of an answer, as the server's limit
@@ -25,12 +25,14 @@ class ModelClient:
     Attributes:
         address: of its `/generate`.
         card: of its model; a guess until `load_card`.
+        abilities: of the model's family: one that writes no text has no use for the chat.
         codes_per_image: of its model; 0: images have no codes.
         name, notice, known: of its model, as the backend has them.
     """
 
     address: str
     card: ModelCard
+    abilities: Abilities = Abilities()
     codes_per_image: int = 0
     name: str = ""
     notice: str = ""
@@ -46,8 +48,10 @@ class ModelClient:
         # A folder of SEED-LLaMA may be named by its size only.
         cards = model_cards()
         card = cards.get(self.name) or cards.get(f"seed-llama-{self.name}")
-        if card is None and "family" in model:
-            card = find_family(model["family"]).page_cards().family
+        if "family" in model:
+            family = find_family(model["family"])
+            self.abilities = family.config.abilities
+            card = card or family.page_cards().family
         self.card = card or self.card
         self.codes_per_image = model.get("codes_per_image", 0)
         self.notice = model.get("notice", "")

@@ -29,21 +29,8 @@ pytest.importorskip("transformers.models.glm_image.modeling_glm_image")
 pytest.importorskip("diffusers.pipelines.glm_image.pipeline_glm_image")
 from seed_glm_image.diffusion import GlmImageObjective  # noqa: E402
 from seed_glm_image.processing import position_ids  # noqa: E402
-from seed_glm_image.tiny import write_tiny  # noqa: E402
 
 CONFIGS = ROOT / "MultiModalLLM/configs"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("glm") / "system"
-    write_tiny(path, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def system(folder: Path) -> MultimodalSystem:
-    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
 
 
 def codes(*shape: int, seed: int = 0) -> list[list[int]]:
@@ -232,12 +219,9 @@ def test_noise_and_told_times_are_the_sampler_s(system, size):
     assert noisy.steps.min() >= 0 and noisy.steps.max() < 1000
 
 
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [True, False])
-def test_language_model_training(folder, tmp_path, lora):
-    """A few steps lower the loss; the checkpoint is a system that draws."""
-    model = {"path": str(folder / "vision_language_encoder"), "dtype": "fp32"}
+def llm_arguments(folder: Path, tmp_path: Path, lora: bool = False) -> list[str]:
+    """Of a training of the language model, whose results are in `run`."""
+    model: dict[str, Any] = {"path": str(folder / "vision_language_encoder"), "dtype": "fp32"}
     if lora:
         model["lora"] = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     source = {"name": "mine", "files": str(write_records(tmp_path)), "decoder": "glm_image.draw"}
@@ -246,14 +230,22 @@ def test_language_model_training(folder, tmp_path, lora):
         "tokenizer": {"pretrained_model_name_or_path": str(folder / "processor")},
         "data": {"sources": [source], "length": 1024, "rows": 1},
     }
-    arguments = []
+    arguments = ["optim=nano", "trainer=nano", f"output_dir={tmp_path / 'run'}"]
     for name, group in groups.items():
         file = tmp_path / f"{name}.yaml"
         file.write_text(json.dumps(group))
         arguments.append(f"{name}={file}")
-    out = tmp_path / "run"
+    return arguments
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False])
+def test_language_model_training(folder, tmp_path, lora):
+    """A few steps lower the loss; the checkpoint is a system that draws."""
     options = "trainer.max_steps=12 trainer.logging_steps=1 optim.learning_rate=0.01"
-    arguments += ["optim=nano", "trainer=nano", *options.split(), f"output_dir={out}"]
+    arguments = [*llm_arguments(folder, tmp_path, lora), *options.split()]
+    out = tmp_path / "run"
     assert train("train_glm_image", CONFIGS, arguments) == 0
 
     lines = [json.loads(line) for line in (out / "train.log.jsonl").read_text().splitlines()]
@@ -316,6 +308,12 @@ def test_a_decoder_is_not_distilled(folder, tmp_path, capsys):
     arguments.append(f"output_dir={tmp_path / 'run'}")
     assert train("train_glm_image_decoder", CONFIGS, arguments) == 2
     assert "distilled" in capsys.readouterr().err
+
+
+def test_a_weight_of_text_is_refused(folder, tmp_path, capsys):
+    arguments = [*llm_arguments(folder, tmp_path), "trainer.text_weight=2"]
+    assert train("train_glm_image", CONFIGS, arguments) == 2
+    assert "text_weight" in capsys.readouterr().err
 
 
 @pytest.mark.slow

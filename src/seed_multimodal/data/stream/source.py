@@ -138,14 +138,11 @@ class OpenedSource:
         """
         ids = np.array(sequence.ids, np.int32)
         labels = np.array(sequence.labels, np.int32)
-        plan = sequence.position_ids
-        if plan is not None:
-            plan = plan[:, : len(ids)]
         if isinstance(self.decoder, FeatureDecoder) and isinstance(sequence, ImageSequence):
             views = self.decoder.cut(sequence)
-            return [Piece(self.index, position, 0, ids, labels, views, plan)]
-        if plan is not None:  # whose images end where it does
-            return [Piece(self.index, position, 0, ids, labels, None, plan)]
+            return [Piece(self.index, position, 0, ids, labels, views, sequence.position_ids)]
+        if sequence.position_ids is not None:
+            return [Piece(self.index, position, 0, ids, labels, None, sequence.position_ids)]
         arrays = split_long(ids, labels, self.length, self.decoder.vocabulary)
         if self.packing:
             arrays = [(ids, labels) for ids, labels in arrays if (labels[1:] != IGNORE_INDEX).any()]

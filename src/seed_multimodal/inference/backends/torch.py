@@ -214,8 +214,7 @@ class TorchBackend:
         self.cache.span = (seen[0], seen[1])
         is_own = table[0, 0, :, None] == seen[0]  # [n, K]
         position_ids = None
-        planned = [chunk for chunk in chunks if chunk.position_ids is not None]
-        if planned:
+        if any(chunk.position_ids is not None for chunk in chunks):
             spans = [(chunk.start, chunk.stop, chunk.position_ids) for chunk in chunks]
             position_ids = _joined_position_ids(spans)[:, None].to(device)  # [A, 1, n]
         states = self._states_of(
@@ -251,7 +250,7 @@ class TorchBackend:
             torch.tensor([*slots, *padding], dtype=torch.long, device=device)[:, None],
             torch.arange(span, device=device),
         ]
-        if [plan for plan in position_ids if plan is not None]:
+        if any(plan is not None for plan in position_ids):
             spans = [(slot, slot + 1, plan) for slot, plan in zip(slots, position_ids, strict=True)]
             joined_ids = F.pad(_joined_position_ids(spans), (0, n_padding))
             arguments.append(joined_ids.T[..., None].to(device))
