@@ -187,7 +187,7 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
 
     ids: None: LLaMA's for a LLaMA without hub tokenizer, else the folder's.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     # 1. The file; an original's folder is recognised by its name.
     advice = "give the folder of a language model (config.json and *.safetensors)"
@@ -213,10 +213,9 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json is damaged ({first_line(error)}).") from error
 
-    # 3. Of a multimodal model the language model, where a class can load it alone.
-    text_config = config.get_text_config()
-    if text_config is not config and type(text_config) in AutoModelForCausalLM._model_mapping:
-        config = text_config
+    # 3. Of a multimodal model the language model, where a package has a class that reads it alone.
+    if str(model_type) in registered("language_models"):
+        config = config.get_text_config()
         for name, value in (ids or {}).items():
             setattr(config, name, value)
     check_sizes(config, source)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from repository import NANO
 from safetensors.torch import load_file, save_file
 from tensors import equal
@@ -107,6 +108,14 @@ def test_load_llm_of_another_configuration(folder, case):
     write_json(folder / "config.json", {**values, **case["config"]})
     with pytest.raises(CheckpointError, match=case["named"]):
         load_llm(folder)
+
+
+@pytest.mark.parametrize("name", ["LlavaConfig", "Gemma3Config", "Mistral3Config"])
+def test_load_llm_of_a_multimodal_model(tmp_path, name):
+    # Its text part has other names in the file: not "download its files again".
+    getattr(transformers, name)().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no decoder-only language model of text"):
+        load_llm(tmp_path)
 
 
 @pytest.mark.parametrize(
