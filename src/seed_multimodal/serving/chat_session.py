@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class ChatSession:
         conversation_id: of the conversation in the browser's storage.
         turns: the conversation; while it is answered, the last turn is the answer so far.
         before: the conversation before that, if it is answered.
+        returned: the message that returned to its box when the last answer was taken back.
         uploads: images of the newest uploaded files.
         folder: of the visitor's images; "": none yet.
     """
@@ -110,6 +111,7 @@ class ChatSession:
     conversation_id: str = ""
     turns: list[Turn] = field(default_factory=list)
     before: list[Turn] | None = None
+    returned: list[Turn] = field(default_factory=list)
     uploads: dict[str, Picture] = field(default_factory=dict)
     folder: str = ""
 
@@ -176,6 +178,7 @@ class ChatSession:
             raise RequestError("An answer is being made: try again when it is complete.")
         self.before = self.turns
         self.turns = [*turns, Turn("assistant")]
+        self.returned = []
 
     def resume(self, stored: Stored) -> None:
         """Continue the browser's conversation, if the page's program was started again since: its
@@ -216,12 +219,24 @@ class ChatSession:
 
         settings: as of `request`.
         """
-        if self.before is None:  # taken back before its begin
-            yield self.updates()
-            return
+        conversation_id = self.conversation_id
+        answer = self.turns[-1] if self.before is not None else None
+        if answer:
+            async with contextlib.aclosing(self.growing(answer, *settings)) as updates:
+                async for update in updates:
+                    if not self.shows(answer):
+                        break
+                    yield update
+        # The browser does not cancel an answer that has not begun yet, and may apply its updates
+        # after those of *Undo*: the last one is what the conversation is now.
+        is_over = self.before is None and not self.shows(answer)
+        if is_over and conversation_id == self.conversation_id:
+            yield self.updates(self.returned)
 
+    async def growing(self, answer: Turn, *settings: Any) -> AsyncGenerator[Updates]:
+        """Updates while the last turn, an answer, is made."""
         # 1. The page shows the message at once, and an empty answer.
-        *messages, answer = self.turns
+        messages = self.turns[:-1]
         box = gr.update(submit_btn=False, stop_btn=True)
         if self.draft:  # it leaves the box
             box["value"] = None
@@ -240,16 +255,13 @@ class ChatSession:
             async for event in self.model.stream("/v1/chat/completions", json=body):
                 for choice in event["choices"]:
                     await self.add_change(answer, choice["delta"])
-                stored = await asyncio.to_thread(self.stored)
-                if not self.shows(answer):
-                    return
-                yield stored, self.displayed(), gr.skip()
+                yield await asyncio.to_thread(self.stored), self.displayed(), gr.skip()
             is_complete = True
         if not self.shows(answer):
             return
         if not is_complete:
             answer.parts = []
-            yield self.on_stop()
+            self.on_stop()
             return
         self.before = None
 
@@ -258,11 +270,9 @@ class ChatSession:
             await self.add_to_log("common", [*messages, answer])
         except SeedError as error:
             logger.warning("%s", error)
-        updates = await asyncio.to_thread(self.updates)
-        if self.shows(answer):
-            yield updates
+        yield await asyncio.to_thread(self.updates)
 
-    def shows(self, answer: Turn) -> bool:
+    def shows(self, answer: Turn | None) -> bool:
         """Whether an answer was not stopped and the visitor did not choose another conversation,
         which an update would change otherwise: Gradio cancels an event some time later."""
         return any(turn is answer for turn in self.turns)
@@ -335,11 +345,11 @@ class ChatSession:
     def on_stop(self, stored: Stored = None) -> Updates:
         """End an answer that failed or was stopped."""
         self.resume(stored)
-        draft: list[Turn] = []
+        self.returned = []
         if self.before is not None:
-            self.turns, draft = self.stopped()
+            self.turns, self.returned = self.stopped()
             self.before = None
-        return self.updates(draft)
+        return self.updates(self.returned)
 
     def stopped(self) -> tuple[list[Turn], list[Turn]]:
         """What *Stop* or a reload would leave of a running answer: the conversation, and messages
@@ -355,10 +365,10 @@ class ChatSession:
     def on_undo(self, stored: Stored = None) -> Updates:
         """Take back the last message, which returns to its box, and its answer."""
         self.resume(stored)
-        draft = self.turns[-2:-1]
+        self.returned = self.turns[-2:-1]
         self.turns = self.turns[:-2]
         self.before = None
-        return self.updates(draft)
+        return self.updates(self.returned)
 
     def on_new(self) -> Updates:
         """An empty conversation."""
