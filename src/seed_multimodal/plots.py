@@ -120,6 +120,7 @@ def _figure(runs: Sequence[tuple[str, Series]]) -> Figure:
     """A matplotlib figure with a panel for each quantity, the losses first, and a colour for each
     name."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     quantities = {quantity for _, series in runs for quantity in series}
     panels = sorted(quantities, key=lambda name: ("loss" not in name, name))
@@ -132,26 +133,35 @@ def _figure(runs: Sequence[tuple[str, Series]]) -> Figure:
         axes = figure.add_subplot(n_rows, n_columns, index)
         axes.set_title(quantity, fontsize=9, loc="left")
         axes.grid(alpha=0.4)
+        splits = {}
         for name, series in runs:
             for split, values in series.get(quantity, {}).items():
                 # A run's training is a line, each split's evaluations are dots.
                 steps = sorted(values)
                 is_dotted = bool(split) or len(steps) == 1  # a line needs two points
-                axes.plot(
+                (line,) = axes.plot(
                     steps,
                     [values[step] for step in steps],
-                    color=f"C{names.index(name)}",
+                    color=color_of(names.index(name), len(names)),
                     linestyle=":" if split else "-",
                     marker="o" if is_dotted else None,
-                    label=split or None,
                 )
-        if index == 1:  # of all panels, from empty lines
-            for color, name in enumerate(names):
-                axes.plot([], [], color=f"C{color}", label=name)
+                if split:
+                    splits[split] = line
+        if splits:
+            axes.legend(splits.values(), splits, fontsize=7)
         # Beside the first values of such a loss, late differences are too small to see.
         plotted = [value for line in axes.get_lines() for value in line.get_ydata()]
         if "loss" in quantity and 0 < 10 * min(plotted) < max(plotted):
             axes.set_yscale("log")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+    # The names of all panels, from empty lines.
+    lines = [Line2D([], [], color=color_of(index, len(names))) for index in range(len(names))]
+    figure.legend(lines, names, fontsize=7, ncols=n_columns, loc="outside upper left")
     return figure
+
+
+def color_of(index: int, n: int) -> tuple[float, float, float, float]:
+    """The colour of one of `n` runs."""
+    from matplotlib import colormaps
+
+    return colormaps["tab10" if n <= 10 else "tab20"](index % 20)

@@ -41,7 +41,7 @@ from seed_multimodal.disk import (
 from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, DataError, first_line
 from seed_multimodal.evaluation.metrics import t_interval
-from seed_multimodal.plots import SUFFIX, draw_runs, save_figure
+from seed_multimodal.plots import SUFFIX, color_of, draw_runs, save_figure
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import (
     check_identity,
@@ -417,11 +417,10 @@ def figures_by_seed(lines: Sequence[JsonObject], row: str, measure: str) -> dict
 
 def draw_points(study: StudySettings, lines: Sequence[JsonObject], out: Path) -> None:
     """Plot a point for each row, with the intervals along both axes."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     x_name, *panels = study.points
-    figure = Figure(figsize=(4.5 * len(panels), 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.5 * len(panels) + 1.5, 4), dpi=110, layout="constrained")
     for index, name in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), index, xlabel=x_name, ylabel=name)
         axes.grid(alpha=0.4)
@@ -436,10 +435,11 @@ def draw_points(study: StudySettings, lines: Sequence[JsonObject], out: Path) ->
                     yerr=y.value - y.low,
                     fmt="o",
                     capsize=2,
-                    color=colormaps["tab20"](color),
+                    color=color_of(color, len(study.rows)),
                     label=row.name,
                 )
-    figure.axes[0].legend(fontsize=7)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=7, loc="outside right upper")
     save_figure(figure, out)
 
 
@@ -451,33 +451,40 @@ def table(study: StudySettings, lines: Sequence[JsonObject]) -> str:
     date = max(line["finished"] for line in lines)[:10]
     text = (
         f"# {study.name}\n\n{study.question}\n\nFinished {date}{values}. "
-        "Means over runs of different seeds with 95 % intervals (Student's t), and differences "
-        f"to {first!r}, paired by seed. One run has no interval."
-        "\n\n| | runs |"
+        "Means over runs of different seeds ± half of their 95 % interval (Student's t). One run "
+        "has no interval."
     )
 
-    # 2. The rows.
-    for measure in study.measures:
-        text += f" {measure.name} {'↑' if measure.higher else '↓'} | difference |"
-    text += "\n" + "| --- " * (2 + 2 * len(study.measures)) + "|\n"
+    # 2. The rows: a table of means, and one of differences.
+    names = [measure.name for measure in study.measures]
+    arrows = [f" {measure.name} {'↑' if measure.higher else '↓'} |" for measure in study.measures]
+    head = f"| | runs |{''.join(arrows)}\n{'| --- ' * (2 + len(names))}|\n"
+    means = differences = head
     for row in study.rows:
         n_runs = sum(line["row"] == row.name for line in lines)
-        text += f"| {row.name} | {n_runs} |"
-        for name in [measure.name for measure in study.measures]:
+        means += f"| {row.name} | {n_runs} |"
+        differences += f"| {row.name} | {n_runs} |"
+        for name in names:
             figures = figures_by_seed(lines, row.name, name)
             baseline = figures_by_seed(lines, first, name) if row.name != first else {}
-            differences = [figures[seed] - baseline[seed] for seed in figures if seed in baseline]
-            text += f" {interval([*figures.values()])} | {interval(differences, '+')} |"
-        text += "\n"
-    return text
+            paired = [figures[seed] - baseline[seed] for seed in figures if seed in baseline]
+            means += f" {interval([*figures.values()])} |"
+            differences += f" {interval(paired, '+')} |"
+        means += "\n"
+        differences += "\n"
+    return f"{text}\n\n{means}\nDifferences to {first!r}, paired by seed:\n\n{differences}"
 
 
 def interval(values: Sequence[float], sign: str = "") -> str:
-    """Mean and 95 % interval of runs; `sign`: "+" of differences."""
+    """Mean ± half of the 95 % interval of runs, to its second digit; `sign`: "+" of differences."""
     if not values:
         return ""
     mean = t_interval(values)
     text = f"{mean.value:{sign}.4g}"
-    if mean.n > 1:
-        text += f" ({mean.low:.4g} … {mean.high:.4g})"
+    half = mean.value - mean.low
+    if half > 1e-9:
+        digits = max(0, 1 - math.floor(math.log10(half)))
+        text = f"{mean.value:{sign}.{digits}f} ± {half:.{digits}f}"
+    elif mean.n > 1:  # all equal
+        text += " ± 0"
     return text.replace("-", "−")
