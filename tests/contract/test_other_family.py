@@ -120,7 +120,7 @@ def test_codes_of_a_data_set(mosaic_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The use of")
-def test_server_and_page_of_the_system(mosaic):
+def test_server_and_page_of_the_system(mosaic, monkeypatch):
     # The page shows the family's card, and sliders of as many codes as an image has.
     import requests
     from served import Running
@@ -133,10 +133,16 @@ def test_server_and_page_of_the_system(mosaic):
     assert models["data"][0]["family"] == "mosaic"
     client = ModelClient(f"{server.root}/generate", find_family("seed_llama").page_cards().family)
     updates = asyncio.run(ChatSession([client], client).on_model(0, None))
-    assert updates[1].startswith("# Mosaic")
+    assert updates[1]["value"].startswith("# Mosaic") and not updates[1]["elem_classes"]
     sliders = [update for update in updates if isinstance(update, dict) and "maximum" in update]
     assert [slider["maximum"] for slider in sliders] == [32, 32]
     assert replace(find_family("mosaic"), cards=None).page_cards().family.title == "Mosaic"
+    # The page of one that writes no text has no chat, and begins with its drawings.
+    config = type(mosaic.config)
+    monkeypatch.setattr(config, "abilities", replace(config.abilities, writes=False))
+    updates = asyncio.run(ChatSession([client], client).on_model(0, None))
+    assert updates[1]["elem_classes"] == ["no-chat"]
+    assert {"selected": "draw", "__type__": "update"} in updates
 
 
 # ---- packages that cannot be used

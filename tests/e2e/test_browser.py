@@ -442,3 +442,8 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
     before = page.all("#swap")[0].rect["y"]
     ActionChains(page.browser).scroll_by_amount(0, 500).perform()
     page.until(lambda: page.all("#swap")[0].rect["y"] < before, "the tab to be scrolled")
+
+    # A model that writes no text has no chat.
+    assert page.all("#chat-tab-button")[0].is_displayed()
+    page.browser.execute_script("document.querySelector('#title').classList.add('no-chat')")
+    assert not page.all("#chat-tab-button")[0].is_displayed()

@@ -518,9 +518,13 @@ class ChatSession:
         )
         n_codes = self.model.codes_per_image
         most_codes = max(2, n_codes)  # a slider needs a range, hidden ones too
+        writes = self.model.abilities.writes
         return (
             self,
-            f"# {card.title}\n\n{self.model.notice} {card.about}",
+            gr.update(
+                value=f"# {card.title}\n\n{self.model.notice} {card.about}",
+                elem_classes=[] if writes else ["no-chat"],
+            ),
             gr.update(choices=titles, value=index),
             gr.update(value=chat, examples=chatbot_examples(self.examples)),
             box,
@@ -531,7 +535,7 @@ class ChatSession:
             {**ratios},  # Gradio empties an update
             gr.update(maximum=most_codes, value=most_codes),
             gr.update(maximum=most_codes, value=n_codes // 2),
-            gr.update() if self.model.abilities.writes else gr.update(selected="draw"),
+            gr.update() if writes else gr.update(selected="draw"),
             *(gr.update(visible=tab in card.tabs) for tab in TABS),
         )
 

@@ -69,9 +69,10 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
         title, model_choice = header(models)
         if log is not None:
             gr.Markdown(LOG_NOTICE)
-        # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
+        # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model,
+        # and the style sheet hides the chat of one that writes no text.
         with gr.Tabs() as tabs:
-            with gr.Tab("Chat"):
+            with gr.Tab("Chat", elem_id="chat-tab"):
                 chat, known, settings, replies = chat_tab(session)
             with gr.Tab("Draw", visible=False, id="draw") as draw, gr.Row():
                 draw_ratio = draw_tab(session)
