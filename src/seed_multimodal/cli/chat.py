@@ -24,6 +24,8 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image, save_image
+from seed_multimodal.models.registry import NEEDS
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.read_back import DESCRIPTION
 
 if TYPE_CHECKING:
@@ -123,6 +125,7 @@ def chat(args: Namespace) -> int:
     sources = image_sources(args.image)
     images = [open_image(sources[name]).image for name in args.image]
     Outputs(args.out, 2)  # a folder: answers may have several images
+    SystemConfig.find(args.model).check_ability(NEEDS["chat"])
     conversation = Conversation(load_system(args), args)
     conversation.images = images
     if not args.message:

@@ -51,6 +51,7 @@ from seed_multimodal.evaluation.tokenizer_settings import (
     TokenizerSettings,
 )
 from seed_multimodal.evaluation.vqa import PLAIN_QUESTION, PROBE, Questions
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.plugins import registered
 from seed_multimodal.settings import read_settings
 
@@ -139,6 +140,8 @@ def evaluate(args: Namespace) -> int:
     benchmark = open_benchmark(args.benchmark, **values)
     if values.get("image_folder") is not None:
         return run_benchmark(benchmark, lambda: None)
+    if not benchmark.draws:
+        SystemConfig.find(args.model).check_ability("writes")
     return run_benchmark(benchmark, partial(_load, args))
 
 

@@ -33,6 +33,7 @@ from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.entry import bounded_int, log_line
 from seed_multimodal.errors import ConfigError, DataError, printable
 from seed_multimodal.images.io import StoredImage
+from seed_multimodal.models.registry import NEEDS
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.read_back import DESCRIPTION
 
@@ -257,6 +258,7 @@ def _each_image(
 ) -> int:
     """Run a method of the system on batches of `args.images` and `show` each result, or the
     `num_images` results of each; returns the exit code."""
+    SystemConfig.find(args.model).check_ability(NEEDS[method])
     system, options = _load(args)
     if num_images:
         options["num_images"] = num_images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal import MultimodalSystem
+from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.serving.app import create_app
@@ -155,6 +157,29 @@ def test_what_it_does_not_do_is_refused(system, call, message):
         list(result)  # of a stream
 
 
+COMMANDS = """describe IMAGE
+ask IMAGE what
+detect IMAGE fox
+chat
+eval vqa --questions FILE --out OUT
+eval caption --captions FILE --out OUT"""
+FILES = {"IMAGE": "a.png", "FILE": "b.json", "OUT": "out"}
+
+
+@pytest.mark.parametrize("command", COMMANDS.splitlines())
+def test_commands_are_refused_before_weights_are_loaded(folder, tmp_path, command, capsys):
+    copy = shutil.copytree(folder, tmp_path / "glm")
+    for file in copy.rglob("*.safetensors"):
+        file.write_bytes(b"")
+    PICTURE.save(tmp_path / "a.png")
+    sample = {"image": "a.png", "caption": "a", "question": "b", "question_id": 1, "answer": "c"}
+    (tmp_path / "b.json").write_text(json.dumps([sample]))
+    paths = {name: str(tmp_path / file) for name, file in FILES.items()}
+    words = [paths.get(word, word) for word in command.split()]
+    assert main([*words, "--model", str(copy)]) == 2
+    assert re.search("writes no text|detection", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("engine", ["openai", "llama.cpp"])
 def test_other_engines_are_refused(folder, engine):
     url = {"url": "http://127.0.0.1:9"} if engine == "openai" else {}
@@ -191,8 +216,6 @@ def test_every_backend_has_what_the_engine_asks():
 
 
 def test_assembled_parts_have_an_image_tokenizer(system, folder, tmp_path, capsys):
-    from seed_multimodal.cli.main import main
-
     system.llm.save_pretrained(tmp_path / "llm")  # the language model alone
     command = ["assemble", "seed-glm-image", "--llm", tmp_path / "llm", "--tokenizer"]
     command += [folder / "processor", "--decoder", folder, "--out", tmp_path / "out"]
