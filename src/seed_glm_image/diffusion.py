@@ -26,11 +26,16 @@ from seed_glm_image.processing import DrawingRequest, Source
 from seed_glm_image.spec import PIXELS
 from seed_multimodal.diffusion.base import Conditions, Denoising, Detokenizer, DrawingSettings
 from seed_multimodal.diffusion.conditioner import Generators
-from seed_multimodal.diffusion.networks import DenoiserConditions, predict, scaled_latents
+from seed_multimodal.diffusion.networks import (
+    DenoiserConditions,
+    check_class,
+    predict,
+    scaled_latents,
+)
 from seed_multimodal.diffusion.objectives import FlowObjective, FlowTimes
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import to_bytes
-from seed_multimodal.settings import positive
+from seed_multimodal.settings import check_value, positive
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
 
 QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"「([^「」]*)」")
 MAX_GLYPHS = 2048  # tokens of a text
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SHIFT = ("base_image_seq_len", "base_shift", "max_shift")  # its settings of `noise_shift`
 SIDE = 1024  # pixels of an image by default
 
 
@@ -123,6 +130,9 @@ class GlmImageDetokenizer(Detokenizer[GlmImageSettings]):
                 f"GLM-Image: patches of {self.patch} latents of {self.factor} pixels are no half "
                 f"of a code's {PIXELS} pixels."
             )
+        check_class(type(self.scheduler).__name__, [SCHEDULER], f"{self.label}'s scheduler")
+        for name in SHIFT:
+            check_value(float, self.scheduler.config.get(name), f"{self.label}: {name}", above=0)
         self.size_unit = PIXELS
 
     @property
@@ -224,7 +234,10 @@ class GlmImageDetokenizer(Detokenizer[GlmImageSettings]):
         lengths, since the denoiser has no mask of padding."""
         assert self.byt5_tokenizer is not None
         texts = self.byt5_tokenizer(quoted(row.request.text)).input_ids
-        sources = [hashlib.blake2b(image.tobytes()).digest() for image, _ in row.request.sources]
+        sources = [
+            (image.size, hashlib.blake2b(image.tobytes() + codes.numpy().tobytes()).digest())
+            for image, codes in row.request.sources
+        ]
         return row.codes.shape, tuple(sources), tuple(map(len, texts))
 
     # ---- times

@@ -91,6 +91,10 @@ class CodeNetwork(nn.Module):
     ) -> Self:
         """Of the folder of the whole model. Raises CheckpointError: missing or damaged."""
         values = read_json_object(folder / "config.json", CheckpointError)
+        for name in ("text_config", "vision_config", "vq_config"):
+            if not isinstance(values.get(name), dict):
+                # The library would take published sizes.
+                raise CheckpointError(f"{folder}: config.json has no {name}.")
         try:
             config = GlmImageConfig.from_dict(values)
         except (TypeError, ValueError) as error:

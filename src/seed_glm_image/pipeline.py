@@ -6,7 +6,7 @@ text, codes of source images ─► language model ─► codes ─► de-tokeni
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +33,7 @@ from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    Channels,
     ImageTransform,
     normalise,
     to_bytes,
@@ -52,6 +53,7 @@ from seed_multimodal.pipelines.images import (
     Seed,
 )
 from seed_multimodal.pipelines.tasks import Notes, TaskKind
+from seed_multimodal.settings import positive, read_settings, setting
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Temperature and top_p of the published examples, top_k of transformers; greedy answers are flat.
@@ -64,11 +66,36 @@ SAMPLING: Options = {
 }
 
 
+@dataclass(frozen=True)
+class SourceSize:
+    """Pixels of input images, the squares of the sides between which they are scaled."""
+
+    shortest_edge: int = positive()
+    longest_edge: int = positive(maximum=CONTEXT * PIXELS**2)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is read of a processor's file, and what is done whatever it says."""
+
+    size: SourceSize
+    image_mean: Channels = CLIP_MEAN
+    image_std: Channels = setting(CLIP_STD, above=0)
+    patch_size: int = setting(READ_PIXELS, choices=(READ_PIXELS,))
+    merge_size: int = setting(1, choices=(1,))
+    temporal_patch_size: int = setting(1, choices=(1,))
+    resample: int = setting(3, choices=(3,))  # bicubic
+    rescale_factor: float = setting(1 / 255, choices=(1 / 255,))
+    do_resize: bool = setting(True, choices=(True,))
+    do_rescale: bool = setting(True, choices=(True,))
+    do_normalize: bool = setting(True, choices=(True,))
+
+
 class GlmImageCodec(CodeCodec):
     """Images ⇄ codes `[h, w]`, one of 32 x 32 pixels.
 
     side: pixels of a square drawing, if no size is given, and of images of data sets.
-    shortest, longest: sides between which input images are scaled.
+    preprocessing: of input images.
     """
 
     model: CodeNetwork
@@ -79,21 +106,23 @@ class GlmImageCodec(CodeCodec):
         model: CodeNetwork,
         placement: Placement,
         side: int,
-        shortest: int,
-        longest: int,
+        preprocessing: Preprocessing,
     ) -> None:
+        self.channels = preprocessing.image_mean, preprocessing.image_std
         super().__init__(
             model,
             placement,
-            transform=ImageTransform(side // 2, interpolation="bicubic"),
+            transform=ImageTransform(
+                side // 2, interpolation="bicubic", mean=self.channels[0], std=self.channels[1]
+            ),
             codebook_size=model.n_codes,
             codes_per_image=CONTEXT,
             min_codes=1,
         )
         self.side = side
-        self.shortest = shortest
-        self.longest = longest
-        self.min_side = longest  # of any image: sizes differ
+        self.shortest = round(preprocessing.size.shortest_edge**0.5)
+        self.longest = round(preprocessing.size.longest_edge**0.5)
+        self.min_side = self.longest  # of any image: sizes differ
 
     def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Codes `[h, w]` int64 of each image, on the CPU."""
@@ -112,7 +141,7 @@ class GlmImageCodec(CodeCodec):
             read_size = (READ_PIXELS * width, READ_PIXELS * height)
             small = image.resize(read_size, Image.Resampling.BICUBIC)
             resized.append(image)
-            rows.append(normalise(to_bytes(small), CLIP_MEAN, CLIP_STD))
+            rows.append(normalise(to_bytes(small), *self.channels))
         codes = self._encode_batcher(None, rows)
         return [Encoded(Source(*pair)) for pair in zip(resized, codes, strict=True)]
 
@@ -125,13 +154,14 @@ class GlmImageCodec(CodeCodec):
     def image_size(
         self, settings: Options | None, sources: Sequence[Source] = ()
     ) -> tuple[int, int]:
-        """Height and width of a drawing with these settings; those of the first source image where
-        they do not say, or `side`."""
+        """Height and width of a drawing with these settings, or with the de-tokenizer's; those of
+        the first source image where they do not say, or `side`."""
         sizes = (self.side, self.side)
         if sources:
             sizes = tuple(PIXELS * side for side in sources[0].codes.shape)
+        defaults = self.decoder.defaults
         given = {
-            name: (settings or {}).get(name) or side
+            name: (settings or {}).get(name) or getattr(defaults, name) or side
             for name, side in zip(("height", "width"), sizes, strict=True)
         }
         return self.decoder.image_size(self.decoder.check_settings(**given))
@@ -280,7 +310,8 @@ def load_images(config: GlmImageConfig, placement: Placement) -> GlmImageCodec:
     network = CodeNetwork.from_pretrained(
         config.path("encoder"), placement.load_device("encoder"), placement.images.dtype
     )
-    codec = GlmImageCodec(network, placement, config.side, *read_sides(config.path("tokenizer")))
+    preprocessing = read_preprocessing(config.path("tokenizer"))
+    codec = GlmImageCodec(network, placement, config.side, preprocessing)
     if placement.load_decoder:
         codec.load_decoder = partial(_load_decoder, config, placement)
     return codec
@@ -292,14 +323,19 @@ def _load_decoder(config: GlmImageConfig, placement: Placement) -> GlmImageDetok
     )
 
 
-def read_sides(folder: Path) -> tuple[int, int]:
-    """The least and the greatest side of input images, of a processor's folder.
-
-    Raises CheckpointError: no file with them.
-    """
+def read_preprocessing(folder: Path) -> Preprocessing:
+    """Of a processor's folder. Raises CheckpointError: no file; ConfigError: a value that is not
+    followed."""
+    names = {entry.name for entry in fields(Preprocessing)}
     for file in (folder / name for name in PROCESSOR_FILES):
-        values = read_json_object(file, CheckpointError) if file.is_file() else {}
-        size = values.get("image_processor", values).get("size", {})
-        if {"shortest_edge", "longest_edge"} <= size.keys():
-            return round(size["shortest_edge"] ** 0.5), round(size["longest_edge"] ** 0.5)
+        if not file.is_file():
+            continue
+        values = read_json_object(file, CheckpointError)
+        values = values.get("image_processor", values)
+        if isinstance(values, Mapping):
+            values = {name: value for name, value in values.items() if name in names}
+        preprocessing = read_settings(Preprocessing, values, str(file))
+        if preprocessing.size.shortest_edge > preprocessing.size.longest_edge:
+            raise ConfigError(f"{file}: size: shortest_edge is larger than longest_edge.")
+        return preprocessing
     raise CheckpointError(f"{folder}: no {' or '.join(PROCESSOR_FILES)} with the size of images.")

@@ -32,6 +32,7 @@ from seed_multimodal.diffusion.networks import (
     DENOISERS,
     DenoiserConditions,
     check_class,
+    check_statistics,
     context_dim,
     denoiser_folder,
     is_sdxl,
@@ -182,6 +183,7 @@ class Detokenizer(Generic[Settings]):
         if self.defaults is None:
             self.defaults = self.settings_class()  # type: ignore[assignment]
         self.device = torch.device(self.denoiser.device)
+        check_statistics(self.vae)
         self.factor = spatial_factor(self.vae)  # pixels of a latent's side
         self.size_unit = size_unit(self.denoiser, self.vae)
         self.reads_sizes = is_sdxl(self.denoiser)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Required, TypedDict
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.settings import nearest
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.settings import check_value, nearest
 
 # ---- denoisers
 
@@ -233,6 +233,20 @@ def unscaled_latents(vae: nn.Module, latents: Tensor) -> Tensor:
         mean = latents.new_tensor(config.latents_mean)[:, None, None]
         return latents * latents.new_tensor(config.latents_std)[:, None, None] + mean
     return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+
+def check_statistics(vae: nn.Module) -> None:
+    """Raise ConfigError: means and deviations that are not one of each channel."""
+    statistics = [vae.config.get(name) for name in ("latents_mean", "latents_std")]
+    if statistics == [None, None]:
+        return
+    for row in statistics:
+        channels = check_value(list[float], row, "vae: latents_mean and latents_std")
+        if len(channels) != vae.config.latent_channels:
+            raise ConfigError(
+                f"vae: latents_mean and latents_std have {len(channels)} values for "
+                f"{vae.config.latent_channels} channels."
+            )
 
 
 # ---- both

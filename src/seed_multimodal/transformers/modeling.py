@@ -65,24 +65,24 @@ BEAM_SETTINGS = ("length_penalty", "early_stopping")
 
 @dataclass(frozen=True)
 class GeneratedFeatures:
-    """Features `[B, N, W]` of generated images, or grids of codes `[B, h, w]`, and the sources of
-    their prompts: as the images of which those are edits (or None).
+    """Features `[N, W]`, or a grid of codes `[h, w]`, of each generated image, and the sources of
+    the prompts: as the images of which those are edits (or None).
 
     Like a tensor where transformers' pipeline takes rows from a batch.
     """
 
-    features: Tensor
+    features: list[Tensor]
     sources: list[Any]
 
     @property
     def shape(self) -> torch.Size:
-        return self.features.shape
+        return torch.Size([len(self.features)])
 
     def __getitem__(self, row: int) -> GeneratedFeatures:
-        return GeneratedFeatures(self.features[row][None], [self.sources[row]])
+        return GeneratedFeatures([self.features[row]], [self.sources[row]])
 
     def to(self, *args: Any, **kwargs: Any) -> GeneratedFeatures:
-        return replace(self, features=self.features.to(*args, **kwargs))
+        return replace(self, features=[rows.to(*args, **kwargs) for rows in self.features])
 
 
 class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -374,7 +374,10 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # 2. The answers; `seed` is that of sampled codes, in `self.drawing` that of the drawing.
         seed = options.pop("seed", 0)
         for name in options.keys() & set(self.system.images.drawing_settings):
-            raise ConfigError(f"{name}: set model.drawing, or pass it to `decode_image_tokens`.")
+            raise ConfigError(
+                f"{name}: set model.drawing, or pass it to `decode_image_tokens`; a size that is "
+                "part of the prompt, to the processor."
+            )
         images: dict[int, Any] = {}
         for task in sorted({*row_tasks}):
             rows = [row for row, row_task in enumerate(row_tasks) if row_task == task]
@@ -391,7 +394,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         abilities = self.system.abilities
         if not (abilities.draws_codes and abilities.codes_are_rows):
             sources = [prompt.source for prompt in prompts]
-            return GeneratedFeatures(torch.stack(inputs), sources)
+            return GeneratedFeatures(inputs, sources)
         return _padded([vocabulary.image_ids(codes) for codes in inputs], vocabulary.eoi_id)
 
     @torch.no_grad()
@@ -406,12 +409,15 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         settings = {"seed": 0, **self.drawing, **drawing}
         seed = settings.pop("seed")
         inputs: list[Any]
+        abilities = self.system.abilities
         if isinstance(image_tokens, Tensor):
+            if not (abilities.draws_codes and abilities.codes_are_rows):
+                raise ConfigError("decode_image_tokens: give it what `generate` returns, not ids.")
             vocabulary = self.system.tokenizer.vocabulary
             inputs = [vocabulary.first_codes(ids) for ids in image_tokens.tolist()]
             prompts = [Prompt() for _ in inputs]
         else:
-            inputs = list(image_tokens.features.cpu())
+            inputs = [rows.cpu() for rows in image_tokens.features]
             prompts = [Prompt(source=source) for source in image_tokens.sources]
         images = self.system.family.draw(inputs, prompts, [seed] * len(inputs), settings)
         pixels = [torch.from_numpy(np.array(image)) for image in images]

@@ -41,6 +41,7 @@ Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
 Conversation = Sequence[Mapping[str, object]]
 MODES = (None, "text", "image")
 TENSORS = (None, "pt", "np")
+SIZE = ("height", "width")  # part of a prompt for a grid of codes
 # Options of transformers for what is done in any case, also in `processor_kwargs`.
 ACCEPTED: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
@@ -132,9 +133,10 @@ class SeedMultimodalProcessor(ProcessorMixin):
         generation_mode: "image" if an image will be generated. LaVIT needs it where a message has
         images, and SEED-X then cuts them in the views of its edits.
         return_tensors: "pt" or "np".
+        kwargs: `height` and `width` of the drawing, where they are part of the prompt (GLM-Image).
         """
         # 1. One conversation, or several.
-        _check_options({**kwargs, **(processor_kwargs or {})})
+        drawing = self._read_options({**kwargs, **(processor_kwargs or {})})
         is_single = isinstance(conversation[0], Mapping | Message)
         conversations: Any = [conversation] if is_single else conversation
         mode = (processor_kwargs or {}).get("generation_mode", generation_mode)
@@ -156,7 +158,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
             parsed = read_messages(messages, images_first=is_tuned, placeholders=not tokenize)
             task, request = self._read_chat(parsed, mode)
             tasks.append(task)
-            (prompt,) = self.system.family.prompts([request], task, [0])
+            (prompt,) = self.system.family.prompts([request], task, [0], drawing=drawing)
             prompts.append(prompt.answered_with(self.system.tokenizer.encode_parts([opening])))
             if not tokenize:
                 texts.append(self._prompt_text(prompts[-1], request))
@@ -182,8 +184,9 @@ class SeedMultimodalProcessor(ProcessorMixin):
         Names of control tokens are these tokens. Images of a text without `<image>` stand before
         it. images: one, a list for one text, or a list of lists.
         add_special_tokens: put `<s>` before a text without it.
+        Systems that write no text read each text as a request. kwargs: see `apply_chat_template`.
         """
-        _check_options(kwargs)
+        drawing = self._read_options(kwargs)
         texts = [text or ""] if text is None or isinstance(text, str) else list(text)
         groups: Sequence[Any] = [[]] * len(texts)
         if images is not None:
@@ -197,8 +200,22 @@ class SeedMultimodalProcessor(ProcessorMixin):
             inputs = input_images(group)
             task, _ = self._read_chat([Message("raw", (single_text, *inputs))], generation_mode)
             tasks.append(task)
-            prompts.append(self._continued(single_text, inputs, task, add_special_tokens))
+            if self.system.abilities.writes:
+                prompts.append(self._continued(single_text, inputs, task, add_special_tokens))
+                continue
+            request = [Message("user", tuple(interleave(single_text, inputs)))]
+            prompts += self.system.family.prompts([request], task, [0], drawing=drawing)
         return self._features(prompts, tasks, return_tensors)
+
+    def _read_options(self, options: dict[str, object]) -> dict[str, object]:
+        """The size of a drawing. Raises ConfigError: an option that would have no effect."""
+        drawing: dict[str, object] = {}
+        if not self.system.abilities.codes_are_rows:
+            drawing = {name: options.pop(name) for name in SIZE if name in options}
+        for name, value in options.items():
+            if value and value not in ACCEPTED.get(name, ()):
+                raise ConfigError(f"The processor does not follow the option {name}={value!r}.")
+        return drawing
 
     def _read_chat(
         self, conversation: list[Message], mode: str | None
@@ -333,10 +350,3 @@ class SeedMultimodalProcessor(ProcessorMixin):
     def _read(self, ids: Tensor | Sequence[int]) -> Any:
         """The answer of a row of generated ids, which `generate` has cut at its end."""
         return self.system.read_answer([*map(int, ids)], GenerationSettings())
-
-
-def _check_options(options: Mapping[str, object]) -> None:
-    """Raise ConfigError: an option with a value that would have no effect."""
-    for name, value in options.items():
-        if value and value not in ACCEPTED.get(name, ()):
-            raise ConfigError(f"The processor does not follow the option {name}={value!r}.")

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import tiny_glm_image as tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
+from transformers.models.glm_image.image_processing_pil_glm_image import (
+    GlmImageImageProcessorPil,
+)
 
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.cli.main import main
@@ -55,6 +58,7 @@ def cut(path: str) -> Callable[[Path], None]:
 
 
 LLM = "vision_language_encoder"
+PROCESSOR = "processor/processor_config.json"
 FAULTS = [
     (remove("transformer"), "no such folder"),
     (remove("text_encoder/model.safetensors"), "text_encoder"),
@@ -72,6 +76,35 @@ FAULTS = [
     (change("transformer/config.json", patch_size=4, in_channels=1), ""),
     (change(f"{LLM}/config.json", model_type="glm4v"), "glm4v"),
     (change("system.json", side=100), "side"),
+    (change("scheduler/scheduler_config.json", _class_name="DDIMScheduler"), "DDIMScheduler"),
+    (change("scheduler/scheduler_config.json", base_image_seq_len=0), "base_image_seq_len"),
+    (change("scheduler/scheduler_config.json", base_shift="a"), "base_shift"),
+    (change("vae/config.json", latents_mean=[1.0]), "1 values for 4 channels"),
+    (change("vae/config.json", latents_std=None), "latents_std"),
+    (change("vae/config.json", latents_mean="x"), "latents_mean"),
+    (change(f"{LLM}/config.json", text_config=None), "text_config"),
+    (change(PROCESSOR, image_processor=3), "processor_config.json"),
+    *(
+        (change(PROCESSOR, image_processor=values | {name: value}), name)
+        for values in ({"size": {"shortest_edge": 4096, "longest_edge": 65_536}},)
+        for name, value in (
+            ("size", None),
+            ("size", [1]),
+            ("size", {"shortest_edge": 4096}),
+            ("size", {"shortest_edge": "a", "longest_edge": 9}),
+            ("size", {"shortest_edge": 0, "longest_edge": 0}),
+            ("size", {"shortest_edge": 4096, "longest_edge": 1024}),
+            ("size", {"shortest_edge": 4096, "longest_edge": 10**12}),
+            ("image_mean", [0.5]),
+            ("image_std", [0.5, 0.5, 0]),
+            ("patch_size", 14),
+            ("merge_size", 2),
+            ("resample", 2),
+            ("rescale_factor", 1.0),
+            ("do_resize", False),
+            ("do_normalize", False),
+        )
+    ),
     (change("system.json", sides=64), "did you mean 'side'"),
 ]
 
@@ -114,6 +147,21 @@ def test_transformers_draws_by_any_to_any(system, tmp_path):
         chat = [{"role": "user", "content": parts}]
         (answer,) = pipe(text=chat, generation_mode="image")
         assert answer["generated_image"].size == size
+
+    # A size is the prompt's; images of a batch have sizes of their own; a text is a request.
+    small = {"generation_mode": "image", "height": 64, "width": 96}
+    ((image,),) = pipe(text=[chat], **small)
+    assert image["generated_image"].size == (96, 64)
+    chats = [
+        [{"role": "user", "content": [{**source, "image": tiny.picture(*size)}, *content]}]
+        for size in ((96, 64), (64, 96))
+    ]
+    rows = pipe(text=chats, generation_mode="image", batch_size=2)
+    assert [row["generated_image"].size for (row,) in rows] == [(96, 64), (64, 96)]
+    (image,) = pipe("a fox", **small)
+    assert image["generated_image"].size == (96, 64)
+    with pytest.raises(ConfigError, match="generate"):
+        pipe.model.decode_image_tokens(torch.zeros(1, 4, dtype=torch.long))
 
 
 # ---- what it does not do
@@ -191,6 +239,33 @@ def test_an_edit_has_the_size_of_its_source(system):
     source = tiny.picture(160, 96)
     assert system.edit(source, "a", num_inference_steps=1).size == (160, 96)
     assert system.edit(source, "a", num_inference_steps=1, height=64).size == (160, 64)
+
+
+def test_an_edit_has_its_own_source_in_a_batch(system):
+    # Images of equal bytes and other shapes.
+    sources = [Image.new("RGB", size, "white") for size in ((64, 128), (128, 64))]
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "do_sample": False}
+    together = system.edit(sources, "a", seed=[3, 3], **options)
+    for source, image in zip(sources, together, strict=True):
+        difference = ImageChops.difference(image, system.edit(source, "a", seed=3, **options))
+        assert max(high for _, high in difference.getextrema()) <= 1
+
+
+def test_settings_of_the_folder_are_followed(folder, tmp_path):
+    copy = tmp_path / "system"
+    shutil.copytree(folder, copy)
+    (copy / "seed_decode.json").write_text('{"height": 96, "num_inference_steps": 1}')
+    inner = json.loads((copy / PROCESSOR).read_text())["image_processor"]
+    change(PROCESSOR, image_processor={**inner, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})(
+        copy
+    )
+    system = MultimodalSystem.from_pretrained(copy, device="cpu", log=None)
+    assert system.draw("a fox").size == (128, 96)
+    processor = GlmImageImageProcessorPil.from_pretrained(copy / "processor")
+    picture = tiny.picture(160, 96)
+    theirs = processor(picture, return_tensors="pt")["pixel_values"]
+    pixels = theirs.view(3, 5, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, 48, 80)
+    assert torch.equal(system.tokenize(picture)[0], system.images.model.codes([pixels])[0])
 
 
 def test_control_words_in_quotes_do_not_fail_a_batch(system):
