@@ -95,7 +95,7 @@ def read_log(log: Path) -> Series:
         try:
             line = json.loads(text)
             step = int(line["step"])
-        except (ValueError, TypeError, KeyError):  # being written
+        except (ValueError, TypeError, KeyError, OverflowError):  # being written
             continue
         for key, value in line.items():
             quantity, split = _quantity_and_split(key)
@@ -111,8 +111,8 @@ def _quantity_and_split(key: str) -> tuple[str, str]:
     if key.startswith("eval_"):
         return key.removeprefix("eval_"), "evaluation"
     if key.startswith("valid/"):
-        split, quantity = key.removeprefix("valid/").split("/", 1)
-        return quantity, split
+        split, _, quantity = key.removeprefix("valid/").partition("/")
+        return (quantity, split) if quantity else (split, "validation")
     return key, ""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from seed_multimodal.cli.common import add_command, add_flags, cat_image, emit, values_of
 from seed_multimodal.config import project_path
-from seed_multimodal.disk import output_folder, read_json_object, writing
+from seed_multimodal.disk import output_folder, read_json_object, text_stem, writing
 from seed_multimodal.entry import DONE, SOME_FAILED
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import families, find_family, tokenizer_exports
@@ -101,7 +101,7 @@ def study(args: Namespace) -> int:
     if not file.suffix:
         file = project_path(f"configs/studies/{args.file}.yaml")
     settings = read_study(file, args.seeds, args.quick)
-    out = Path(args.out or f"outputs/studies/{settings.name}{'-quick' * args.quick}")
+    out = Path(args.out or f"outputs/studies/{text_stem(settings.name)}{'-quick' * args.quick}")
     failures = run_study(settings, out, args.jobs, args.budget)
     emit(args, {"folder": str(out), "failures": failures}, str(out))
     return SOME_FAILED if failures else DONE

@@ -2,9 +2,11 @@
 
 import csv
 import importlib.util
+import json
 import pkgutil
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from yaml_tables import read_tables
 from seed_multimodal.cli.main import main
 from seed_multimodal.config import with_values
 from seed_multimodal.evaluation.metrics import t_interval
-from seed_multimodal.evaluation.study import plan, read_study
+from seed_multimodal.evaluation.study import interval, plan, read_study
 from seed_multimodal.models.registry import find_training
 
 TABLES = read_tables(__file__)
@@ -67,7 +69,17 @@ def attempts(file) -> dict[str, int]:
 # ---- results
 
 
-@pytest.mark.parametrize("values", [[0.4, 0.7], [3.0, 1.0, 2.5], list(range(10)), [0.2] * 4])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.4, 0.7],
+        [3.0, 1.0, 2.5],
+        list(range(10)),
+        list(range(12)),
+        [2.0**k for k in range(31)],
+        [0.2] * 4,
+    ],
+)
 def test_t_interval_is_scipys(values):
     estimate = t_interval(values)
     low, high = (estimate.value, estimate.value)
@@ -172,9 +184,15 @@ def test_budget_refuses_what_does_not_fit(tmp_path, capsys):
     (tmp_path / "slow").touch()
     assert main(command(file, "--budget", 5)) == 2
     message = capsys.readouterr().err
-    seconds, left = map(int, re.findall(r"(\d+) s(?: with| are)", message))
+    seconds, left = map(float, re.findall(r"([\d.]+) s(?: with| are)", message))
     assert 0 <= left < 5 < seconds < 60
     assert sum(attempts(file).values()) == 1
+    # A stage that was never timed cannot overrun.
+    measure = {"name": "a", "file": "b", "key": "c", "command": "python nothing.py"}
+    untimed = write_study(tmp_path, measures=[measure])
+    assert main(["study", str(untimed), "--out", str(tmp_path / "b"), "--budget", "1.5"]) == 2
+    assert len([*(tmp_path / "b").glob("*/*/train/done.json")]) < 4
+    write_study(tmp_path)
     (tmp_path / "slow").unlink()
     assert main(command(file, "--budget", 60, "--seeds", 1)) == 0
     assert attempts(file) == {"no_gain/0": 1, "gain/0": 1, "from_gain/0": 1}
@@ -193,24 +211,101 @@ def test_changed_command_or_remade_input_is_refused(tmp_path, capsys):
     assert main(command(file)) == 2
     assert "gain/0/train" in capsys.readouterr().err
     # The row is made again; the one that starts from its result is not mixed with the old one.
+    # All that must be moved is named before anything runs.
     (tmp_path / "out/gain").rename(tmp_path / "old")
     assert main(command(file)) == 2
-    assert "from_gain/0/train" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "from_gain/0/train" in error and "from_gain/0/with_base" in error
+    assert not (tmp_path / "out/gain").exists()
     (tmp_path / "out/from_gain").rename(tmp_path / "older")
     assert main(command(file)) == 0
     assert float(run_lines(file)["from gain", 0]["figure"]) == 6
+    # Another folder has other programs.
+    (tmp_path / "other").mkdir()
+    for path in tmp_path.glob("*.py"):
+        shutil.copy(path, tmp_path / "other")
+    write_study(tmp_path, seeds=[0, 1], rows=rows, folder=str(tmp_path / "other"))
+    assert main(command(file)) == 2
+    assert "folder: " in capsys.readouterr().err
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("key, problem", [("score", "score"), ("scores.value", "scores.value")])
-def test_figure_that_is_no_number_is_named(key, problem, tmp_path, capsys):
-    measure = {"name": "figure", "file": "summary.json", "key": key}
-    file = write_study(
-        tmp_path, measures=[measure], seeds=[0], rows=[{"name": "a", "settings": "1"}]
+@pytest.mark.slow
+def test_one_wrong_figure_costs_only_itself(tmp_path, capsys):
+    # Each is named when its run ends, and left out of the table; the others stand there.
+    measures = [
+        {"name": name, "file": "summary.json", "key": key}
+        for name, key in {
+            "whole": "gain",
+            "odd": "odd",
+            "object": "score",
+            "of text": "text.value",
+            "misspelt": "scores.value",
+            "with a dot": "a.b",
+        }.items()
+    ]
+    failing = {"name": "fails", "file": "a.json", "key": "b", "command": "python nothing.py"}
+    (tmp_path / "odd").write_text("[NaN, Infinity, 3]")
+    rows = [{"name": "a|b", "settings": "1"}]
+    file = write_study(tmp_path, measures=[*measures, failing], rows=rows, prepare={})
+    assert main(command(file, "--json")) == 1
+    report, error = capsys.readouterr()
+    failures = json.loads(report)["failures"]
+    assert len(failures) == 3 + 2 + 3 * 3 and all("out/a_b/" in text for text in failures)
+    for text in (
+        "odd must be a finite",
+        "score: input should",
+        "did you mean 'score.value'",
+        "nothing",
+    ):
+        assert text in error and any(text in failure for failure in failures)
+    [line, _] = [
+        line for line in (tmp_path / "out/table.md").read_text().splitlines() if "a\\|b" in line
+    ]
+    assert line == r"| a\|b | 3 | 1 ± 0 | 3 (1) |  |  |  | 2 ± 0 |  |"
+
+    # A key is mended without another training; what fails is tried again.
+    before = attempts(file)
+    measures[4]["key"] = "score.value"
+    write_study(tmp_path, measures=measures[4:], rows=rows, prepare={})
+    assert main(command(file)) == 0 and attempts(file) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "scale", "text"),
+    [
+        ([1e-10, 2e-10, 4e-10], "", 0, "2.33e−10 ± 3.8e−10"),
+        ([1e-18, -1e-18], "+", 1.0, "+0 ± 0"),
+        ([0.1 + 0.2, 0.3], "", 0, "0.3 ± 0"),
+        ([1234.0, 1300.0], "+", 0, "+1267 ± 419"),
+        ([-0.5], "+", 0, "−0.5"),
+        ([], "", 0, ""),
+    ],
+)
+def test_figures_of_any_size_have_intervals(values, sign, scale, text):
+    assert interval(values, sign, scale) == text
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_processes_of_a_run_end_with_it(tmp_path, nothing_stays_behind):  # noqa: F811
+    # SIGTERM of the study, and a run's own end: else a resumed run has a second writer.
+    rows, measures = [{"name": "a", "settings": "1"}], TABLES["study"]["measures"][:1]
+    file = write_study(tmp_path, seeds=[0, 1], rows=rows, measures=measures)
+    text = file.read_text().replace("python toy.py", "python parent.py")
+    file.write_text(text)
+    (tmp_path / "parent.py").write_text(TABLES["parent.py"])
+    (tmp_path / "hold-1").touch()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "seed_multimodal", *command(file)], env=environment()
     )
-    assert main(command(file)) == 2
-    error = capsys.readouterr().err
-    assert f"summary.json: {problem}" in error
+    nothing_stays_behind.append(process)
+    wait_until((tmp_path / "out/a/1/train/out/attempts").exists, process)
+    process.terminate()
+    assert process.wait(60) == 130
+    children = [int(path.read_text()) for path in (tmp_path / "out").rglob("child")]
+    running = [process for process in psutil.process_iter() if process.pid in children]
+    assert len(children) == 2 and psutil.wait_procs(running, timeout=20)[1] == []
 
 
 @pytest.mark.parametrize("changes, problem", TABLES["faults"], ids=str)
