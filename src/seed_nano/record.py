@@ -82,13 +82,15 @@ def check_run(work: Path) -> Record:
     return Record(date=date, commit=commit, settings=settings, runs=[figures])
 
 
-def join_runs(records: Sequence[Record]) -> Record:
-    """The record of runs of different seeds. Raises DataError: equal seeds, others than `SEEDS`, or
-    two recipes."""
-    runs = sorted((record.runs[0] for record in records), key=lambda run: run.seed)
-    seeds = [run.seed for run in runs]
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise DataError: equal seeds, or others than `SEEDS`."""
     if len(set(seeds)) < len(seeds) or not set(seeds) <= set(SEEDS):
         raise DataError(f"The runs have the seeds {seeds}; train with seed=0, 1 and 2, each once.")
+
+
+def join_runs(records: Sequence[Record]) -> Record:
+    """The record of runs of different seeds. Raises DataError: two recipes."""
+    runs = sorted((record.runs[0] for record in records), key=lambda run: run.seed)
     first = records[0]
     for record in records[1:]:
         now = {"commit": record.commit, **record.settings}
@@ -99,23 +101,25 @@ def join_runs(records: Sequence[Record]) -> Record:
 
 
 def differences(record: Record, last: Record) -> list[float]:
-    """Minutes less the last record's, paired by seed. Raises DataError: that lacks a seed."""
+    """Minutes less the last record's, paired by seed."""
     minutes = {run.seed: run.minutes for run in last.runs}
-    if sorted(minutes) != list(SEEDS):
-        raise DataError(f"--against: its seeds are {sorted(minutes)}, those of a record {SEEDS}.")
     return [run.minutes - minutes[run.seed] for run in record.runs]
 
 
 def check(options: argparse.Namespace) -> int:
     """The command."""
+    # 1. Seeds, before the evaluations.
     last = None
     if options.against:
         content = read_json_object(options.against, DataError)
         last = read_settings(Record, content, str(options.against))
+        if sorted(run.seed for run in last.runs) != list(SEEDS):
+            raise DataError(f"--against: {options.against} has not each of the seeds {SEEDS} once.")
+    check_seeds([load_settings("nano", folder / "config.yaml").seed for folder in options.folders])
     record = join_runs([check_run(folder) for folder in options.folders])
     changes = differences(record, last) if last else []
 
-    # 1. The row of docs/records.md, and the file beside it.
+    # 2. The row of docs/records.md, and the file beside it.
     cells = [record.date, record.commit[:8], ", ".join(str(run.seed) for run in record.runs)]
     for name in ("minutes", *SECTIONS):
         cells.append(interval([getattr(run, name) for run in record.runs]))
@@ -124,7 +128,7 @@ def check(options: argparse.Namespace) -> int:
         with writing(options.out):
             replace_json(options.out, asdict(record))
 
-    # 2. What it lacks.
+    # 3. What it lacks.
     lacking = [f"seed {seed}" for seed in SEEDS if seed not in {run.seed for run in record.runs}]
     for run in record.runs:
         for name in SECTIONS:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import DataError
-from seed_multimodal.settings import changed_settings
+from seed_multimodal.settings import changed_settings, check_value
 from seed_multimodal.state_dicts import load_state_dict
 from seed_nano.report.judge import SHIPPED
 from seed_nano.train.pipeline import Stage
@@ -55,13 +55,14 @@ def check_stage(space: Workspace, stage: Stage, runs: Sequence[StageRun]) -> Non
         if isinstance(values, Mapping) and values.get("start"):
             raise DataError(f"{label} starts from {values['start']}; train with {section}.start=''")
     file = space.work / f"{stage.name}.yaml"  # of an application
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     shipped = resolve_path(SHIPPED).parent.resolve()
     if "judge" in stage.reads or str(shipped) in text:
         raise DataError(f"{label} reads {shipped}, which only the report may; take it away.")
 
     # 3. Its times are those of this training.
-    recorded = read_json_object(space.record(stage.name), DataError).get("seconds", 0.0)
+    content = read_json_object(space.record(stage.name), DataError)
+    recorded = check_value(float, content.get("seconds", 0.0), f"{label}: seconds")
     timed = sum(run.ended - run.begun for run in runs)
     if not runs or timed + 1 < recorded:
         raise DataError(

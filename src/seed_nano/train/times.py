@@ -18,6 +18,7 @@ from pathlib import Path
 from seed_multimodal.disk import JsonObject, disk_reason, strict_json, writing
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
+from seed_multimodal.settings import check_value
 from seed_nano.train.workspace import Workspace
 
 FILE = "times.jsonl"
@@ -60,7 +61,10 @@ def read_runs(work: Path) -> list[StageRun]:
         return []
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        moments = [line["ended" if "ended" in line else "begun"] for line in lines]
+        moments = [
+            check_value(float, line["ended" if "ended" in line else "begun"], str(file))
+            for line in lines
+        ]
         runs: list[StageRun] = []
         open_runs: dict[str, StageRun] = {}
         for line, moment in zip(lines, moments, strict=True):
@@ -69,8 +73,9 @@ def read_runs(work: Path) -> list[StageRun]:
             if stage in open_runs:
                 open_runs.pop(stage).ended = moment
             if "begun" in line:
-                gpu, commit = line.get("gpu", ""), line["commit"]
-                run = StageRun(stage, moment, max(moments), int(line["cores"]), gpu, commit)
+                cores = check_value(int, line["cores"], f"{file}: cores")
+                commit = check_value(str, line["commit"], f"{file}: commit")
+                run = StageRun(stage, moment, max(moments), cores, line.get("gpu", ""), commit)
                 open_runs[stage] = run
                 runs.append(run)
     except OSError as error:

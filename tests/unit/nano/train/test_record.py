@@ -1,6 +1,7 @@
 """The record: times of stages, differences, and which runs make one."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, SeedError
 from seed_multimodal.evaluation.metrics import t_interval
-from seed_nano.record import Figures, Record, differences, join_runs
+from seed_nano.record import Figures, Record, differences, join_runs, main
 from seed_nano.train.__main__ import target_line
 from seed_nano.train.times import StageRun, read_runs, timed, wall_seconds
 from seed_nano.train.workspace import Workspace, load_settings
@@ -44,9 +45,14 @@ def test_read_runs_counts_killed_runs_and_no_pauses(tmp_path):
     # The last one of the file.
     write(begin("vae", 0), begin("clip", 1), end("clip", 4))
     assert wall_seconds(read_runs(tmp_path)) == 4
-    for damaged in ([], {"stage": "vae", "begun": 0}, {**begin("vae", 0), "cores": None}):
+    damages = {"begun": ["a", None], "cores": [None, math.inf], "commit": [None, 3]}
+    for damaged in (
+        [],
+        {"stage": "vae", "begun": 0},
+        *({**begin("vae", 0), key: value} for key, row in damages.items() for value in row),
+    ):
         write(damaged)
-        with pytest.raises(DataError, match=r"times\.jsonl"):
+        with pytest.raises(SeedError, match=r"times\.jsonl"):
             read_runs(tmp_path)
 
 
@@ -93,15 +99,24 @@ def test_differences_are_paired_by_seed():
     expected = stats.ttest_rel([80.0, 91.0, 85.5], [200.0, 212.5, 190.0]).confidence_interval()
     interval = t_interval(differences(record, last))
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-3)
-    with pytest.raises(DataError, match="seeds"):
-        differences(record, record_of(200.0))
+
+
+@pytest.mark.parametrize("seeds", [[0, 0], [0, 5]])
+def test_seeds_are_refused_before_an_evaluation(seeds, tmp_path, capsys):
+    folders = [tmp_path / str(index) for index in range(2)]
+    for folder, seed in zip(folders, seeds, strict=True):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"seed: {seed}\n")
+    assert main(["check", *map(str, folders)]) == 2
+    assert f"the seeds {seeds}" in capsys.readouterr().err
+    (tmp_path / "last.json").write_text(json.dumps(asdict(record_of(1.0))))
+    assert main(["check", *map(str, folders), "--against", str(tmp_path / "last.json")]) == 2
+    assert "--against" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("second", "named"),
     [
-        (record_of(1.0), "seeds"),
-        (record_of(1.0, seeds=[5]), "seeds"),
         (record_of(1.0, seeds=[1], settings={"pool": 64}), "pool"),
         (record_of(1.0, seeds=[1], commit="decaf"), "commit"),
     ],
