@@ -31,11 +31,10 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.images.transforms import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Channels,
     ImageTransform,
+    Normalisation,
     normalise,
+    read_keys,
     to_bytes,
 )
 from seed_multimodal.inference.base_engine import GeneratedSequence
@@ -53,7 +52,7 @@ from seed_multimodal.pipelines.images import (
     Seed,
 )
 from seed_multimodal.pipelines.tasks import Notes, TaskKind
-from seed_multimodal.settings import positive, read_settings, setting
+from seed_multimodal.settings import positive, setting
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Temperature and top_p of the published examples, top_k of transformers; greedy answers are flat.
@@ -74,28 +73,22 @@ class SourceSize:
     longest_edge: int = positive(maximum=CONTEXT * PIXELS**2)
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is read of a processor's file, and what is done whatever it says."""
+@dataclass(frozen=True, kw_only=True)
+class SourceKeys(Normalisation):
+    """Keys of a processor's file."""
 
     size: SourceSize
-    image_mean: Channels = CLIP_MEAN
-    image_std: Channels = setting(CLIP_STD, above=0)
     patch_size: int = setting(READ_PIXELS, choices=(READ_PIXELS,))
     merge_size: int = setting(1, choices=(1,))
     temporal_patch_size: int = setting(1, choices=(1,))
     resample: int = setting(3, choices=(3,))  # bicubic
-    rescale_factor: float = setting(1 / 255, choices=(1 / 255,))
-    do_resize: bool = setting(True, choices=(True,))
-    do_rescale: bool = setting(True, choices=(True,))
-    do_normalize: bool = setting(True, choices=(True,))
 
 
 class GlmImageCodec(CodeCodec):
     """Images ⇄ codes `[h, w]`, one of 32 x 32 pixels.
 
     side: pixels of a square drawing, if no size is given, and of images of data sets.
-    preprocessing: of input images.
+    keys: of the processor's file.
     """
 
     model: CodeNetwork
@@ -106,9 +99,9 @@ class GlmImageCodec(CodeCodec):
         model: CodeNetwork,
         placement: Placement,
         side: int,
-        preprocessing: Preprocessing,
+        keys: SourceKeys,
     ) -> None:
-        self.channels = preprocessing.image_mean, preprocessing.image_std
+        self.channels = keys.image_mean, keys.image_std
         super().__init__(
             model,
             placement,
@@ -120,8 +113,8 @@ class GlmImageCodec(CodeCodec):
             min_codes=1,
         )
         self.side = side
-        self.shortest = round(preprocessing.size.shortest_edge**0.5)
-        self.longest = round(preprocessing.size.longest_edge**0.5)
+        self.shortest = round(keys.size.shortest_edge**0.5)
+        self.longest = round(keys.size.longest_edge**0.5)
         self.min_side = self.longest  # of any image: sizes differ
 
     def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
@@ -310,8 +303,7 @@ def load_images(config: GlmImageConfig, placement: Placement) -> GlmImageCodec:
     network = CodeNetwork.from_pretrained(
         config.path("encoder"), placement.load_device("encoder"), placement.images.dtype
     )
-    preprocessing = read_preprocessing(config.path("tokenizer"))
-    codec = GlmImageCodec(network, placement, config.side, preprocessing)
+    codec = GlmImageCodec(network, placement, config.side, read_processor(config.path("tokenizer")))
     if placement.load_decoder:
         codec.load_decoder = partial(_load_decoder, config, placement)
     return codec
@@ -323,19 +315,15 @@ def _load_decoder(config: GlmImageConfig, placement: Placement) -> GlmImageDetok
     )
 
 
-def read_preprocessing(folder: Path) -> Preprocessing:
-    """Of a processor's folder. Raises CheckpointError: no file; ConfigError: a value that is not
-    followed."""
-    names = {entry.name for entry in fields(Preprocessing)}
+def read_processor(folder: Path) -> SourceKeys:
+    """The keys of a processor's folder. Raises CheckpointError: no file; ConfigError: a value that
+    is not followed."""
     for file in (folder / name for name in PROCESSOR_FILES):
         if not file.is_file():
             continue
         values = read_json_object(file, CheckpointError)
-        values = values.get("image_processor", values)
-        if isinstance(values, Mapping):
-            values = {name: value for name, value in values.items() if name in names}
-        preprocessing = read_settings(Preprocessing, values, str(file))
-        if preprocessing.size.shortest_edge > preprocessing.size.longest_edge:
+        keys = read_keys(SourceKeys, values.get("image_processor", values), str(file))
+        if keys.size.shortest_edge > keys.size.longest_edge:
             raise ConfigError(f"{file}: size: shortest_edge is larger than longest_edge.")
-        return preprocessing
+        return keys
     raise CheckpointError(f"{folder}: no {' or '.join(PROCESSOR_FILES)} with the size of images.")

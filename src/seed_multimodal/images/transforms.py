@@ -21,7 +21,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, open_image, to_rgb
-from seed_multimodal.settings import check_settings, positive, setting
+from seed_multimodal.settings import check_settings, check_value, positive, setting
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,6 +44,8 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 PROCESSOR = "preprocessor_config.json"
+# Beginnings of the classes of transformers that take one number as the sides of a square.
+SQUASHING = ("ViT", "Siglip", "Blip")
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 Channels = tuple[float, float, float]  # a value of each channel
 # Above this ratio to the output size (a 1 x 30,000 strip) only the centre crop is resized.
@@ -234,26 +236,71 @@ def get_transform(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """Keys of every preprocessor's file: what is done in any case has one value."""
+
+    image_mean: Channels = CLIP_MEAN
+    image_std: Channels = setting(CLIP_STD, above=0)
+    rescale_factor: float = setting(1 / 255, choices=(1 / 255,))
+    do_resize: bool = setting(True, choices=(True,))
+    do_rescale: bool = setting(True, choices=(True,))
+    do_normalize: bool = setting(True, choices=(True,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing(Normalisation):
+    """Keys of the file of a vision encoder that reads squares; sizes: also by name."""
+
+    size: int | dict[str, int | None] = positive(224)
+    crop_size: int | dict[str, int | None] | None = positive(None)
+    do_center_crop: bool = True
+    resample: int = setting(3, choices=tuple(RESAMPLE))
+
+
+Keys = TypeVar("Keys", bound=Normalisation)
+
+
+def read_keys(kind: type[Keys], values: object, label: str) -> Keys:
+    """The keys of a preprocessor's file that matter; null is the default. Raises ConfigError: a
+    value of another type, or a step that is not followed."""
+    if isinstance(values, dict):
+        names = {entry.name for entry in dataclasses.fields(kind)}
+        values = {key: values[key] for key in names & values.keys() if values[key] is not None}
+    keys: Keys = check_value(kind, values, label)
+    return keys
+
+
 def read_preprocessing(folder: str | Path, advice: str = "") -> ImageTransform:
     """The transform of a `preprocessor_config.json`: squash (BLIP, SigLIP), or scale the shorter
-    side and cut the centre out (CLIP, DINOv2). Raises ConfigError: missing or not JSON.
+    side and cut the centre out (CLIP, DINOv2). Raises ConfigError: missing, not JSON, or a value
+    that is not followed.
     """
-    values = read_json_object(Path(folder) / PROCESSOR, ConfigError, advice)
-    size = values.get("size", 224)
+    # 1. The keys.
+    file = Path(folder) / PROCESSOR
+    values = read_json_object(file, ConfigError, advice)
+    keys = read_keys(Preprocessing, values, str(file))
+
+    # 2. The size; as one number it has the meaning of the file's class.
+    size = keys.size
     if not isinstance(size, dict):
-        size = {"shortest_edge": size}
-    shorter_side: Any = size.get("shortest_edge", size.get("height"))
+        name = values.get("image_processor_type") or values.get("feature_extractor_type")
+        squashes = str(name).startswith(SQUASHING)
+        size = {"height": size} if squashes else {"shortest_edge": size}
+    shorter_side = size.get("shortest_edge") or size.get("height")
+    if shorter_side is None or size.get("width") not in (None, size.get("height")):
+        raise ConfigError(f"{file}: size {size} is no square and no shortest_edge.")
     image_size = shorter_side
-    if "shortest_edge" in size and values.get("do_center_crop", True):
-        crop = values.get("crop_size", shorter_side)
-        image_size = crop["height"] if isinstance(crop, dict) else crop
+    if "shortest_edge" in size and keys.do_center_crop:
+        crop = keys.crop_size or shorter_side
+        image_size = crop.get("height") or shorter_side if isinstance(crop, dict) else crop
     return ImageTransform(
         image_size=image_size,
         keep_ratio="shortest_edge" in size,
-        interpolation=RESAMPLE[values.get("resample", 3)],
+        interpolation=RESAMPLE[keys.resample],
         shorter_side=None if image_size == shorter_side else shorter_side,
-        mean=tuple(values.get("image_mean", CLIP_MEAN)),
-        std=tuple(values.get("image_std", CLIP_STD)),
+        mean=keys.image_mean,
+        std=keys.image_std,
     )
 
 

@@ -75,6 +75,45 @@ def test_preprocessing_makes_the_pixels_of_transformers(kind, tmp_path):
     assert_close(pixels, torch.as_tensor(expected), atol=0.06, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"do_normalize": False}, "do_normalize"),
+        ({"do_rescale": False}, "do_rescale"),
+        ({"do_resize": False}, "do_resize"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"resample": 9}, "resample"),
+        ({"resample": "bicubic"}, "resample"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std"),
+        ({"size": "large"}, "size"),
+        ({"size": -1}, "size"),
+        ({"size": {"longest_edge": 64}}, "size"),
+        ({"size": {"height": 64, "width": 32}}, "size"),
+    ],
+)
+def test_preprocessing_that_is_not_followed_is_refused(values, named, tmp_path):
+    write_json(tmp_path / "preprocessor_config.json", {"size": 32, **values})
+    with pytest.raises(ConfigError, match=f"preprocessor_config.json: {named}"):
+        read_preprocessing(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ViTImageProcessor", "CLIPImageProcessor"])
+def test_one_number_has_the_meaning_of_its_class(name, tmp_path):
+    from transformers import AutoImageProcessor
+
+    values = {"size": 32, "crop_size": None, "do_convert_rgb": None, "image_processor_type": name}
+    if name == "CLIPImageProcessor":
+        values["crop_size"] = 32
+    write_json(tmp_path / "preprocessor_config.json", values)
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 40))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    keys = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
+    transform = dataclasses.replace(read_preprocessing(tmp_path), **keys)
+    assert_close(transform(image), torch.as_tensor(expected), atol=0.1, rtol=0)
+
+
 def test_patches_of_a_network_that_merges_them():
     # Swin has fewer patches at its end than at its beginning.
     from transformers import SwinConfig
