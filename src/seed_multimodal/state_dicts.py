@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -182,8 +182,8 @@ def assign_strictly(
     allow_missing, allow_unexpected: shell patterns of names.
     foreign: the file is not ours: unexpected names are a warning.
 
-    Raises CheckpointError: nothing matches, a shape differs, or a name that is not allowed is
-    missing or unexpected.
+    Raises CheckpointError: nothing matches, a shape differs, integers for floats, or a name that is
+    not allowed is missing or unexpected.
     """
     # 1. Which names match?
     expected = module.state_dict()
@@ -200,7 +200,7 @@ def assign_strictly(
         )
 
     # 2. Errors, before anything is changed.
-    _check_sizes(expected, state, source)
+    _check_values(expected, state, source)
     refuse_tensors(report.missing, allow_missing, source, "missing from the file")
     if foreign:
         warn_tensors(report.ignored, allow_unexpected, source)
@@ -224,20 +224,21 @@ def assign_strictly(
 def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
     """Copy tensors by name.
 
-    Raises CheckpointError: missing or unknown tensors, or of another size.
+    Raises CheckpointError: missing or unknown tensors, or of another size or kind.
     """
     refuse_tensors(sorted(weights.keys() - state), (), label, "missing from the file")
     refuse_tensors(sorted(state.keys() - weights), (), label, "unknown to the model")
-    _check_sizes(weights, state, label)
+    _check_values(weights, state, label)
     # Copied into the trained parameters, which may be in another precision than the file.
     for name, value in weights.items():
         value.copy_(state[name])
 
 
-def _check_sizes(
+def _check_values(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path
 ) -> None:
-    """Raise CheckpointError for tensors of another size than the model's."""
+    """Raise CheckpointError for tensors of another size than the model's, or integers for
+    floats."""
     resized = [
         name for name in expected if name in state and expected[name].shape != state[name].shape
     ]
@@ -247,6 +248,23 @@ def _check_sizes(
             f"{source}: {len(resized)} tensors have another size, first {name!r}: the file has "
             f"{tuple(state[name].shape)}, the model needs {tuple(expected[name].shape)}."
         )
+    floats = (name for name in expected if name in state and expected[name].is_floating_point())
+    refuse_integers([name for name in floats if not state[name].is_floating_point()], source)
+
+
+def integer_weights(folder: Path) -> list[str]:
+    """Names of integer weights in a model's safetensors."""
+    names: list[str] = []
+    for file in (*folder.glob("model.safetensors"), *folder.glob("model-*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            weights = [name for name in tensors.keys() if name.endswith("weight")]
+            names += [name for name in weights if tensors.get_slice(name).get_dtype()[0] in "IU"]
+    return names
+
+
+def refuse_integers(names: Sequence[str], source: str | Path) -> None:
+    """Raise CheckpointError for integers that a model would read as floats."""
+    refuse_tensors(names, (), source, "integers, as of a quantized model, where floats belong")
 
 
 def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

@@ -138,6 +138,7 @@ def load_llm(
         folder_or_id,
         "language model",
         "download its files again",
+        has_blocks=layers,
         config=config,
         dtype=dtype,
         generation_config=generation_config,

@@ -7,7 +7,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import pickle
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +32,9 @@ from seed_multimodal.settings import DataclassInstance, read_settings
 from seed_multimodal.state_dicts import (
     LoadReport,
     assign_strictly,
+    integer_weights,
     load_state_dict,
+    refuse_integers,
     refuse_tensors,
     save_state_dict,
 )
@@ -184,15 +188,23 @@ def reading_files(source: str | Path, label: str, advice: str) -> Iterator[None]
 
 
 def load_library_model(
-    model_class: Any, source: str | Path, label: str, advice: str, **options: Any
+    model_class: Any,
+    source: str | Path,
+    label: str,
+    advice: str,
+    *,
+    has_blocks: bool = True,
+    **options: Any,
 ) -> tuple[Any, list[str]]:
     """A network of transformers in eval mode, and names of tensors it does not read.
 
     model_class: of the network, or an `Auto…` class, with the `config` of `options`.
     source: a folder or hub id.
     label, advice: for messages. options: of `from_pretrained`.
+    has_blocks: False: those of the file are not wanted.
 
-    Raises CheckpointError: damaged, or a tensor is missing or of another size.
+    Raises CheckpointError: damaged, or a tensor is missing, of another size or kind or of a further
+    block.
     """
     with quiet_loading("transformers"), torch.device("cpu"):
         isolated = isolated_class(model_class, options.get("config"))
@@ -214,7 +226,12 @@ def load_library_model(
     refuse_tensors(misshapen, (), source, f"of another size than in {CONFIG}")
     missing = sorted(info["missing_keys"])
     refuse_tensors(missing, ("*position_ids",), source, f"missing from the file ({advice})")
-    return network.eval(), sorted(info["unexpected_keys"])
+    if getattr(network.config, "quantization_config", None) is None:
+        refuse_integers(integer_weights(Path(source)), source)
+    unknown = sorted(info["unexpected_keys"])
+    if has_blocks:
+        _refuse_further_blocks(network, unknown, source)
+    return network.eval(), unknown
 
 
 def load_diffusers_network(
@@ -228,13 +245,31 @@ def load_diffusers_network(
 
     Its own `from_pretrained` replaces functions of torch meanwhile, for all threads.
 
-    Raises CheckpointError: a tensor is missing or of another size.
+    Raises CheckpointError: a tensor is missing, of another size or kind or of a further block.
     """
     with quiet_loading("diffusers"):
         network = without_memory(lambda: network_class.from_config(config)).to(dtype)
     network._fix_state_dict_keys_on_load(state)  # old names
-    assign_strictly(network, state, source, allow_unexpected=["*"])
+    # Published files hold tensors that diffusers does not read.
+    report = assign_strictly(network, state, source, allow_unexpected=["*"])
+    _refuse_further_blocks(network, report.ignored, source)
     return network.eval()
+
+
+def _refuse_further_blocks(network: nn.Module, unknown: Iterable[str], source: str | Path) -> None:
+    """Raise CheckpointError for tensors of blocks behind the last one of a network's lists."""
+    lengths = {
+        name: len(module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
+    further = [
+        name
+        for name in unknown
+        for index in re.finditer(r"\.(\d+)(?=\.)", name)
+        if int(index[1]) >= lengths.get(name[: index.start()], math.inf)
+    ]
+    refuse_tensors(further, (), source, f"of blocks that the model of {CONFIG} does not have")
 
 
 def isolated_class(model_class: Any, config: Any) -> Any:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import read_json, spread, write_json
 from tiny.diffusion import DENOISER_SIZES, autoencoder
 from tiny.seed import write_code_decoder
+from torch import nn
 from torch.testing import assert_close
 
 from seed_multimodal.diffusion.networks import (
@@ -65,6 +67,14 @@ def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):
     assert type(loaded) is type(denoiser)
     for name, value in denoiser.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+    # A half of a deeper network would draw noise.
+    file = folder / "diffusion_pytorch_model.safetensors"
+    lists = [name for name, part in denoiser.named_modules() if isinstance(part, nn.ModuleList)]
+    further = f"{lists[0]}.9.weight"
+    save_file({**denoiser.state_dict(), further: torch.ones(1)}, file)
+    with pytest.raises(CheckpointError, match=further):
+        CodesDetokenizer.load_part(tmp_path, "denoiser")
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "_class_name": "Transformer2DModel"})
     with pytest.raises(CheckpointError, match="Transformer2DModel"):

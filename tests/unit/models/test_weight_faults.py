@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import read_json, write_json
 from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
@@ -79,7 +80,7 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
     }
 
 
-@pytest.mark.parametrize("fault", ["missing", "misshapen", "torn", "unsafe", "absent"])
+@pytest.mark.parametrize("fault", ["missing", "misshapen", "integer", "torn", "unsafe", "absent"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_wrong_weights_are_named(name, fault, networks, tmp_path):
     # 1. A folder that is read without complaint.
@@ -101,7 +102,19 @@ def test_wrong_weights_are_named(name, fault, networks, tmp_path):
         matrices = [key for key, value in state.items() if value.ndim > 1 and "text" not in key]
         named = matrices[len(matrices) // 2]
         changed = {} if fault == "missing" else {named: torch.zeros(99, 98)}
+        if fault == "integer":  # of a quantized model, without its scales
+            changed = {named: state[named].to(torch.int8)}
         state = {key: value.clone() for key, value in state.items() if key != named} | changed
         (save_state_dict if file.suffix == ".safetensors" else torch.save)(state, file)
     with pytest.raises(CheckpointError, match=named):
+        load(tmp_path)
+
+
+def test_blocks_that_config_json_lacks_are_named(networks, tmp_path):
+    # A half of a network of transformers would answer nonsense (of diffusers: `test_networks.py`).
+    write, load = networks["clip"]
+    write(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", {**config, "num_hidden_layers": 1})
+    with pytest.raises(CheckpointError, match=r"config\.json.*layers\.1\."):
         load(tmp_path)
