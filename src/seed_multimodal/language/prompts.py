@@ -306,6 +306,13 @@ class TaskPrompts:
     edit_words: int = 0
     answer_after: str = ""
 
+    def __post_init__(self) -> None:
+        for key, placeholder in (("draw", "{caption}"), ("detect", "{phrase}")):
+            if placeholder not in getattr(self, key):
+                raise ConfigError(
+                    f"tasks: {key} must hold {placeholder}, not {getattr(self, key)!r}."
+                )
+
     def draw_request(self, caption: str) -> str:
         """The request for an image of `caption`, without its trailing dots and blanks."""
         return self.draw.replace("{caption}", caption.strip().rstrip(".").strip())

@@ -191,7 +191,8 @@ class SystemConfig:
     def read(folder: Path) -> SystemConfig:
         """Read the `system.json` of a folder; keys starting with `_` are comments.
 
-        Raises ConfigError: invalid JSON, an unknown key (with the nearest) or a wrong value.
+        Raises ConfigError: invalid JSON, an unknown key (with the nearest), a wrong value, or no
+        such `known_images`.
         """
         file = folder / SYSTEM
         content = read_json_object(file, ConfigError)
@@ -206,6 +207,8 @@ class SystemConfig:
         for key, value in vars(config).items():
             if isinstance(value, Path):
                 setattr(config, key, recorded_path(value, folder))
+        if not config.has("known_images"):
+            raise ConfigError(f"{label}: known_images: {config.known_images} is not there.")
         config.found = Found(str(folder), _original_of(config), note)
         return config
 
@@ -369,6 +372,9 @@ def _config_of(values: JsonObject, label: str) -> SystemConfig:
         values["tasks"] = {**dataclasses.asdict(config_class().tasks), **values["tasks"]}
     paths = {key: part.folder for key, part in config_class.parts().items() if part.folder}
     config = read_settings(config_class, {**paths, **values}, label)
+    for key in ("previews", "preview_inference_steps"):
+        if getattr(config, key):
+            check_ability(config.abilities, "first_codes", f"{label}: {key}: {family.title}")
     config.check(label)
     return config
 
