@@ -248,10 +248,13 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
                 f"Unknown device {str(device)!r}: use auto, cpu, cuda, cuda:N or mps."
             )
         resolved = _with_index(torch.device(device))
-        if resolved.type == "cuda" and resolved.index >= torch.cuda.device_count():
+        count = int(torch.backends.mps.is_available())
+        if resolved.type == "cuda":
+            count = torch.cuda.device_count()
+        if resolved.type != "cpu" and resolved.index >= count:
             raise ConfigError(
                 f"Device {str(device)!r} was requested, but this machine has "
-                f"{torch.cuda.device_count() or 'no usable'} CUDA devices."
+                f"{count or 'no usable'} {resolved.type.upper()} devices."
             )
         return resolved, ""
     if torch.cuda.is_available():
@@ -275,7 +278,7 @@ def _resolve_dtype(
     dtype: str | torch.dtype, device: torch.device, fp16: str
 ) -> tuple[torch.dtype, str]:
     """The dtype on a device, and why `auto` is that one ("" for other names)."""
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype, ""
     if dtype == "auto":
         if device.type != "cuda":

@@ -27,6 +27,7 @@ from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
 from seed_multimodal.inference.engines import (
     COMPLETION_SERVER,
     LLAMA_CPP,
+    NO_ENGINE,
     TORCH,
     WITHOUT_WEIGHTS,
     EngineOptions,
@@ -61,7 +62,7 @@ from seed_multimodal.pipelines.read_back import asks_about_picture
 from seed_multimodal.pipelines.run import BATCH, TaskRunner
 from seed_multimodal.pipelines.tasks import Drawing, Notes, Task, TaskKind
 from seed_multimodal.progress import LOADING
-from seed_multimodal.settings import check_value
+from seed_multimodal.settings import check_settings, check_value
 
 # One result, or a list of them for a list of requests. Types cannot tell which.
 TextOrList = Any  # str
@@ -164,10 +165,13 @@ class MultimodalSystem(TaskRunner, HubUpload):
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         family_class = pkgutil.resolve_name(find_family(config.system).family)
-        if engine not in (TORCH, COMPLETION_SERVER):
+        if engine in (LLAMA_CPP, NO_ENGINE):
             config.check_ability("reads_codes")
         if engine in (LLAMA_CPP, COMPLETION_SERVER):
             config.check_ability("codes_are_rows")
+        options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled)
+        offloaded = set(OFFLOADABLE if offload is True else offload or ())
+        check_settings([*offloaded], "offload", {"choices": sorted(OFFLOADABLE)})
 
         # 1. Missing files are reported before the first weights are loaded.
         required = ["tokenizer"] if engine in WITHOUT_WEIGHTS else ["tokenizer", "llm"]
@@ -183,13 +187,12 @@ class MultimodalSystem(TaskRunner, HubUpload):
         image_dtype = image_dtype or dtype
         images = choose_for_images(image_device or llm.device, image_dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, image_dtype, images, log)
-        offloaded = set(OFFLOADABLE if offload is True else offload or ())
         if quantization:
             offloaded.discard("llm")
-        offload_device = llm.device if "llm" in offloaded else None
+        if "llm" in offloaded:
+            options = replace(options, offload_device=llm.device)
 
         # 3. The parts.
-        options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled, offload_device)
         load_llm = engine == TORCH
         placement = Placement(llm, images, drawing, quantization, offloaded, load_llm, load_decoder)
         with LOADING:

@@ -263,7 +263,15 @@ def test_completion_server_that_sends_something_else(nano, server, remote, conte
         remote.engine.likelihoods(prompts(nano)[:1], [[[5, 6]]])
 
 
-def test_from_pretrained_with_an_engine_that_does_not_fit():
-    for name, engine, named in (("nano-x", "llama.cpp", "nano"), ("nano", "vllm", "openai")):
-        with pytest.raises(ConfigError, match=named):
-            load(name, engine=engine)
+@pytest.mark.parametrize(
+    "name, options, named",
+    [
+        ("nano-x", {"engine": "llama.cpp"}, "nano"),
+        ("nano", {"engine": "vllm"}, "openai"),
+        ("nano-x", {"engine": "vllm"}, "openai"),
+        ("nano", {"offload": ["decodr"]}, "'decoder'"),
+    ],
+)
+def test_from_pretrained_with_an_option_that_does_not_fit(name, options, named):
+    with pytest.raises(ConfigError, match=named):
+        load(name, **options)
