@@ -17,9 +17,9 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import (
@@ -270,7 +270,7 @@ def check_settings(value: object, label: str, limits: Mapping[str, Any] = NO_LIM
 
     # 3. A number in a range.
     elif isinstance(value, int | float):
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:  # also of NaN, and of integers of any length
             raise ConfigError(f"{label} must be a finite number, not {value}.")
         for name, (phrase, is_within) in _COMPARISONS.items():
             if name in limits and not is_within(value, limits[name]):
