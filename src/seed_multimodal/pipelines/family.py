@@ -150,7 +150,7 @@ class Family:
                 raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
             if name not in names:
                 suggestion = nearest(name, [*names, *drawing_names])
-                raise ConfigError(f"Unknown option {name!r}{suggestion}.")
+                raise ConfigError(f"{self.config.name} takes no option {name!r}{suggestion}.")
 
         # 2. Values: later mappings override earlier ones.
         given = dict(options)

@@ -584,7 +584,10 @@ class Backend:
 
     def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
         """Settings of drawing by `size` and `ratio`. Raises RequestError: no such one."""
-        ratios = find_family(self.system.config.system).page_cards().family.ratios or ("1:1",)
+        ratios = find_family(self.system.config.system).page_cards().family.ratios
+        if ratio is not None and not ratios:
+            raise RequestError(f"{self.name} does not take it.", "ratio")
+        ratios = ratios or ("1:1",)
         sides = [1]
         if request.size:
             # Drawings have the size of the model, in that ratio; `encoded` resizes them.

@@ -528,6 +528,8 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
         details = sorted(error.errors(), key=lambda details: len(details["loc"]))[-1]
         names = sent_names(body, details["loc"])
         message = f"{details['msg']}."
+        if names[-1:] == ["size"]:
+            message = "It must be WIDTHxHEIGHT, as 1024x1024, or auto."
         if details["type"] == "missing":
             names.append(str(details["loc"][-1]))
         if details["type"] == "extra_forbidden":

@@ -395,6 +395,9 @@ REFUSED = r"""
 /v1/images/generations {"prompt": " "} -> prompt:
 /v1/images/generations {"n": 99} -> n:
 /v1/images/generations {"ratio": "3:2"} -> ratio:
+/v1/images/generations {"ratio": "1:1"} -> ratio:
+/v1/images/generations {"size": "big"} -> size: It must be WIDTHxHEIGHT
+/v1/responses {"tools": [{"type": "image_generation", "size": 64}]} -> size: It must be WIDTHxHEIGHT
 /v1/images/generations {"response_format": "url"} -> response_format
 /v1/images/tokens {"first": 0} -> first:
 /v1/images/tokens {"first": 99} -> first:
