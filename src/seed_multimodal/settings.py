@@ -161,14 +161,25 @@ def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limi
         # A key that is unknown before one that is missing, which often is the same, misspelled.
         errors = sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN_KEY)
         raise ConfigError(_error_sentence(hint, errors[0], label)) from None
-    # pydantic accepts true and false as numbers.
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            is_numeric = type(getattr(converted, name, item)) in (int, float)
-            if is_numeric and isinstance(item, bool):
-                raise ConfigError(f"{label}: {name} must be a number, not {item!r}.")
+    _refuse_truth(value, converted, label)
     check_settings(converted, label, limits)
     return converted
+
+
+def _refuse_truth(value: object, converted: object, label: str) -> None:
+    """Raise ConfigError for true and false in place of a number, which pydantic accepts."""
+    if isinstance(value, bool) and type(converted) in (int, float):
+        raise ConfigError(f"{label} must be a number, not {value!r}.")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if isinstance(converted, Mapping):
+                inner = converted.get(name)
+            else:
+                inner = getattr(converted, name, None)
+            _refuse_truth(item, inner, f"{label}: {name}")
+    elif isinstance(value, list | tuple) and isinstance(converted, list | tuple):
+        for item, inner_item in zip(value, converted, strict=True):
+            _refuse_truth(item, inner_item, label)
 
 
 @functools.cache
