@@ -241,13 +241,13 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
     """
     # 1. The questions, each once.
     samples = _samples(path, ("question", "image", "question_id"))
-    _check_ids(samples, path)
+    check_ids(samples, path)
 
     # 2. Their answers; of a test set there are none at all.
     if annotations is not None:
         needed = ("references", "question_id")
         answers = [read_sample(record, needed) for record in read_records(annotations)]
-        _check_ids(answers, annotations)
+        check_ids(answers, annotations)
         _annotate(samples, answers, path, annotations)
     elif any(sample.references for sample in samples):
         for sample in samples:
@@ -309,7 +309,7 @@ def _samples(path: str | Path, needed: Sequence[str]) -> list[Sample]:
     return samples
 
 
-def _check_ids(samples: Sequence[Sample], path: str | Path) -> None:
+def check_ids(samples: Sequence[Sample], path: str | Path) -> None:
     """Raise DataError: a question is in a file twice; only one of its answers would count."""
     keys = sorted(str(sample.key) for sample in samples)
     for key, following in pairwise(keys):

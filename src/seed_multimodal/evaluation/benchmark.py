@@ -144,7 +144,7 @@ class Benchmark(EvaluationSettings, Generic[SampleT]):
         """Load what answers need besides `self.system`."""
 
     def is_current(self, sample: SampleT, line: Line) -> bool:
-        """Whether an earlier answer still counts, because what it was made from is the same."""
+        """Whether an earlier answer still counts, as far as that is not known from `made_from`."""
         return True
 
     def answer(self, samples: Sequence[SampleT], images: Images) -> list[Line]:
@@ -194,6 +194,25 @@ class Benchmark(EvaluationSettings, Generic[SampleT]):
         except DataError as error:
             raise ImageError(str(error)) from error
         return open_image(image, name=None if isinstance(image, Path) else sample.location).image
+
+    def made_from(self, sample: SampleT) -> str:
+        """Digest of what the answer is made from: texts, seed, and the image (of a file its size
+        and time)."""
+        texts = [sample.question, *getattr(sample, "choices", ())]
+        if self.truth is None:
+            texts += sample.references
+        image: object = None
+        try:
+            if sample.image is not None:
+                image = sample_image(sample, self.images, self.file)
+            if isinstance(image, Path):
+                state = image.stat()
+                image = [state.st_size, state.st_mtime_ns]
+            else:  # a URL is not read
+                image = _digest(image) if isinstance(image, bytes) else str(sample.image)
+        except (DataError, ImageError, OSError) as error:
+            image = type(error).__name__
+        return _digest(repr([texts, sample.index, image]).encode())
 
 
 AnyBenchmark = Benchmark[Any]
@@ -365,7 +384,10 @@ def _answered(benchmark: AnyBenchmark, batch: Sequence[Sample]) -> list[Line]:
         if sample.location not in message:
             message = f"{sample.location}: {message}"
         return [{"id": sample.key, "bad": message}]
-    return [{"id": sample.key, **line} for sample, line in zip(batch, lines, strict=True)]
+    return [
+        {"id": sample.key, "made_from": benchmark.made_from(sample), **line}
+        for sample, line in zip(batch, lines, strict=True)
+    ]
 
 
 def _read_lines(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key, Line]:
@@ -378,12 +400,17 @@ def _read_lines(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key,
                 line = json.loads(text)
             except ValueError:  # blank or incomplete
                 continue
+            if not (isinstance(line, dict) and isinstance(line.get("id"), str | int)):
+                continue
             # An error does not replace an answer. A larger --limit had further samples.
             key = line["id"]
             if "bad" in line:
                 counts = "bad" in lines.get(key, line)
             else:
-                counts = key in by_key and benchmark.is_current(by_key[key], line)
+                sample = by_key.get(key)
+                counts = sample is not None and benchmark.is_current(sample, line)
+                if counts and "made_from" in line:
+                    counts = line["made_from"] == benchmark.made_from(sample)
             if counts:
                 lines[key] = line
     return lines
@@ -417,9 +444,16 @@ def _identity(benchmark: AnyBenchmark, system: MultimodalSystem | None) -> JsonO
             "dtype": system.dtype_name,
             "quantization": str(getattr(system.llm, "quantization_method", None)),
             "transform": repr(getattr(system.images, "transform", None)),
+            "settings of the model": _digest(repr(_values_of(system)).encode()),
         }
     states = str(_weight_states(models)).encode()
     return {**identity, "size and time of weights": _digest(states)}
+
+
+def _values_of(system: MultimodalSystem) -> list[tuple[str, object]]:
+    """The settings of a system, of which paths may change."""
+    values = vars(system.config).items()
+    return [(name, value) for name, value in values if not isinstance(value, Path)]
 
 
 def _weight_states(paths: Sequence[object]) -> list[list[int]]:

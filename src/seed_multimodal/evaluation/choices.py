@@ -19,7 +19,7 @@ from pydantic import BaseModel, StringConstraints
 from seed_multimodal.data.formats.record import parse_json
 from seed_multimodal.data.formats.storage import read_all
 from seed_multimodal.errors import DataError
-from seed_multimodal.evaluation.annotations import Key, Sample, parse_item, read_items
+from seed_multimodal.evaluation.annotations import Key, Sample, check_ids, parse_item, read_items
 from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
 from seed_multimodal.evaluation.vqa import accuracies
 from seed_multimodal.settings import setting
@@ -73,6 +73,7 @@ def read_choices(path: str | Path) -> list[ChoiceSample]:
         )
     if not samples:
         raise DataError(f"{path}: has no questions about images.")
+    check_ids(samples, path)
     return samples
 
 

@@ -93,6 +93,9 @@ class Drawings(CaptionFile):
 
             self.scorer = Clip(self.clip, self.system.images.device)
 
+    def is_current(self, sample: Sample, line: Line) -> bool:
+        return "image" not in line or (self.out / line["image"]).is_file()
+
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Generate, select and save the images of a batch."""
         # 1. `best_of` images of each caption.

@@ -188,7 +188,7 @@ class AnswerReader:
     stops: texts that end the answer, as `</s>` does. A stop of white space only counts after the
     first word. The end of a text is held back while it may be half a character or half a stop.
     previews: numbers of codes after which there is an event with the image so far.
-    stop_after: see `GenerationSettings`; before it no text is sent.
+    stop_after: see `GenerationSettings`; no text is sent before it is there.
     n_opening: so many tokens at the beginning are not the model's: stops begin behind them.
     vocabulary: with another number of codes of an image than the tokenizer's.
 
@@ -352,8 +352,8 @@ class AnswerReader:
 
         # 2. The text that is certain ends at a stop, or at what may become a stop or a character.
         #    Neither begins in what was sent.
-        unsent = max(self._sent, start)
-        stops_from = max(unsent, self._stops_from)
+        unsent = self._sent
+        stops_from = max(unsent, start, self._stops_from)
         stop = self._find_stop(text, start, stops_from)
         end = len(text)
         if stop is not None:

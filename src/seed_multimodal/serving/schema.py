@@ -44,12 +44,23 @@ MAX_TEXT = 32_000  # characters of a request
 MAX_VALUES = 200_000  # of a body: parsing needs fifty times the bytes
 
 JSON: TypeAdapter[Any] = TypeAdapter(Any)  # its values, and models as them
-Codes = list[Annotated[int, Field(ge=0, lt=2**31)]]  # of one image
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Beams = Annotated[int, Field(ge=1, le=8)]
-NewTokens = Annotated[int, Field(ge=1)]  # the context's end caps it
+
+
+def no_truth(value: object) -> object:
+    """A number of a body. Raises ValueError: true or false, which pydantic reads as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(no_truth)]
+Real = Annotated[float, BeforeValidator(no_truth)]
+Codes = list[Annotated[Whole, Field(ge=0, lt=2**31)]]  # of one image
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
+Temperature = Annotated[Real, Field(ge=0, le=5, allow_inf_nan=False)]
+Share = Annotated[Real, Field(ge=0, le=1, allow_inf_nan=False)]
+Beams = Annotated[Whole, Field(ge=1, le=8)]
+NewTokens = Annotated[Whole, Field(ge=1)]  # the context's end caps it
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Model = TypeVar("Model", bound="Fields")
 Value = TypeVar("Value")
@@ -237,7 +248,7 @@ class Part(Fields):
     text: str = Field("", validation_alias=AliasChoices("text", "refusal"))
     image_url: str | ImageUrl = Field("", validation_alias=AliasChoices("image_url", "image"))
     codes: Codes | None = None
-    offset: int = Field(MAX_TEXT, ge=0)
+    offset: Whole = Field(MAX_TEXT, ge=0)
 
     @model_validator(mode="after")
     def _no_others(self) -> Part:
@@ -354,8 +365,8 @@ class ImageOptions(Fields):
 
     size: Annotated[str, StringConstraints(pattern=r"^[1-9]\d{1,3}x[1-9]\d{1,3}$")] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(default=100, ge=0, le=100)
-    partial_images: int = Field(default=0, ge=0, le=3)
+    output_compression: Whole = Field(default=100, ge=0, le=100)
+    partial_images: Whole = Field(default=0, ge=0, le=3)
 
 
 class SharedFields(Fields):
@@ -417,11 +428,12 @@ class ChatRequest(AnswerRequest):
 
     @property
     def images(self) -> str:
-        if self.force_image or self.modalities == ["image"]:
-            if self.modalities == ["text"]:
+        modalities = set(self.modalities or ())
+        if self.force_image or modalities == {"image"}:
+            if modalities == {"text"}:
                 raise contradiction("force_image", "modalities")
             return "forced"
-        return "never" if self.modalities == ["text"] else "auto"
+        return "never" if modalities == {"text"} else "auto"
 
 
 class ImageTool(ImageOptions):
@@ -474,7 +486,7 @@ class ImagesRequest(ImageOptions, SharedFields):
     prompt: Annotated[
         str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)
     ]
-    n: int = Field(1, ge=1, le=8)
+    n: Whole = Field(1, ge=1, le=8)
     response_format: Literal["b64_json"] = "b64_json"
 
 
@@ -496,7 +508,7 @@ class TokensRequest(Fields):
     images: list[str] = []
     codes: list[Codes] = []
     seed: Seed = 0
-    first: int | None = Field(None, ge=1)
+    first: Whole | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _either(self) -> TokensRequest:
@@ -530,7 +542,7 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
         message = f"{details['msg']}."
         if names[-1:] == ["size"]:
             message = "It must be WIDTHxHEIGHT, as 1024x1024, or auto."
-        if details["type"] == "missing":
+        if details["type"] == "missing" and names[-1:] != [str(details["loc"][-1])]:
             names.append(str(details["loc"][-1]))
         if details["type"] == "extra_forbidden":
             message = unknown_field(model, names)

@@ -2,6 +2,7 @@
 or damaged, and the originals' flags."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,36 @@ def test_eval_vqa_resumes_after_a_full_disk(tiny_folder, capsys):
     # What was answered is not answered again.
     lines = Path("torn/samples-0.jsonl").read_text()
     assert [lines.count(f'"id": {key},') for key in (10, 11)] == [1, 1]
+
+
+def test_answers_are_made_again_where_what_they_were_made_from_changed(tiny_folder, tmp_path):
+    # Else scores mix answers about two images, or to two questions.
+    Path("questions").mkdir()
+    items = read("q.json")["questions"]
+    for item in items:
+        write(f"questions/{item['question_id']}.json", [item])
+    command = "eval vqa --questions questions/*.json --images . --device cpu --out out"
+    command += f" --model {tiny_folder}"
+
+    def lines() -> list[int]:
+        assert main(command.split()) == 0
+        return [line["id"] for line in answered(Path("out/samples-0.jsonl"))]
+
+    assert lines() == lines() == [10, 11, 20, 21, 30, 31]
+    noise(9, (32, 24)).save(image_name(2))
+    assert lines()[6:] == [20, 21]
+    write("questions/31.json", [{**items[5], "question": "What is new?"}])
+    assert lines()[8:] == [31]
+    assert lines()[9:] == []
+
+
+def test_another_prompt_of_the_model_is_refused(tiny_folder, tmp_path, capsys):
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy", copy_function=shutil.copy2)
+    assert vqa(copy) == 0
+    values = read_json(copy / "system.json")
+    write_json(copy / "system.json", {**values, "template": "plain"})
+    assert vqa(copy) == 2
+    assert "settings of the model" in capsys.readouterr().err
 
 
 def test_eval_vqa_counts_bad_samples_and_retries_them(tiny_folder, capsys):

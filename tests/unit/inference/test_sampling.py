@@ -240,6 +240,16 @@ def test_settings_that_are_off_warp_nothing():
     assert len(build_warpers(0.5, 1, 0.9)) == 3
 
 
+@pytest.mark.parametrize("stop_after", ["", "fox:", "dog"])
+def test_events_of_a_text_are_its_part(tokenizer, stop_after):
+    # Also what stands before the text behind which stops count: a verdict.
+    reader = AnswerReader(tokenizer, ["!"], stop_after=stop_after)
+    events = [event for id in tokenizer.encode("a fox: a dog!") for event in reader.read(id)]
+    events += reader.close()
+    assert "".join(event["text"] for event in events) == reader.parts[0]
+    assert reader.parts[0].strip() == "a fox: a dog"
+
+
 def test_read_answer_ends_at_a_stop(tokenizer):
     ids = tokenizer.encode("a fox: a dog")
     for options, text in (({}, "a fox"), ({"stop_after": "dog"}, "a fox: a dog")):

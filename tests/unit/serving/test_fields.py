@@ -446,6 +446,15 @@ REFUSED = r"""
 /v1/chat/completions {"messages":
     [{"role": "assistant", "reasoning": "a", "reasoning_content": "b"}]} -> reasoning:
 /v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]} -> image 0
+/v1/chat/completions {"max_tokens": true} -> max_tokens:
+/v1/chat/completions {"seed": true} -> seed:
+/v1/chat/completions {"temperature": false} -> temperature:
+/generate {"max_new_tokens": true} -> max_new_tokens:
+/v1/images/generations {"n": true} -> n:
+/v1/images/tokens {"codes": [[true, false]]} -> true and false
+/v1/chat/completions {"messages": null} -> messages:
+/v1/images/generations {"prompt": null} -> prompt:
+/v1/chat/completions {"force_image": true, "modalities": ["text", "text"]} -> modalities
 # What OpenAI's server would do otherwise.
 /v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]} -> tools
 /v1/chat/completions {"audio": {"voice": "alloy"}} -> audio
