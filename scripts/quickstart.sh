@@ -7,7 +7,7 @@
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash install.sh
+[[ " $* " == *" -h "* || " $* " == *" --help "* ]] || bash install.sh
 ROOT=$PWD
 . scripts/environment.sh
 HF_HUB_OFFLINE=1 exec "$PYTHON" -m seed_nano.quickstart "$@"

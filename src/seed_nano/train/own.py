@@ -69,7 +69,8 @@ class OwnWorkspace(Workspace):
     def __init__(self, config: Settings, work: Path, out: Path) -> None:
         super().__init__(config, work, out)
         # New and changed files are noticed by the stages' records.
-        config.data_state = str(open_records(config.data).checksum)
+        files = filter(None, (config.data, config.chats))
+        config.data_state = " ".join(str(open_records(file).checksum) for file in files)
 
     @property
     def start(self) -> Path:
@@ -106,8 +107,9 @@ def write_data(space: OwnWorkspace) -> JsonObject:
     # 1. The images.
     pairs = Pairs(space.config.data)
     parts: dict[str, list[JsonObject]] = {"learned": [], "held_out": []}
-    sources: dict[str, str] = {}  # the copy of each held-out or learned file
-    part_of: dict[bytes, str] = {}  # by content, so that copies of an image are in one part
+    # By content, so that copies of an image are in one part, wherever they lie.
+    part_of: dict[bytes, str] = {}
+    copies: dict[bytes, str] = {}  # their files
     narrow = []
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     for position, index in enumerate(order):
@@ -121,13 +123,12 @@ def write_data(space: OwnWorkspace) -> JsonObject:
             continue
         if max(image.size) > MAX_RATIO * min(image.size):
             narrow.append(pair.location)
-        image.thumbnail((LARGEST, LARGEST))
+        digest = scaled_digest(image)
         file = folder / "images" / f"{index:06d}.png"
         image.save(file)
-        if isinstance(pair.image, Path):
-            sources[str(pair.image.resolve())] = str(file)
         part = "held_out" if position % space.config.held_out == 0 else "learned"
-        part = part_of.setdefault(hashlib.sha256(image.tobytes()).digest(), part)
+        part = part_of.setdefault(digest, part)
+        copies.setdefault(digest, str(file))
         parts[part].append({"image": str(file), "caption": pair.captions})
     if not parts["learned"]:
         raise DataError(f"{space.config.data}: {len(pairs)} images, of which none can be learned.")
@@ -141,7 +142,7 @@ def write_data(space: OwnWorkspace) -> JsonObject:
 
     # 2. The conversations without held-out images, and requests made of captions.
     held_out = {row["image"] for row in parts["held_out"]}
-    chats = own_chats(space, sources, held_out)
+    chats = own_chats(space, copies, held_out)
     made = caption_chats(parts["learned"], SystemConfig.read(space.start).tasks)
     lines = [json.dumps(row) + "\n" for row in chats + made]
     replace_text(folder / "chats.jsonl", "".join(lines))
@@ -175,8 +176,14 @@ def caption_words(row: JsonObject) -> set[str]:
     return {word.strip(".,;:!?").lower() for text in row["caption"] for word in text.split()}
 
 
+def scaled_digest(image: Image.Image) -> bytes:
+    """Scale an image to at most `LARGEST` pixels, in place; returns its digest."""
+    image.thumbnail((LARGEST, LARGEST))
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+
+
 def own_chats(
-    space: OwnWorkspace, sources: Mapping[str, str], held_out: set[str]
+    space: OwnWorkspace, copies: Mapping[bytes, str], held_out: set[str]
 ) -> list[JsonObject]:
     """The user's conversations about other than held-out images, which have the copies' paths."""
     if not space.config.chats:
@@ -191,7 +198,7 @@ def own_chats(
             messages = conversation(record.fields, location)["messages"]
             images = [part for turn in messages for part in turn["content"] if "image" in part]
             for part in images:
-                part["image"] = copied(part["image"], record, space.config.data, sources)
+                part["image"] = copied(part["image"], record, space.config.data, copies)
         except RECORD_FAULTS as error:
             print(f"[data] left out: {broken_note(error, location).location}", flush=True)
             continue
@@ -203,7 +210,7 @@ def own_chats(
     return chats
 
 
-def copied(value: object, record: Record, data: str, sources: Mapping[str, str]) -> str:
+def copied(value: object, record: Record, data: str, copies: Mapping[bytes, str]) -> str:
     """The path of the copy of an image of a conversation, or its own.
 
     It counts from the conversations' file, else from the folder of the images.
@@ -214,7 +221,8 @@ def copied(value: object, record: Record, data: str, sources: Mapping[str, str])
         path = record_image(value, record, data)
     if not isinstance(path, Path):
         raise BadRecord("no file", f"{record.location}: its image is no file.")
-    return sources.get(str(path.resolve()), str(path.resolve()))
+    digest = scaled_digest(open_image(path).image)
+    return copies.get(digest, str(path.resolve()))
 
 
 def caption_chats(rows: Sequence[JsonObject], tasks: Any) -> list[JsonObject]:

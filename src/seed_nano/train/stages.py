@@ -164,7 +164,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         (
             Stage("data", write_data, (), ("data", "data_state", "chats", "held_out")),
             Stage("images", OwnImagesTask, ("data",)),
-            Stage("codes", encode_chats, ("images",), ("views",)),
+            Stage("codes", encode_chats, ("data", "images"), ("views",)),
             hydra("sft", "train", "sft", "codes"),
             Stage("llm", install_own_llm, ("sft",)),
             Stage("report", Application(OWN_REPORT), ("llm",)),

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import tarfile
 
 import pytest
 from llm_runs import environment
@@ -79,6 +80,23 @@ def test_chats_find_their_images_and_keep_held_out_ones_out(data, tmp_path, form
         assert kept == 0 and capsys.readouterr().out.count("gone/") >= 12
     else:
         assert kept == len(space.images("learned")) < 12
+
+
+def test_conversations_about_held_out_images_of_a_tar_are_left_out(data, tmp_path):
+    # These name the pictures as files: their content is the same.
+    (data / "broken.png").unlink()
+    with tarfile.open(tmp_path / "toys.tar", "w") as tar:
+        for file in sorted(data.iterdir()):
+            tar.add(file, file.name)
+    space = space_of(tmp_path / "toys.tar", tmp_path)
+    assert write_data(space)["chats"] == len(space.images("learned")) < 12
+
+
+def test_a_changed_conversation_is_noticed(data, tmp_path):
+    before = space_of(data, tmp_path).config.data_state
+    file = tmp_path / "chats.json"
+    file.write_text(file.read_text().replace('"red"', '"RED"'))
+    assert space_of(data, tmp_path).config.data_state != before
 
 
 def test_copies_of_an_image_are_in_one_part(data, tmp_path):
