@@ -245,7 +245,12 @@ class RlTask(LanguageModelTask):
         # 3. The rewards, which need not be able to judge no images, and their weighted sum.
         columns: list[Tensor] = []
         for name, (reward, _) in self.rewards.items():
-            values = reward(images, records) if records else []
+            try:
+                # Its own lists: what a function does to them is not the run's.
+                values = reward([*images], copy.deepcopy([*records])) if records else []
+            except Exception as error:
+                error.add_note(f"Reward {name} of data.rewards raised this.")
+                raise
             columns.append(checked_rewards(name, values, len(records)))
         totals = weighted_sum(columns, [weight for _, weight in self.rewards.values()])
         texts = [record["prompt"] for record in records]

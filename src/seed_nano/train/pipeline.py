@@ -282,15 +282,18 @@ class Pipeline:
         with folder_lock(
             space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"
         ):
+            # Trainings write their own records.
+            record = space.record(name)
+            is_recorded_here = not stage.trained and record.parent == space.work
+            if is_recorded_here:  # a stage that is stopped has not finished
+                record.unlink(missing_ok=True)
             if isinstance(stage.run, Application):
                 self._process(stage.run.command(space, name))
             elif stage.trained:
                 train_stage(stage.run(space), space.work)
             else:
                 results = stage.run(space) or {}
-            # Trainings write their own records.
-            record = space.record(name)
-            if not stage.trained and record.parent == space.work:
+            if is_recorded_here:
                 facts = {"stage": name, "seconds": round(time.monotonic() - started, 1), **results}
                 replace_json(record, facts)
             replace_json(space.work / f"{name}.settings.json", stage.settings(space))

@@ -117,6 +117,23 @@ def test_rewards_that_do_not_apply(run):
     assert shares == [0.5] * 3 and "never" not in task.meter.last
 
 
+def test_a_reward_of_a_user_is_named_and_changes_no_records(run):
+    def clears(images, records) -> list[float]:
+        n_images = len(images)
+        records[0].clear()
+        records.clear()
+        images.clear()
+        return [1.0] * n_images
+
+    def raises(images, records) -> list[float]:
+        raise KeyError("subject")
+
+    with pytest.raises(KeyError) as caught:
+        run({"clears": clears, "mine": raises})
+    assert "mine" in caught.value.__notes__[0]
+    assert run({"clears": clears}).meter.last["clears"] == 1
+
+
 def test_rewarded_codes_alone_are_drawn_and_trained(run, monkeypatch):
     lengths = []
 
