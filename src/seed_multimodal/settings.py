@@ -161,25 +161,8 @@ def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limi
         # A key that is unknown before one that is missing, which often is the same, misspelled.
         errors = sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN_KEY)
         raise ConfigError(_error_sentence(hint, errors[0], label)) from None
-    _refuse_truth(value, converted, label)
-    check_settings(converted, label, limits)
+    check_settings(converted, label, limits, value)
     return converted
-
-
-def _refuse_truth(value: object, converted: object, label: str) -> None:
-    """Raise ConfigError for true and false in place of a number, which pydantic accepts."""
-    if isinstance(value, bool) and type(converted) in (int, float):
-        raise ConfigError(f"{label} must be a number, not {value!r}.")
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            if isinstance(converted, Mapping):
-                inner = converted.get(name)
-            else:
-                inner = getattr(converted, name, None)
-            _refuse_truth(item, inner, f"{label}: {name}")
-    elif isinstance(value, list | tuple) and isinstance(converted, list | tuple):
-        for item, inner_item in zip(value, converted, strict=True):
-            _refuse_truth(item, inner_item, label)
 
 
 @functools.cache
@@ -256,20 +239,27 @@ def nearest(key: str, options: Iterable[str], similarity: float = 0.5) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def check_settings(value: object, label: str, limits: Mapping[str, Any] = NO_LIMITS) -> None:
+def check_settings(
+    value: object, label: str, limits: Mapping[str, Any] = NO_LIMITS, given: object = None
+) -> None:
     """Raise ConfigError for a value that is not a choice, not finite or out of range, at any depth
-    of lists, mappings and dataclasses."""
+    of lists, mappings and dataclasses.
+
+    given: the value before its conversion, which makes numbers of true and false.
+    """
     # 1. What holds values; fields of a dataclass have limits of their own.
+    inner = given if isinstance(given, Mapping) else {}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
-            check_settings(item, f"{label}: {field.name}", field.metadata)
+            check_settings(item, f"{label}: {field.name}", field.metadata, inner.get(field.name))
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            check_settings(item, f"{label}: {key}", limits)
+            check_settings(item, f"{label}: {key}", limits, inner.get(key))
     elif isinstance(value, list | tuple):
-        for item in value:
-            check_settings(item, label, limits)
+        items = given if isinstance(given, list | tuple) else [None] * len(value)
+        for item, given_item in zip(value, items, strict=False):
+            check_settings(item, label, limits, given_item)
 
     # 2. One of some choices; None is always allowed.
     elif "choices" in limits and value not in (None, *limits["choices"]):
@@ -281,6 +271,8 @@ def check_settings(value: object, label: str, limits: Mapping[str, Any] = NO_LIM
 
     # 3. A number in a range.
     elif isinstance(value, int | float):
+        if isinstance(given, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{label} must be a number, not {given!r}.")
         if not abs(value) <= sys.float_info.max:  # also of NaN, and of integers of any length
             raise ConfigError(f"{label} must be a finite number, not {value}.")
         for name, (phrase, is_within) in _COMPARISONS.items():
