@@ -33,7 +33,6 @@ from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.images.transforms import (
     ImageTransform,
     Normalisation,
-    normalise,
     read_keys,
     to_bytes,
 )
@@ -101,12 +100,11 @@ class GlmImageCodec(CodeCodec):
         side: int,
         keys: SourceKeys,
     ) -> None:
-        self.channels = keys.image_mean, keys.image_std
         super().__init__(
             model,
             placement,
             transform=ImageTransform(
-                side // 2, interpolation="bicubic", mean=self.channels[0], std=self.channels[1]
+                side // 2, interpolation="bicubic", mean=keys.image_mean, std=keys.image_std
             ),
             codebook_size=model.n_codes,
             codes_per_image=CONTEXT,
@@ -134,7 +132,7 @@ class GlmImageCodec(CodeCodec):
             read_size = (READ_PIXELS * width, READ_PIXELS * height)
             small = image.resize(read_size, Image.Resampling.BICUBIC)
             resized.append(image)
-            rows.append(normalise(to_bytes(small), *self.channels))
+            rows.append(self.transform.normalise(to_bytes(small)))
         codes = self._encode_batcher(None, rows)
         return [Encoded(Source(*pair)) for pair in zip(resized, codes, strict=True)]
 
@@ -319,10 +317,12 @@ def read_processor(folder: Path) -> SourceKeys:
     """The keys of a processor's folder. Raises CheckpointError: no file; ConfigError: a value that
     is not followed."""
     for file in (folder / name for name in PROCESSOR_FILES):
-        if not file.is_file():
+        values = read_json_object(file, CheckpointError) if file.is_file() else {}
+        values = values.get("image_processor", values)
+        # Earlier releases of transformers wrote both files, the sizes into the second one.
+        if isinstance(values, dict) and "size" not in values:
             continue
-        values = read_json_object(file, CheckpointError)
-        keys = read_keys(SourceKeys, values.get("image_processor", values), str(file))
+        keys = read_keys(SourceKeys, values, str(file))
         if keys.size.shortest_edge > keys.size.longest_edge:
             raise ConfigError(f"{file}: size: shortest_edge is larger than longest_edge.")
         return keys

@@ -118,6 +118,16 @@ def test_a_damaged_folder_is_refused(folder, tmp_path, damage, message):
         MultimodalSystem.from_pretrained(copy, device="cpu", log=None).images.prepare_drawing()
 
 
+def test_sizes_are_read_where_earlier_releases_wrote_them(folder, tmp_path):
+    copy = tmp_path / "system"
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / PROCESSOR).read_text())
+    (copy / "processor/preprocessor_config.json").write_text(json.dumps(values["image_processor"]))
+    (copy / PROCESSOR).write_text(json.dumps({"processor_class": values["processor_class"]}))
+    system = MultimodalSystem.from_pretrained(copy, device="cpu", log=None)
+    assert (system.images.shortest, system.images.longest) == (64, 256)
+
+
 def test_the_original_s_folder_is_recognised(folder, tmp_path):
     copy = tmp_path / "GLM-Image"
     shutil.copytree(folder, copy)
