@@ -46,6 +46,14 @@ launch() {
     nodes=${NNODES:-${HOST_NUM:-1}}
     counted "NPROC (NPROC_PER_NODE, HOST_GPU_NUM)" "$processes"
     counted "NNODES (HOST_NUM)" "$nodes"
+    counted MASTER_PORT "${MASTER_PORT:-$port}"
+    # Of several nodes each would train alone if it did not know of the others.
+    node=${NODE_RANK:-${INDEX:-0}}
+    case $node in *[!0-9]*) node=$nodes ;; esac
+    if [ "$node" -ge "$nodes" ]; then
+        echo "$0: NODE_RANK (INDEX) must be below NNODES (HOST_NUM), which is $nodes." >&2
+        exit 2
+    fi
     if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then
         exec "$PYTHON" "${PROGRAM:-src/train/train.py}" "$@"
     fi
@@ -54,7 +62,7 @@ launch() {
     if [ "$nodes" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
         where=--standalone
     else
-        where="--nnodes=$nodes --node_rank=${NODE_RANK:-${INDEX:-0}} --master_port=${MASTER_PORT:-$port}"
+        where="--nnodes=$nodes --node_rank=$node --master_port=${MASTER_PORT:-$port}"
         master=${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}
         where="$where --master_addr=$master"
         case $nodes:$master:${GLOO_SOCKET_IFNAME:-} in

@@ -9,6 +9,7 @@ kind=${1:-}
 case $kind in
     highres) shift; set -- deepspeed=stage2_bf16 "$@" ;;
     lowres) shift ;;
+    -h | --help) kind=highres ;;
     *)
         echo "$0: the first argument is the decoder: highres (SDXL's kind) or lowres (Stable Diffusion 1.5's)." >&2
         exit 2

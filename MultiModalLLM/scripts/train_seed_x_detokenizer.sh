@@ -9,6 +9,7 @@ set -eu
 stage=${1:-}
 case $stage in
     1 | 2) shift ;;
+    -h | --help) stage=1 ;;
     *)
         echo "$0: the first argument is the stage: 1 (draw from embeddings) or 2 (beside a condition picture)." >&2
         exit 2

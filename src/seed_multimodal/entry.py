@@ -22,7 +22,14 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from seed_multimodal.disk import disk_is_full
-from seed_multimodal.errors import SeedError, SeedWarning, first_line, install_hint, package_of
+from seed_multimodal.errors import (
+    ConfigError,
+    SeedError,
+    SeedWarning,
+    first_line,
+    install_hint,
+    package_of,
+)
 
 _plain_format = warnings.formatwarning
 AUTO = "auto: on CUDA float16 for images, bfloat16 for the language model; float32 elsewhere"
@@ -44,8 +51,16 @@ def log_line(text: str) -> None:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """torchrun's RANK and WORLD_SIZE; default 0 of 1."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    """torchrun's RANK and WORLD_SIZE; default 0 of 1. Raises ConfigError: there is no such process,
+    which would work alone, or on nobody's share."""
+    rank = os.environ.get("RANK") or "0"
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise ConfigError(
+            f"RANK is {rank} and WORLD_SIZE {world_size}: set both, RANK from 0 to WORLD_SIZE - 1, "
+            "or neither."
+        )
+    return int(rank), int(world_size)
 
 
 def node_count() -> int:
@@ -64,7 +79,11 @@ def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
             stream = open(os.devnull, "r+")
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
-    rank, world_size = rank_and_world_size()
+    try:
+        rank, world_size = rank_and_world_size()
+    except ConfigError as error:
+        log_line(f"{program}: {error}")
+        return COMMAND_FAILED
     if world_size > 1:
         program += f" (rank {rank} on {platform.node()})"
 
@@ -139,7 +158,7 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
         code = stopped.code
     except Exception:  # noqa: BLE001 (a bug; torchrun must see this process end)
         traceback.print_exc()
-    if rank_and_world_size()[1] <= 1:
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
         sys.exit(code)  # type: ignore[arg-type]
     # One of several processes ends without Python's tear-down, which after a run over gloo may
     # abort in C++ (torch 2.13), so that torchrun would report a failure.

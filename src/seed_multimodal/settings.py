@@ -53,6 +53,7 @@ class DataclassInstance(Protocol):
 
 Dataclass = DataclassInstance | type[DataclassInstance]  # what `is_dataclass` accepts
 T = TypeVar("T", bound=DataclassInstance)
+IDENTITY = "settings.json"  # of a folder: what determines its content, see `check_identity`
 Entry = TypeVar("Entry")  # of a table
 TypeHint = Any  # what an annotation may hold, such as `list[Path]` or a Literal
 
@@ -332,14 +333,14 @@ def changed_settings(
 def check_identity(
     folder: Path, identity: JsonObject, flag: str, begin: bool = True, label: str = ""
 ) -> None:
-    """Write what determines a folder's content as its `settings.json`, or compare it with that.
+    """Write what determines a folder's content as its `IDENTITY`, or compare it with that.
 
     begin: False: a folder without the file stays so.
     label: the folder in messages, such as the URL that it is a copy of.
 
     The first of several processes writes, all compare. Raises DataError: it changed.
     """
-    file = folder / "settings.json"
+    file = folder / IDENTITY
     if not begin and not file.exists():
         return
     text = json.dumps(identity, indent=1, ensure_ascii=False, default=str)

@@ -83,6 +83,17 @@ def test_errors_of_the_machine_are_one_line(capsys):
         assert line.startswith("seed: ") and "memory" in line
 
 
+@pytest.mark.parametrize(
+    "rank, world_size", [("1", ""), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "two")]
+)
+def test_a_process_that_is_none_of_a_run_is_refused(monkeypatch, capsys, rank, world_size):
+    # It would work on nobody's share, or on all of the others'.
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert run_guarded("seed", False, lambda: 0) == COMMAND_FAILED
+    assert f"RANK is {rank}" in capsys.readouterr().err
+
+
 def test_defects_have_a_traceback():
     # An error that is none of the user's is not hidden.
     with pytest.raises(FileNotFoundError):

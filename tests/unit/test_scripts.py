@@ -46,6 +46,8 @@ def test_shell_scripts_parse():
         ("SEED_Tokenizer/install.sh", "--lavis"),
         ("scripts/start_frontend_8b.sh", "--request_address"),
         ("src/lavit/scripts/vqa_eval.sh", "--task_name"),
+        ("MultiModalLLM/scripts/train_lavit_detokenizer.sh", "trainer"),
+        ("MultiModalLLM/scripts/train_seed_x_detokenizer.sh", "trainer"),
     ],
 )
 def test_shell_scripts_print_their_help(tmp_path, script, text):

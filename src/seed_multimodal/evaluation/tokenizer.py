@@ -7,6 +7,7 @@ reconstructions.jpg, and a line per retrieval to evaluate.txt (LAVIS's names).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pkgutil
 import shlex
@@ -284,23 +285,31 @@ def run_pass(
 def read_images(
     source: Pairs, rows: Sequence[int], batch: int, encoded: Pass, log: Log
 ) -> Iterator[list[Image.Image]]:
-    """Images in batches; captions and unusable samples are added to `encoded`."""
+    """Images in batches, each once; captions, of all of its records, and unusable samples are added
+    to `encoded`."""
+    places: dict[object, int] = {}  # image → its index in `encoded`
     # A few unusable samples are left out, many in a row are a wrong folder or key.
     images: list[Image.Image] = []
     bad = BadRecords(MAX_BAD_IN_A_ROW, log, "left out: ")
     for row in rows:
         try:
             pair = source.read(row)
+            image = pair.image
+            key = hashlib.sha256(image).digest() if isinstance(image, bytes) else image
+            if key in places:
+                encoded.captions[places[key]] += pair.captions
+                continue
             name = pair.location
-            if isinstance(pair.image, Path):
-                name += f" ({pair.image})"
-            images.append(open_image(pair.image, name=name).image)
+            if isinstance(image, Path):
+                name += f" ({image})"
+            images.append(open_image(image, name=name).image)
         except RECORD_FAULTS as error:
             note = source.broken(row, error)
             encoded.bad.append(note.location)
             bad.add(note)
             continue
         bad.in_a_row = 0
+        places[key] = len(encoded.captions)
         encoded.captions.append(list(pair.captions))
         encoded.labels.append(pair.labels)
         if len(images) == batch:

@@ -1,9 +1,10 @@
 """Pre-tokenize a data set: each input shard becomes one output shard of JSON records with codes.
 
 `SAVE_DIR/NAME.tar` is written atomically, with its counts in `NAME.counts.json`; existing shards
-are skipped. Any number of processes may work on a folder: each writes the next shard whose lock is
-free, and begins with its share (`shard`, and its rank under torchrun). Object stores have no locks:
-there it writes its share only. Batches do not cross shards, so equal input gives equal records.
+are skipped, and refused if their input has changed. Any number of processes may work on a folder:
+each writes the next shard whose lock is free, and begins with its share (`shard`, and its rank
+under torchrun). Object stores have no locks: there it writes its share only. Batches do not cross
+shards, so equal input gives equal records.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import torch
 
 from seed_multimodal.data.formats import manifest
 from seed_multimodal.data.formats.bad_records import BROKEN, REPAIRED, BadRecords, RecordNote
+from seed_multimodal.data.formats.record import JsonObject, RecordFile
+from seed_multimodal.data.formats.records import FileRecords
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.formats.storage import (
     download,
@@ -31,6 +34,7 @@ from seed_multimodal.data.formats.storage import (
     is_remote,
     read_safely,
     remote_files,
+    stat,
     upload,
 )
 from seed_multimodal.device import DTYPES
@@ -58,11 +62,18 @@ from seed_multimodal.pretokenize.record_types import (
     replace_images,
 )
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_identity, check_settings, non_negative, positive, setting
+from seed_multimodal.settings import (
+    IDENTITY,
+    check_identity,
+    check_settings,
+    non_negative,
+    positive,
+    setting,
+)
 
 Codes = list[int]  # of an image
 COUNTS = "counts.json"  # of all shards
-SETTINGS = "settings.json"  # written by `check_identity`
+INPUT = "input"  # beside the counts of a shard: the state of the file that it was made of
 ENDS = (".tar", ".counts.json")  # of the files of a shard; at a URL the last one completes it
 
 
@@ -159,9 +170,10 @@ def _run(settings: RunSettings, folder: str, url: str = "") -> int:
     check_identity(save_dir, used, "--save_dir")
     if url:
         # The first of several processes uploads its settings, all compare.
-        upload(save_dir / SETTINGS, f"{url}/{SETTINGS}", "xb")
-        download(url, [SETTINGS], save_dir)
+        upload(save_dir / IDENTITY, f"{url}/{IDENTITY}", "xb")
+        download(url, [IDENTITY], save_dir)
         check_identity(save_dir, used, "--save_dir", label=url)
+    queue.check_inputs()
 
     # 4. Write the missing shards.
     if n_missing:
@@ -177,7 +189,8 @@ def _run(settings: RunSettings, folder: str, url: str = "") -> int:
             bad = BadRecords(settings.max_bad, progress.write_line, "skipped: ")
             writer = _RecordWriter(encoder, batch_size, bad, progress)
             for task in tasks:
-                writer.write_shard(queue.path(task.shard), chain([task], tasks))
+                state = queue.input_state(task.shard)
+                writer.write_shard(queue.path(task.shard), chain([task], tasks), state)
                 queue.release(task.shard)
     if not queue.count_missing():
         return _summarise(queue)
@@ -199,6 +212,7 @@ class ShardQueue:
     url: str = ""
     # of shards that this process has begun
     _locks: dict[str, ExitStack] = field(default_factory=dict)
+    _states: dict[str, object] = field(default_factory=dict)  # of input files, by path
 
     def path(self, name: str) -> Path:
         """The file of a shard."""
@@ -218,6 +232,44 @@ class ShardQueue:
                 names = os.listdir(self.save_dir / folder)
                 files.update(os.path.join(folder, name) for name in names)
         return {shard.name for shard in self.shards if f"{shard.name}.tar" in files}
+
+    @cached_property
+    def _files(self) -> dict[str, RecordFile]:
+        return {shard.name: shard.file for shard in self.shards}
+
+    def input_state(self, name: str) -> object:
+        """Size and version of the input of a shard, of a local one a checksum: copies have another
+        time."""
+        file = self._files[name]
+        path = str(file.path)
+        if path not in self._states:
+            remote = is_remote(path)
+            self._states[path] = [*stat(path)] if remote else FileRecords([file], path).checksum
+        return self._states[path]
+
+    def check_inputs(self) -> None:
+        """Raise DataError if the input of a written shard of this share has changed since."""
+        written = self.list_written()
+        own = [shard.name for shard in self.shards[: self.n_own] if shard.name in written]
+        changed = [
+            name
+            for name, counts in self.read_counts(own).items()
+            if counts.get(INPUT) not in (None, self.input_state(name))
+        ]
+        if changed:
+            count = pluralize(len(changed), "shard")
+            raise DataError(
+                f"{self.url or self.save_dir}: {count} ({changed[0]}.tar …) were made of other "
+                f"contents of {self._files[changed[0]].path} …; delete them to make them again, or "
+                "use another --save_dir."
+            )
+
+    def read_counts(self, names: Sequence[str]) -> dict[str, JsonObject]:
+        """The counts of written shards, and under `INPUT` what they were made of."""
+        if self.url and names:
+            download(self.url, [f"{name}.counts.json" for name in names], self.save_dir)
+        files = {name: self.save_dir / f"{name}.counts.json" for name in names}
+        return {name: read_json_object(file, DataError) for name, file in files.items()}
 
     def count_missing(self) -> int:
         """The number of shards that are not written yet."""
@@ -304,8 +356,9 @@ class _RecordWriter:
     progress: Progress
     images: int = 0
 
-    def write_shard(self, path: Path, tasks: Iterator[Task]) -> None:
-        """Write a shard and its counts. Raises DataError: too many broken samples in a row."""
+    def write_shard(self, path: Path, tasks: Iterator[Task], input_state: object) -> None:
+        """Write a shard, its counts and its `INPUT`. Raises DataError: too many broken samples in a
+        row."""
         counts = Counter[str]()
         with open_shard(path) as shard:
             for task in tasks:
@@ -315,7 +368,8 @@ class _RecordWriter:
                 self.progress.update(task.share, done=done)
                 if task.last:
                     break
-            replace_text(path.with_name(f"{path.stem}.counts.json"), json.dumps(counts))
+            text = json.dumps({**counts, INPUT: input_state})
+            replace_text(path.with_name(f"{path.stem}.counts.json"), text)
 
     def _write_task(self, task: Task, shard: ShardWriter, counts: Counter[str]) -> None:
         # 1. Encode all images of the task.
@@ -364,11 +418,9 @@ def _summarise(queue: ShardQueue) -> int:
     if total["shards"] != len(queue.shards):
         total = Counter(shards=len(queue.shards))
         names = [shard.name for shard in queue.shards]
-        if queue.url:
-            download(queue.url, [f"{name}.counts.json" for name in names], queue.save_dir)
         n_records = {}
-        for name in names:
-            counts = read_json_object(queue.save_dir / f"{name}.counts.json", DataError)
+        for name, counts in queue.read_counts(names).items():
+            counts.pop(INPUT, None)
             total.update(counts)
             n_records[f"{target}/{name}.tar"] = counts.get("samples", 0)
         replace_text(path, json.dumps(total, indent=1))

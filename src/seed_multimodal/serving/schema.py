@@ -473,9 +473,10 @@ class ResponsesRequest(AnswerRequest):
 
     @property
     def image_options(self) -> ImageOptions:
-        if self.tools:
-            return self.tools[0]
-        return self.tool_choice if isinstance(self.tool_choice, ImageTool) else ImageOptions()
+        options = self.tools[0] if self.tools else ImageOptions()
+        if isinstance(self.tool_choice, ImageTool):
+            options = options.model_copy(update=self.tool_choice.model_dump(exclude_unset=True))
+        return options
 
 
 class ImagesRequest(ImageOptions, SharedFields):
@@ -506,7 +507,7 @@ class TokensRequest(Fields):
     stream: ClassVar[bool] = False
 
     images: list[str] = []
-    codes: list[Codes] = []
+    codes: list[Codes] = Field([], max_length=MAX_IMAGES)
     seed: Seed = 0
     first: Whole | None = Field(None, ge=1)
 

@@ -37,7 +37,7 @@ from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.diffusion.networks import encode_moments
 from seed_multimodal.disk import JsonObject, replace_json, replace_text
-from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
@@ -55,6 +55,7 @@ LARGEST = 256  # pixels a side of the copied images
 # Of a view: its scale, and how far it is shifted, in shares of the image.
 SCALES, SHIFT = (0.88, 1.1), 0.06
 WORDS_WEIGHT = 2.0  # of the words in a caption, against the picture
+LEAST = {"held_out": 2, "views": 1}  # of settings
 FEW, RARE = 20, 3  # images, and captions with a word, below which a warning is printed
 ENCODER = "extract_image_ids_to_torchdata_parallel_chat.py"
 DESCRIBING = ("What is in this picture?", "What do you see?", "Describe the picture.")
@@ -68,6 +69,9 @@ class OwnWorkspace(Workspace):
 
     def __init__(self, config: Settings, work: Path, out: Path) -> None:
         super().__init__(config, work, out)
+        for name, least in LEAST.items():
+            if getattr(config, name) < least:
+                raise ConfigError(f"{name}: must be {least} or more, not {getattr(config, name)}.")
         # New and changed files are noticed by the stages' records.
         files = filter(None, (config.data, config.chats))
         config.data_state = " ".join(str(open_records(file).checksum) for file in files)
@@ -112,7 +116,7 @@ def write_data(space: OwnWorkspace) -> JsonObject:
     copies: dict[bytes, str] = {}  # their files
     narrow = []
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
-    for position, index in enumerate(order):
+    for index in order:
         try:
             pair = pairs.read(index)
             image = open_image(pair.image).image
@@ -126,7 +130,7 @@ def write_data(space: OwnWorkspace) -> JsonObject:
         digest = scaled_digest(image)
         file = folder / "images" / f"{index:06d}.png"
         image.save(file)
-        part = "held_out" if position % space.config.held_out == 0 else "learned"
+        part = "held_out" if len(part_of) % space.config.held_out == 0 else "learned"
         part = part_of.setdefault(digest, part)
         copies.setdefault(digest, str(file))
         parts[part].append({"image": str(file), "caption": pair.captions})

@@ -1,5 +1,6 @@
 """`seed eval tokenizer` and `prefix`: features, reports, bad samples, the shipped tokenizers."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
+from seed_multimodal.data.formats.record import as_list
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.prefix import class_columns
-from seed_multimodal.evaluation.tokenizer import open_tokenizer, run_pass
+from seed_multimodal.evaluation.tokenizer import Pass, open_tokenizer, read_images, run_pass
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.transforms import seed_image_processor
@@ -86,6 +88,23 @@ def test_run_pass_equals_the_models_features(stages, listed):
     }
     for name, embeddings in expected.items():
         np.testing.assert_allclose(features[name], F.normalize(embeddings, dim=-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["paths", "contents"])
+def test_records_of_one_image_are_its_captions(listed, form):
+    # As other images they would be ranked before it, and retrieval by any of its captions fail.
+    items = json.loads(listed.read_text())
+    records = [{**item, "caption": text} for item in items for text in as_list(item["caption"])]
+    for record in records:
+        if form == "contents":
+            content = (listed.parent / record["image"]).read_bytes()
+            record["image"] = base64.b64encode(content).decode()
+    write_json(listed, records)
+    source = open_pairs({"files": str(listed)})
+    used = Pass()
+    images = [*read_images(source, range(len(source)), 3, used, lambda line: None)]
+    assert [len(batch) for batch in images] == [3, 1] and len(used.bad) == 1
+    assert used.captions == [item["caption"] for item in items if item["image"] != "broken.png"]
 
 
 def evaluate(stages, data: Path, out, *more: str) -> int:

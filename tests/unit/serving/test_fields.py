@@ -499,6 +499,7 @@ def test_unknown_fields_and_other_values_are_refused(client, route):
             assert name in refusal(post(client, route, **{**absent, name: "other"}))
 
 
+TOOL = {"type": "image_generation"}
 URL = f"data:image/png;base64,{image_to_base64(noise(0))}"
 # Route, fields, what the refusal names.
 REQUESTS = {
@@ -514,6 +515,12 @@ REQUESTS = {
     "a prompt's file": (EDIT, {"prompt": [b"a fish"]}, "prompt:"),
     "a picture of the system": (RESPONSES, {"instructions": f"![]({URL})"}, "Message 0"),
     "pictures in Markdown": (CHAT, {"messages": [user(f"![a]({URL})" * 17)]}, "17 images"),
+    "codes to draw": (TOKENS, {"codes": [[1]] * 17}, "at most 16"),
+    "size beside tools": (
+        RESPONSES,
+        {"tools": [TOOL], "tool_choice": {**TOOL, "size": "100x3000"}},
+        "size:",
+    ),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
 }
 for route, sent, named in re.findall(r"^(/\S+) ([\s\S]+?)\s+-> (.+)$", REFUSED, re.MULTILINE):

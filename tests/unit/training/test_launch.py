@@ -98,6 +98,29 @@ def test_launch_chooses_the_interface_of_gloo(case, launch):
     assert variables["GLOO_SOCKET_IFNAME"] == case["interface"]
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NODE_RANK": "1"},
+        {"NODE_RANK": "2", "NNODES": "2"},
+        {"INDEX": "first", "HOST_NUM": "2"},
+        {"MASTER_PORT": "high", "NNODES": "2"},
+        {"NPROC": "0"},
+    ],
+    ids=str,
+)
+def test_launch_refuses_what_is_no_node_of_the_run(variables):
+    # A node that does not know of the others would train alone.
+    environment = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": "/nowhere", "NPROC": "1"}
+    done = run_process(
+        [SHELL, str(SCRIPTS[0])],
+        cwd=SCRIPTS[0].parents[1],
+        env={**environment, **variables},
+        timeout=60,
+    )
+    assert done.returncode == 2 and next(iter(variables)) in done.stderr, done
+
+
 def test_retrieval_script_reads_its_variables(launch):
     from seed_multimodal.cli.main import build_parser
 

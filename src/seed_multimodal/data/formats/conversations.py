@@ -27,6 +27,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import TypeVar
 
 from seed_multimodal.config import read_table
 from seed_multimodal.data.formats.contents import IMAGE_SUFFIXES
@@ -59,6 +60,7 @@ _FLAGS = {
     **dict.fromkeys(("true", "yes", "1", "1.0"), True),
     **dict.fromkeys(("false", "no", "0", "0.0"), False),
 }
+SYSTEM = ("system", "system_prompt")  # fields
 CONTENTS = ("content", "value", "text")
 IMAGES = ("images", "image")
 TURN_KEYS = {"role", "from", *CONTENTS, *IMAGES, *LEARNED, *_TABLES["turn"]}
@@ -82,6 +84,7 @@ _TAG = rf"<\|?(?:{_NAME})[ _:-]?(?P<number>[0-9]*)\|? ?/?>"
 _BRACKETS = r"(?-i:\[(?:IMG|IMAGE)[ _-]?(?P<bracketed>[0-9]*)\])"
 _BORDER = "(?:<[|]?(?:im|image|vision)_(?:start|end)[|]?>|<fake_token_around_image>)?"
 _MARKUP = re.compile(f"{_BORDER}(?:{_PAIR}|{_TAG}|{_BRACKETS}){_BORDER}", re.IGNORECASE)
+_OBJECT = re.compile("<bbox>|<ref-object>")  # ms-swift's
 _CODE = re.compile("<img_([0-9]+)>")
 _ADDRESS = re.compile(rf"\w+://\S+(?:{'|'.join(IMAGE_SUFFIXES)})(?:\?|$)", re.IGNORECASE)
 _BASE64 = ("data:image/", "/9j/", "iVBORw0KGgo")  # JPEG, PNG
@@ -96,6 +99,7 @@ class Placeholder:
 
 
 RawPart = ContentPart | Placeholder
+T = TypeVar("T")
 
 
 @dataclass
@@ -136,13 +140,24 @@ def with_messages(item: RecordFields, location: str) -> JsonObject:
             reason = "says that something is not learned; write it into the turns"
             raise BadRecord("unlearned answer", f"{location}: {name!r} {reason}.")
 
+    if fields.get("label") is False:
+        reason = "is false, as KTO marks an answer that is not wanted; leave it out, or rename this"
+        raise BadRecord("unlearned answer", f"{location}: 'label' {reason}.")
+    if fields.get("objects") and any(map(_OBJECT.search, _texts(turns))):
+        reason = "has 'objects' for marks in the texts, which are not read; write them as text"
+        raise BadRecord("other media", f"{location}: {reason}.")
+
     # 2. Their images; turns that are left out in the next step take theirs along.
     _place_images(turns, fields, location)
 
     # 3. The system message, then question and answer in turn.
     system, turns, repairs = _repaired(turns, location)
-    if system:
-        fields["system"] = system
+    messages = [system, *map(fields.get, SYSTEM)]
+    if not all(isinstance(message, str | None) for message in messages):
+        raise BadRecord("wrong type", f"{location}: its system message is no text.")
+    message = _one_of(messages, "two system messages", location)
+    if message:
+        fields["system"] = message
     if repairs:
         fields[REPAIRED] = ", ".join(repairs)
     fields["messages"] = [turn.message for turn in turns]
@@ -238,20 +253,23 @@ def _read_turns(turns: FieldValue, key: str, location: str) -> list[Turn]:
 
 def _read_turn(turn: RecordFields, location: str) -> Turn:
     # 1. LLaVA's keys are `from` and `value`, a chat API's `role` and `content`.
-    author = turn.get("role") or turn.get("from")
-    role = ROLES.get(str(author).lower())
-    if role is None:
-        reason = f"its role is {shorten(author)}, not one of {', '.join(ROLES)}"
+    authors = [turn[key] for key in ("role", "from") if turn.get(key)]
+    roles = [ROLES.get(str(author).lower()) for author in authors]
+    role = _one_of(roles, "two roles", location)
+    if role is None or None in roles:
+        named = ", ".join(map(shorten, authors)) or "missing"
+        reason = f"its role is {named}, not one of {', '.join(ROLES)}"
         raise BadRecord("wrong role", f"{location}: {reason}.")
     _refuse_unread(turn, TURN_KEYS, location)
     contents = [turn[key] for key in CONTENTS if turn.get(key) is not None]
+    content = _one_of(contents, "two contents", location)
     images = _images(value for key in IMAGES for value in as_list(turn.get(key)))
     if not contents and not images:
         raise BadRecord("missing key", f"{location}: has no 'content'.")
 
     # 2. Texts and images. Its own images are for its placeholders, or around its text.
     parts: list[RawPart] = []
-    for part in as_list(contents[0]) if contents else []:
+    for part in as_list(contents if content is None else content):
         parts += _read_part(part, location)
     learned = _is_learned(turn, role, location)
     n_placeholders = sum(isinstance(part, Placeholder) for part in parts)
@@ -260,6 +278,14 @@ def _read_turn(turn: RecordFields, location: str) -> Turn:
     if n_placeholders:
         return Turn(role, parts, learned, images)
     return Turn(role, [*parts, *images] if role == "assistant" else [*images, *parts], learned)
+
+
+def _one_of(values: Iterable[T], what: str, location: str) -> T | None:
+    """The value that is not empty, if there is one. Raises BadRecord: there are different ones."""
+    full = [value for value in values if value not in (None, "")]
+    if any(value != full[0] for value in full):
+        raise BadRecord("two values", f"{location}: has {what}: {shorten(full)}.")
+    return full[0] if full else None
 
 
 def _refuse_unread(item: RecordFields, known: Collection[str], location: str) -> None:
@@ -454,6 +480,10 @@ def _file_name(image: JsonObject) -> str | None:
     return re.split(r"[\\/]", value)[-1] if is_path and "://" not in value else None
 
 
+def _texts(turns: Iterable[Turn]) -> list[str]:
+    return [part for turn in turns for part in turn.content if isinstance(part, str)]
+
+
 def _repaired(turns: Sequence[Turn], location: str) -> tuple[str, list[Turn], list[str]]:
     """The system message, questions and answers in turn, and what was repaired.
 
@@ -464,7 +494,7 @@ def _repaired(turns: Sequence[Turn], location: str) -> tuple[str, list[Turn], li
     repairs: list[str] = []
     for number, turn in enumerate(turns, 1):
         turn_location = f"{location}: turn {number} (the {turn.role}'s)"
-        texts = [part for part in turn.content if isinstance(part, str)]
+        texts = _texts([turn])
         is_text = len(texts) == len(turn.content)
         if turn.role == "system":
             if not is_text or dialogue or repairs:

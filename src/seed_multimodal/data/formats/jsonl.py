@@ -176,11 +176,17 @@ class CsvTable(JsonList):
     """The rows of a .csv with a header, by index."""
 
     def _encoded_items(self, content: bytes) -> list[bytes]:
-        """Each row as JSON. Raises DataError: not UTF-8, or more cells in a row than columns."""
+        """Each row as JSON.
+
+        Raises DataError: not UTF-8, two columns of one name, or more cells in a row than columns.
+        """
         csv.field_size_limit(2**31 - 1)  # a cell may be an image as base64
         items: list[bytes] = []
         try:
             rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
+            names = [*filter(None, rows.fieldnames or ())]
+            if len({*names}) < len(names):
+                raise DataError(f"{self.path}: two of its columns have one name ({names}).")
             for row in rows:
                 if None in row:  # cells beyond the header
                     raise DataError(

@@ -7,6 +7,8 @@ source, position).
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -28,9 +30,11 @@ from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.order import EpochOrder, even_block
 from seed_multimodal.data.stream.packing import Piece, split_long
 from seed_multimodal.data.stream.stream import ReadResult
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
+from seed_multimodal.settings import IDENTITY
 
 USABLE_WITHIN = 100  # records tried before a source is rejected
 _TOO_LONG_REASONS = {
@@ -168,7 +172,28 @@ class OpenedSource:
 def open_sources(settings: LlmDataSettings, tokenizer: TextTokenizer) -> list[OpenedSource]:
     """The sources of an LLM's data, whose files are indexed.
 
-    Raises as `OpenedSource`, and ConfigError: a source that can never be drawn.
+    Raises as `OpenedSource`; ConfigError: a source that can never be drawn; DataError: codes of
+    several tokenizers.
     """
     settings.check_reachable()
-    return [OpenedSource(settings, index, tokenizer) for index in range(len(settings.sources))]
+    sources = [OpenedSource(settings, index, tokenizer) for index in range(len(settings.sources))]
+    check_codes(sources)
+    return sources
+
+
+def check_codes(sources: Sequence[OpenedSource]) -> None:
+    """Raise DataError if pre-tokenizing's `IDENTITY` files name several tokenizers of images, whose
+    codes mean different things."""
+    paths = {Path(str(file.path)) for source in sources for file in source.records.record_files}
+    folders: dict[str, Path] = {}  # fingerprint of the tokenizer → one of its folders
+    for folder in sorted({parent for path in paths for parent in [*path.parents][:2]}):
+        if (folder / IDENTITY).is_file():
+            settings = read_json_object(folder / IDENTITY, DataError)
+            # Other programs have files of this name.
+            if settings.keys() >= {"kind", "tokenizer", "transform"}:
+                folders.setdefault(str(settings["tokenizer"]), folder)
+    if len(folders) > 1:
+        named = " and ".join(str(folder / IDENTITY) for folder in folders.values())
+        raise DataError(
+            f"{named} name different tokenizers: pre-tokenize all images with one of them."
+        )

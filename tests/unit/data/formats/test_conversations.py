@@ -64,6 +64,17 @@ def test_with_messages_of_a_wrong_conversation(case):
     assert caught.value.kind == case["kind"]
 
 
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_system_messages_of_fields_and_of_turns_are_one(field):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    first = {"role": "system", "content": "Be kind."}
+    for record in (
+        {"messages": turns, field: "Be kind."},
+        {"messages": [first, *turns], field: "Be kind."},
+    ):
+        assert with_messages(record, "f")["system"] == "Be kind."
+
+
 def test_with_messages_says_what_it_repaired():
     # Losses of such records are counted in the reports.
     fields = with_messages(CASES["repaired"], "f")

@@ -310,6 +310,50 @@ def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_
     assert start(copy) == 0 and content(copy) == content(finished_run)
 
 
+def write_tar(folder, caption, count):
+    write_shard(folder / "b", [(str(n), {"jpg": jpeg(n), "txt": caption}) for n in range(count)])
+    # In place: this process keeps the file open.
+    (folder / "a.tar").write_bytes((folder / "b").read_bytes())
+
+
+def write_images(folder, caption, count):
+    for n in range(count):
+        (folder / f"{n}.jpg").write_bytes(jpeg(n))
+        (folder / f"{n}.txt").write_bytes(caption)
+
+
+def write_list(folder, caption, count):
+    write_images(folder / "images", caption, count)
+    rows = [{"image": f"images/{n}.jpg", "caption": caption.decode()} for n in range(count)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "write, file", [(write_tar, "a.tar"), (write_list, "a.jsonl"), (write_images, "")]
+)
+@pytest.mark.parametrize("at_url", [False, True])
+def test_run_refuses_a_shard_of_other_contents(start, tmp_path, write, file, at_url):
+    # The first block of another list, of equal length, or of a folder with one more image.
+    folder = tmp_path / "in"
+    (folder / "images").mkdir(parents=True)
+    out = tmp_path / "out"
+    url = f"file://{out}" if at_url else out
+    settings = {"data": {"files": str(folder / file)}, "block": 2}
+    write(folder, b"a cat", 3)
+    assert start(url, **settings) == 0
+    # A copy of the same has another time only.
+    write(folder, b"a cat", 3)
+    assert start(url, **settings) == 0
+    write(folder, b"a dog", 3 if file else 4)
+    with pytest.raises(DataError, match=r"\(.*other contents of .*delete them"):
+        start(url, **settings)
+    for tar in out.glob("*.tar"):
+        tar.unlink()
+    assert start(url, **settings) == 0
+    texts = [record.fields["text"] for record in map(open_records(out).read, range(3))]
+    assert texts == ["a dog"] * 3
+
+
 def test_run_writes_strict_json(start, tmp_path):
     # Python's json writes NaN, which is not JSON; LAION's metadata contains it.
     metadata = b'{"hash": NaN, "deep": [{"a": Infinity}], "similarity": 0.3}'

@@ -7,17 +7,20 @@ import itertools
 import json
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from data_files import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_json
 from yaml_tables import read_tables
 
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, read_once
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.data.stream.source import open_sources
+from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
 SIZES = read_tables(__file__)
@@ -36,6 +39,28 @@ def same(left: LlmBatch, right: LlmBatch) -> bool:
 def saved(batches: LlmBatches) -> dict:
     """The state as a checkpoint stores it."""
     return json.loads(json.dumps(batches.state_dict()))
+
+
+@pytest.mark.parametrize("second, refused", [("aa", False), ("bb", True), (None, False)])
+def test_codes_of_two_tokenizers_are_not_mixed(tokenizer, tmp_path, second, refused):
+    # Their numbers mean different things, and no loss says so.
+    sources = []
+    for name, fingerprint in (("first", "aa"), ("second", second)):
+        folder = tmp_path / name
+        (folder / "part").mkdir(parents=True)
+        file = lines(folder / "part" / "a.jsonl", [{"text": "a cat"}])
+        sources.append({"name": name, "files": str(file), "decoder": "pretrain.text"})
+        identity = {"kind": "caption", "transform": "", "tokenizer": fingerprint}
+        if fingerprint is None:  # another program's
+            identity = {"tokenizer": "bert"}
+        write_json(folder / "settings.json", identity)
+    config = read_data_settings({"sources": sources})
+    with (
+        pytest.raises(DataError, match="first.*second.*name different")
+        if refused
+        else nullcontext()
+    ):
+        assert len(open_sources(config, tokenizer)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from real_processes import run_checked
 from systems import load
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_nano.train.own import OwnWorkspace, view_of, write_data
 from seed_nano.train.workspace import load_settings
 
@@ -90,6 +90,21 @@ def test_conversations_about_held_out_images_of_a_tar_are_left_out(data, tmp_pat
             tar.add(file, file.name)
     space = space_of(tmp_path / "toys.tar", tmp_path)
     assert write_data(space)["chats"] == len(space.images("learned")) < 12
+
+
+@pytest.mark.parametrize("setting", ["held_out=0", "held_out=1", "views=0"])
+def test_settings_without_which_nothing_is_learned_are_refused(data, tmp_path, setting):
+    with pytest.raises(ConfigError, match=setting[:-2]):
+        space_of(data, tmp_path, setting)
+
+
+def test_an_image_is_held_out_where_others_are_broken(data, tmp_path):
+    # Of few images, the broken ones may be those that would be held out.
+    for number in range(3, 12):
+        (data / f"{number}.png").write_text("no image")
+    space = space_of(data, tmp_path)
+    write_data(space)
+    assert space.images("held_out")
 
 
 def test_a_changed_conversation_is_noticed(data, tmp_path):
