@@ -238,11 +238,13 @@ class Pipeline:
                     ready = [name for name in waiting if not self.before(name) & pending]
                     for name in ready[: self.jobs - len(running)]:
                         waiting.remove(name)
-                        if not self.stages[name].is_finished(self.space):
-                            self._start(self.stages[name], pool, running)
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        del running[future]
-                        future.result()
+                        if self.stages[name].is_finished(self.space):
+                            break  # what needs it is ready, too
+                        self._start(self.stages[name], pool, running)
+                    else:
+                        for future in wait(running, return_when=FIRST_COMPLETED).done:
+                            del running[future]
+                            future.result()
             finally:
                 for process in self.processes:
                     process.terminate()

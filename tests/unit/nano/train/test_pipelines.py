@@ -13,13 +13,15 @@ from llm_runs import environment
 from PIL import Image
 from real_processes import run_process, wait_until
 from repository import NANO, ROOT
-from tiny import read_json
+from tiny import read_json, write_json
 
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.disk import folder_lock
 from seed_multimodal.errors import SeedError
 from seed_nano import record
 from seed_nano.train.__main__ import main
+from seed_nano.train.pipeline import Pipeline, Stage
+from seed_nano.train.workspace import Workspace, load_settings
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.wide import wide_at
@@ -204,6 +206,33 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     assert run.returncode == 2
     assert "clip.checkpoints" in run.stderr
     assert not (tmp_path / "vae.done.json").exists()
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+folder, name = Path(sys.argv[1]), sys.argv[2]
+(folder / name).touch()
+for _ in range(200 * (name == "long")):
+    if (folder / "second").exists():
+        sys.exit(0)
+    time.sleep(0.1)
+sys.exit(name == "long")
+"""
+
+
+def test_what_follows_a_finished_stage_runs_beside_others(tmp_path):
+    # A resumed run of two jobs had one until its longest stage ended.
+    space = Workspace(load_settings("nano", "test"), tmp_path, tmp_path / "system")
+    stages = {
+        "first": Stage("first", print),
+        "long": Stage("long", print),
+        "second": Stage("second", print, ("first",)),
+    }
+    write_json(space.record("first"), {})
+    child = ["-c", WAITING, str(tmp_path)]
+    Pipeline(space, stages, 2, child, keep_times=False).run(stages)
+    assert (tmp_path / "second").exists() and not (tmp_path / "first").exists()
 
 
 def test_main_fails_without_a_start_or_if_a_stage_is_running(tmp_path, capsys):
