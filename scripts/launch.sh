@@ -47,11 +47,15 @@ launch() {
     counted "NPROC (NPROC_PER_NODE, HOST_GPU_NUM)" "$processes"
     counted "NNODES (HOST_NUM)" "$nodes"
     counted MASTER_PORT "${MASTER_PORT:-$port}"
-    # Of several nodes each would train alone if it did not know of the others.
     node=${NODE_RANK:-${INDEX:-0}}
-    case $node in *[!0-9]*) node=$nodes ;; esac
-    if [ "$node" -ge "$nodes" ]; then
-        echo "$0: NODE_RANK (INDEX) must be below NNODES (HOST_NUM), which is $nodes." >&2
+    [ "$nodes" != 1 ] || node=${NODE_RANK:-0} # INDEX may be of another program
+    # A node that does not know of the others would train alone.
+    case $node in
+        *[!0-9]*) is_node=false ;;
+        *) [ "$node" -lt "$nodes" ] && is_node=true || is_node=false ;;
+    esac
+    if [ $is_node = false ]; then
+        echo "$0: NODE_RANK (INDEX) is '$node', but must be below NNODES (HOST_NUM), which is $nodes." >&2
         exit 2
     fi
     if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then

@@ -53,8 +53,8 @@ def log_line(text: str) -> None:
 def rank_and_world_size() -> tuple[int, int]:
     """torchrun's RANK and WORLD_SIZE; default 0 of 1. Raises ConfigError: there is no such process,
     which would work alone, or on nobody's share."""
-    rank = os.environ.get("RANK") or "0"
     world_size = os.environ.get("WORLD_SIZE") or "1"
+    rank = os.environ.get("RANK") or ("0" if world_size == "1" else "not set")
     if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
         raise ConfigError(
             f"RANK is {rank} and WORLD_SIZE {world_size}: set both, RANK from 0 to WORLD_SIZE - 1, "
@@ -158,7 +158,7 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
         code = stopped.code
     except Exception:  # noqa: BLE001 (a bug; torchrun must see this process end)
         traceback.print_exc()
-    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):  # also where the two are refused
         sys.exit(code)  # type: ignore[arg-type]
     # One of several processes ends without Python's tear-down, which after a run over gloo may
     # abort in C++ (torch 2.13), so that torchrun would report a failure.

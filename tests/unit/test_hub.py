@@ -84,14 +84,14 @@ def test_errors_of_the_machine_are_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    "rank, world_size", [("1", ""), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "two")]
+    "rank, world_size", [("1", ""), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "two"), ("", "2")]
 )
 def test_a_process_that_is_none_of_a_run_is_refused(monkeypatch, capsys, rank, world_size):
     # It would work on nobody's share, or on all of the others'.
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     assert run_guarded("seed", False, lambda: 0) == COMMAND_FAILED
-    assert f"RANK is {rank}" in capsys.readouterr().err
+    assert f"RANK is {rank or 'not set'}" in capsys.readouterr().err
 
 
 def test_defects_have_a_traceback():

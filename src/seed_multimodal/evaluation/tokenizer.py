@@ -287,7 +287,8 @@ def read_images(
 ) -> Iterator[list[Image.Image]]:
     """Images in batches, each once; captions, of all of its records, and unusable samples are added
     to `encoded`."""
-    places: dict[object, int] = {}  # image → its index in `encoded`
+    # Of files and contents, with their labels; of a function it is not known what it renders.
+    index_of: dict[tuple[Path | bytes, str], int] = {}
     # A few unusable samples are left out, many in a row are a wrong folder or key.
     images: list[Image.Image] = []
     bad = BadRecords(MAX_BAD_IN_A_ROW, log, "left out: ")
@@ -295,9 +296,11 @@ def read_images(
         try:
             pair = source.read(row)
             image = pair.image
-            key = hashlib.sha256(image).digest() if isinstance(image, bytes) else image
-            if key in places:
-                encoded.captions[places[key]] += pair.captions
+            content = hashlib.sha256(image).digest() if isinstance(image, bytes) else image
+            key = None if callable(content) else (content, repr(pair.labels))
+            if key in index_of:
+                encoded.captions[index_of[key]] += pair.captions
+                bad.in_a_row = 0
                 continue
             name = pair.location
             if isinstance(image, Path):
@@ -309,7 +312,8 @@ def read_images(
             bad.add(note)
             continue
         bad.in_a_row = 0
-        places[key] = len(encoded.captions)
+        if key is not None:
+            index_of[key] = len(encoded.captions)
         encoded.captions.append(list(pair.captions))
         encoded.labels.append(pair.labels)
         if len(images) == batch:

@@ -6,16 +6,20 @@ Each tar, or block of records of other formats, becomes one output shard.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.config import as_mapping, from_compat, load_yaml
 from seed_multimodal.data.formats.record import JsonObject, RecordFields, RecordFile
-from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.records import FileRecords, open_records
+from seed_multimodal.data.formats.storage import is_remote, stat_files
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import positive, read_settings, setting
+
+Stat = tuple[int, str]  # size and version, see `storage.stat`
 
 
 @dataclass
@@ -76,6 +80,66 @@ def parse_fields(text: str | None) -> str | dict[str, str] | None:
             f"--fields {text!r} must be a preset's name or comma-separated NAME=KEY pairs."
         )
     return dict(pairs)
+
+
+class InputStates:
+    """What inputs were like when shards were made of them: number, bytes and a digest of the
+    versions of the files that an input reads, and a checksum of the contents of local ones.
+
+    Not seen are changes of images that a list names, of remote files whose server lists no sizes,
+    and of single files of equal size among many whose contents `FileRecords.checksum` does not
+    sample.
+    """
+
+    def __init__(self) -> None:
+        self._listings: dict[str, dict[str, Stat]] = {}  # of remote folders, read once
+        self._states: dict[str, JsonObject] = {}  # by path, without checksums
+        self._checksums: dict[str, int | None] = {}
+
+    def state(self, file: RecordFile) -> JsonObject:
+        """The state of an input, as JSON values."""
+        return {**self._state(file), "checksum": self._checksum(file)}
+
+    def is_same(self, file: RecordFile, before: JsonObject) -> bool:
+        """Whether an input is as it was; copies have other times, so then contents are compared."""
+        now = self._state(file)
+        if any(before.get(key) != now[key] for key in ("files", "bytes")):
+            return False
+        if before.get("version") == now["version"]:
+            return True
+        return before.get("checksum") is not None and before["checksum"] == self._checksum(file)
+
+    def _state(self, file: RecordFile) -> JsonObject:
+        key = str(file.path)
+        if key not in self._states:
+            paths = _paths(file)
+            stats = [*filter(None, map(self._stat, paths))]
+            self._states[key] = {
+                "files": len(paths),
+                "bytes": sum(size for size, _ in stats),
+                "version": f"{zlib.crc32(repr(stats).encode()):08x}",
+            }
+        return self._states[key]
+
+    def _stat(self, path: str) -> Stat | None:
+        folder, name = os.path.split(path)
+        if not is_remote(path):
+            return stat_files(folder, [name]).get(name)
+        if folder not in self._listings:
+            self._listings[folder] = stat_files(folder, [])
+        return self._listings[folder].get(name)
+
+    def _checksum(self, file: RecordFile) -> int | None:
+        key = str(file.path)
+        if key not in self._checksums:
+            is_local = not any(map(is_remote, _paths(file)))
+            self._checksums[key] = FileRecords([file], key).checksum if is_local else None
+        return self._checksums[key]
+
+
+def _paths(file: RecordFile) -> list[str]:
+    """The files that an input reads; of registered formats there may be none."""
+    return [*map(str, getattr(file, "files", ()))]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ import torch
 from seed_multimodal.data.formats import manifest
 from seed_multimodal.data.formats.bad_records import BROKEN, REPAIRED, BadRecords, RecordNote
 from seed_multimodal.data.formats.record import JsonObject, RecordFile
-from seed_multimodal.data.formats.records import FileRecords
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.formats.storage import (
     download,
@@ -34,7 +33,6 @@ from seed_multimodal.data.formats.storage import (
     is_remote,
     read_safely,
     remote_files,
-    stat,
     upload,
 )
 from seed_multimodal.device import DTYPES
@@ -51,6 +49,7 @@ from seed_multimodal.pretokenize.dataset import EncodedViews, Task, TaskDecoder,
 from seed_multimodal.pretokenize.encode import Encoder, read_transform
 from seed_multimodal.pretokenize.inputs import (
     InputSettings,
+    InputStates,
     Shard,
     list_shards,
     read_input_settings,
@@ -73,7 +72,8 @@ from seed_multimodal.settings import (
 
 Codes = list[int]  # of an image
 COUNTS = "counts.json"  # of all shards
-INPUT = "input"  # beside the counts of a shard: the state of the file that it was made of
+INPUT = "input"  # beside the counts of a shard: the state of what it was made of
+SHOWN = 10  # changed shards in an error
 ENDS = (".tar", ".counts.json")  # of the files of a shard; at a URL the last one completes it
 
 
@@ -212,56 +212,59 @@ class ShardQueue:
     url: str = ""
     # of shards that this process has begun
     _locks: dict[str, ExitStack] = field(default_factory=dict)
-    _states: dict[str, object] = field(default_factory=dict)  # of input files, by path
+    inputs: InputStates = field(default_factory=InputStates)
 
     def path(self, name: str) -> Path:
         """The file of a shard."""
         return self.save_dir / f"{name}.tar"
 
     def list_written(self) -> set[str]:
-        """Names of the written shards, by one listing of each output folder, or of the URL."""
+        """Names of the written shards; at a URL of those whose counts are there, too."""
+        files = self._list_files()
+        ends = ENDS if self.url else ENDS[:1]
+        return {
+            shard.name
+            for shard in self.shards
+            if all(f"{shard.name}{end}" in files for end in ends)
+        }
+
+    def _list_files(self) -> set[str]:
+        """The files of the shards, by one listing of each output folder, or of the URL."""
         if self.url:
-            urls = set(remote_files(self.url, "find"))
-            names = [shard.name for shard in self.shards]
-            return {
-                name for name in names if all(f"{self.url}/{name}{end}" in urls for end in ENDS)
-            }
+            urls = remote_files(self.url, "find")
+            return {url.removeprefix(f"{self.url}/") for url in urls}
         files = set[str]()
         for folder in {os.path.dirname(shard.name) for shard in self.shards}:
             with suppress(FileNotFoundError):
                 names = os.listdir(self.save_dir / folder)
                 files.update(os.path.join(folder, name) for name in names)
-        return {shard.name for shard in self.shards if f"{shard.name}.tar" in files}
+        return files
 
     @cached_property
     def _files(self) -> dict[str, RecordFile]:
         return {shard.name: shard.file for shard in self.shards}
 
-    def input_state(self, name: str) -> object:
-        """Size and version of the input of a shard, of a local one a checksum: copies have another
-        time."""
-        file = self._files[name]
-        path = str(file.path)
-        if path not in self._states:
-            remote = is_remote(path)
-            self._states[path] = [*stat(path)] if remote else FileRecords([file], path).checksum
-        return self._states[path]
+    def input_state(self, name: str) -> JsonObject:
+        """What is kept beside the counts of a shard, see `InputStates`."""
+        return self.inputs.state(self._files[name])
 
     def check_inputs(self) -> None:
         """Raise DataError if the input of a written shard of this share has changed since."""
-        written = self.list_written()
-        own = [shard.name for shard in self.shards[: self.n_own] if shard.name in written]
-        changed = [
-            name
-            for name, counts in self.read_counts(own).items()
-            if counts.get(INPUT) not in (None, self.input_state(name))
-        ]
+        # Without its counts, or with those of an earlier version, a shard is taken as it is.
+        files = self._list_files()
+        names = [shard.name for shard in self.shards[: self.n_own]]
+        own = [name for name in names if all(f"{name}{end}" in files for end in ENDS)]
+        changed: list[str] = []
+        for name, counts in self.read_counts(own).items():
+            before = counts.get(INPUT)
+            if before is not None and not self.inputs.is_same(self._files[name], before):
+                changed.append(f"{name}.tar")
         if changed:
-            count = pluralize(len(changed), "shard")
+            more = " …" if len(changed) > SHOWN else ""
             raise DataError(
-                f"{self.url or self.save_dir}: {count} ({changed[0]}.tar …) were made of other "
-                f"contents of {self._files[changed[0]].path} …; delete them to make them again, or "
-                "use another --save_dir."
+                f"{self.url or self.save_dir}: the input of {pluralize(len(changed), 'shard')} "
+                f"has changed since: {', '.join(changed[:SHOWN])}{more}; delete these shards to "
+                "make them again, or use another --save_dir."
             )
 
     def read_counts(self, names: Sequence[str]) -> dict[str, JsonObject]:
@@ -356,7 +359,7 @@ class _RecordWriter:
     progress: Progress
     images: int = 0
 
-    def write_shard(self, path: Path, tasks: Iterator[Task], input_state: object) -> None:
+    def write_shard(self, path: Path, tasks: Iterator[Task], input_state: JsonObject) -> None:
         """Write a shard, its counts and its `INPUT`. Raises DataError: too many broken samples in a
         row."""
         counts = Counter[str]()

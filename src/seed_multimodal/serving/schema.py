@@ -473,7 +473,7 @@ class ResponsesRequest(AnswerRequest):
 
     @property
     def image_options(self) -> ImageOptions:
-        options = self.tools[0] if self.tools else ImageOptions()
+        options = self.tools[0] if self.tools else ImageTool(type="image_generation")
         if isinstance(self.tool_choice, ImageTool):
             options = options.model_copy(update=self.tool_choice.model_dump(exclude_unset=True))
         return options

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -204,4 +205,6 @@ def _describe(codes: set[int]) -> str:
 
 
 if __name__ == "__main__":
+    for name in ("RANK", "WORLD_SIZE"):  # of whoever started it; its processes get their own
+        os.environ.pop(name, None)
     sys.exit(run_guarded("torchrun", "--debug" in sys.argv, lambda: run_torchrun(sys.argv[1:])))

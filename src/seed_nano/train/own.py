@@ -199,7 +199,8 @@ def own_chats(
         location = records.locate(index).location
         try:
             record = records.locate(index).parsed()
-            messages = conversation(record.fields, location)["messages"]
+            fields = conversation(record.fields, location)
+            messages = fields["messages"]
             images = [part for turn in messages for part in turn["content"] if "image" in part]
             for part in images:
                 part["image"] = copied(part["image"], record, space.config.data, copies)
@@ -209,7 +210,8 @@ def own_chats(
         if any(part["image"] in held_out for part in images):
             n_held_out += 1
         else:
-            chats.append({"messages": messages})
+            system = {"system": fields["system"]} if fields.get("system") else {}
+            chats.append({**system, "messages": messages})
     print(f"[data] left out: {n_held_out} conversations about held-out images", flush=True)
     return chats
 

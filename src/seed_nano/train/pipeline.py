@@ -236,15 +236,16 @@ class Pipeline:
                 while waiting or running:
                     pending = {*waiting, *running.values()}
                     ready = [name for name in waiting if not self.before(name) & pending]
+                    done = [name for name in ready if self.stages[name].is_finished(self.space)]
+                    if done:  # what needs them is ready, too
+                        waiting = [name for name in waiting if name not in done]
+                        continue
                     for name in ready[: self.jobs - len(running)]:
                         waiting.remove(name)
-                        if self.stages[name].is_finished(self.space):
-                            break  # what needs it is ready, too
                         self._start(self.stages[name], pool, running)
-                    else:
-                        for future in wait(running, return_when=FIRST_COMPLETED).done:
-                            del running[future]
-                            future.result()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        future.result()
             finally:
                 for process in self.processes:
                     process.terminate()

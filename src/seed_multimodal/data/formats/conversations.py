@@ -27,7 +27,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TypeVar
 
 from seed_multimodal.config import read_table
 from seed_multimodal.data.formats.contents import IMAGE_SUFFIXES
@@ -61,6 +60,7 @@ _FLAGS = {
     **dict.fromkeys(("false", "no", "0", "0.0"), False),
 }
 SYSTEM = ("system", "system_prompt")  # fields
+EMPTY: Sequence[FieldValue] = (None, "", [], {})
 CONTENTS = ("content", "value", "text")
 IMAGES = ("images", "image")
 TURN_KEYS = {"role", "from", *CONTENTS, *IMAGES, *LEARNED, *_TABLES["turn"]}
@@ -99,7 +99,6 @@ class Placeholder:
 
 
 RawPart = ContentPart | Placeholder
-T = TypeVar("T")
 
 
 @dataclass
@@ -140,7 +139,7 @@ def with_messages(item: RecordFields, location: str) -> JsonObject:
             reason = "says that something is not learned; write it into the turns"
             raise BadRecord("unlearned answer", f"{location}: {name!r} {reason}.")
 
-    if fields.get("label") is False:
+    if str(fields.get("label")).lower() == "false":  # tables have texts
         reason = "is false, as KTO marks an answer that is not wanted; leave it out, or rename this"
         raise BadRecord("unlearned answer", f"{location}: 'label' {reason}.")
     if fields.get("objects") and any(map(_OBJECT.search, _texts(turns))):
@@ -152,12 +151,12 @@ def with_messages(item: RecordFields, location: str) -> JsonObject:
 
     # 3. The system message, then question and answer in turn.
     system, turns, repairs = _repaired(turns, location)
-    messages = [system, *map(fields.get, SYSTEM)]
-    if not all(isinstance(message, str | None) for message in messages):
+    systems = {"a system message": system, **{key: fields.get(key) for key in SYSTEM}}
+    system_message = _one_of(systems, location)
+    if not isinstance(system_message, str | None):
         raise BadRecord("wrong type", f"{location}: its system message is no text.")
-    message = _one_of(messages, "two system messages", location)
-    if message:
-        fields["system"] = message
+    if system_message:
+        fields["system"] = system_message
     if repairs:
         fields[REPAIRED] = ", ".join(repairs)
     fields["messages"] = [turn.message for turn in turns]
@@ -253,23 +252,22 @@ def _read_turns(turns: FieldValue, key: str, location: str) -> list[Turn]:
 
 def _read_turn(turn: RecordFields, location: str) -> Turn:
     # 1. LLaVA's keys are `from` and `value`, a chat API's `role` and `content`.
-    authors = [turn[key] for key in ("role", "from") if turn.get(key)]
-    roles = [ROLES.get(str(author).lower()) for author in authors]
-    role = _one_of(roles, "two roles", location)
-    if role is None or None in roles:
-        named = ", ".join(map(shorten, authors)) or "missing"
-        reason = f"its role is {named}, not one of {', '.join(ROLES)}"
+    authors = {key: turn[key] for key in ("role", "from") if turn.get(key)}
+    roles = {key: ROLES.get(str(author).lower(), author) for key, author in authors.items()}
+    role = _one_of(roles, location)
+    if role not in ROLES.values():
+        reason = f"its role is {shorten(role)}, not one of {', '.join(ROLES)}"
         raise BadRecord("wrong role", f"{location}: {reason}.")
     _refuse_unread(turn, TURN_KEYS, location)
-    contents = [turn[key] for key in CONTENTS if turn.get(key) is not None]
-    content = _one_of(contents, "two contents", location)
+    contents = {key: turn[key] for key in CONTENTS if turn.get(key) is not None}
+    content = _one_of(contents, location)
     images = _images(value for key in IMAGES for value in as_list(turn.get(key)))
     if not contents and not images:
         raise BadRecord("missing key", f"{location}: has no 'content'.")
 
     # 2. Texts and images. Its own images are for its placeholders, or around its text.
     parts: list[RawPart] = []
-    for part in as_list(contents if content is None else content):
+    for part in as_list(content) if content is not None else ():
         parts += _read_part(part, location)
     learned = _is_learned(turn, role, location)
     n_placeholders = sum(isinstance(part, Placeholder) for part in parts)
@@ -280,18 +278,22 @@ def _read_turn(turn: RecordFields, location: str) -> Turn:
     return Turn(role, [*parts, *images] if role == "assistant" else [*images, *parts], learned)
 
 
-def _one_of(values: Iterable[T], what: str, location: str) -> T | None:
-    """The value that is not empty, if there is one. Raises BadRecord: there are different ones."""
-    full = [value for value in values if value not in (None, "")]
-    if any(value != full[0] for value in full):
-        raise BadRecord("two values", f"{location}: has {what}: {shorten(full)}.")
-    return full[0] if full else None
+def _one_of(values: RecordFields, location: str) -> FieldValue:
+    """The value that is not empty, of several keys that mean the same; None: there is none.
+
+    Raises BadRecord: they differ.
+    """
+    full = {key: value for key, value in values.items() if value not in EMPTY}
+    first = next(iter(full.values()), None)
+    if any(value != first for value in full.values()):
+        raise BadRecord("two values", f"{location}: {' and '.join(full)} differ; keep one of them.")
+    return first
 
 
 def _refuse_unread(item: RecordFields, known: Collection[str], location: str) -> None:
     """Raise BadRecord for a key with a value that is neither read nor harmless."""
     for key, value in item.items():
-        if key not in known and value not in (None, "", [], {}):
+        if key not in known and value not in EMPTY:
             raise BadRecord("unread key", f"{location}: has {key!r}, which is not read.")
 
 

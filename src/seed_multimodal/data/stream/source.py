@@ -6,6 +6,7 @@ source, position).
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from seed_multimodal.data.formats.bad_records import (
 )
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.storage import is_remote
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.order import EpochOrder, even_block
 from seed_multimodal.data.stream.packing import Piece, split_long
@@ -182,18 +184,31 @@ def open_sources(settings: LlmDataSettings, tokenizer: TextTokenizer) -> list[Op
 
 
 def check_codes(sources: Sequence[OpenedSource]) -> None:
-    """Raise DataError if pre-tokenizing's `IDENTITY` files name several tokenizers of images, whose
-    codes mean different things."""
-    paths = {Path(str(file.path)) for source in sources for file in source.records.record_files}
-    folders: dict[str, Path] = {}  # fingerprint of the tokenizer → one of its folders
-    for folder in sorted({parent for path in paths for parent in [*path.parents][:2]}):
-        if (folder / IDENTITY).is_file():
-            settings = read_json_object(folder / IDENTITY, DataError)
-            # Other programs have files of this name.
-            if settings.keys() >= {"kind", "tokenizer", "transform"}:
-                folders.setdefault(str(settings["tokenizer"]), folder)
+    """Raise DataError if sources have codes of several tokenizers, by the `IDENTITY` that
+    pre-tokenizing writes into the folder of its shards; those of URLs are not compared."""
+    paths = [str(file.path) for source in sources for file in source.records.record_files]
+    folders: dict[str, Path] = {}  # fingerprint of the tokenizer → one of its files
+    for folder in sorted({Path(path).parent for path in paths if not is_remote(path)}):
+        fingerprint, file = _tokenizer_of(folder)
+        if fingerprint:
+            folders.setdefault(fingerprint, file)
     if len(folders) > 1:
-        named = " and ".join(str(folder / IDENTITY) for folder in folders.values())
+        named = " and ".join(map(str, folders.values()))
         raise DataError(
-            f"{named} name different tokenizers: pre-tokenize all images with one of them."
+            f"{named} name different tokenizers, whose codes mean different things; pre-tokenize "
+            "all images with one of them. If they have one codebook (other precision, other draws "
+            "of LaVIT's), write one 'tokenizer' into both files."
         )
+
+
+def _tokenizer_of(folder: Path) -> tuple[str, Path]:
+    """The tokenizer's fingerprint of the nearest `IDENTITY` of pre-tokenizing in or above a folder,
+    and its file; "": there is none."""
+    for parent in (folder, *folder.parents):
+        file = parent / IDENTITY
+        # Other programs have files of this name.
+        with contextlib.suppress(DataError):
+            settings = read_json_object(file, DataError)
+            if settings.keys() >= {"kind", "tokenizer", "transform"}:
+                return str(settings["tokenizer"]), file
+    return "", folder

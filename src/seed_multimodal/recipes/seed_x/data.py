@@ -128,10 +128,12 @@ class SeedXDecoder(FeatureDecoder):
             return [left, image, right]
         return [image, text] if image_first else [text, image]
 
-    def turns(self, turns: Sequence[Turn], unlearned: Collection[int] = ()) -> SegmentList:
-        """The turns after the system message."""
+    def turns(
+        self, turns: Sequence[Turn], unlearned: Collection[int] = (), system: str = ""
+    ) -> SegmentList:
+        """The turns after the system message, by default that of the options."""
         result = self.dialogue(self.template, turns, unlearned=unlearned)
-        put_system_first(result, self.options.system_message, "\n")
+        put_system_first(result, system or self.options.system_message, "\n")
         result.extra = {"text": self.as_text(result.segments)}
         return result
 
@@ -319,4 +321,4 @@ class Chat(SeedXDecoder):
                     part = output_tokens if index in unlearned else target
                 content.append(part)
             turns.append((role, content))
-        return self.turns(turns, unlearned)
+        return self.turns(turns, unlearned, fields.get("system") or "")

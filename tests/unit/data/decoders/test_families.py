@@ -115,6 +115,11 @@ def test_seed_x_chat_of_several_edits(decode, prompts, tokenizer_of):
     prompt_ids = prompts.dialogue([("user", [prompts.image(3), "red"])])
     assert sequence.ids[: len(prompt_ids)] == prompt_ids
 
+    # A system message of the conversation, too.
+    told = decode("seed_x.chat", {**messages("red", "Red."), "system": "Be brief."})
+    prompt_ids = prompts.dialogue([("user", ["red"])], system="Be brief.")
+    assert told.ids[: len(prompt_ids)] == prompt_ids
+
     # Of an answer that is context neither the text nor the image is learned.
     record = messages(*turns)
     record["messages"][1]["learned"] = False

@@ -318,40 +318,56 @@ def write_tar(folder, caption, count):
 
 def write_images(folder, caption, count):
     for n in range(count):
-        (folder / f"{n}.jpg").write_bytes(jpeg(n))
-        (folder / f"{n}.txt").write_bytes(caption)
+        (folder / f"{n:02d}.jpg").write_bytes(jpeg(n))
+        (folder / f"{n:02d}.txt").write_bytes(caption)
 
 
 def write_list(folder, caption, count):
     write_images(folder / "images", caption, count)
-    rows = [{"image": f"images/{n}.jpg", "caption": caption.decode()} for n in range(count)]
+    rows = [{"image": f"images/{n:02d}.jpg", "caption": caption.decode()} for n in range(count)]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize(
-    "write, file", [(write_tar, "a.tar"), (write_list, "a.jsonl"), (write_images, "")]
+    "write, file, caption, count",
+    [
+        (write_tar, "a.tar", b"a dog", 40),
+        (write_list, "a.jsonl", b"a dog", 40),
+        (write_images, "", b"a dog", 40),
+        (write_images, "", b"a cat", 41),
+    ],
 )
 @pytest.mark.parametrize("at_url", [False, True])
-def test_run_refuses_a_shard_of_other_contents(start, tmp_path, write, file, at_url):
-    # The first block of another list, of equal length, or of a folder with one more image.
+def test_run_refuses_a_shard_of_other_contents(
+    start, tmp_path, write, file, caption, count, at_url
+):
+    # Another file of equal size; one more image, which is the last.
     folder = tmp_path / "in"
     (folder / "images").mkdir(parents=True)
     out = tmp_path / "out"
     url = f"file://{out}" if at_url else out
-    settings = {"data": {"files": str(folder / file)}, "block": 2}
-    write(folder, b"a cat", 3)
+    settings = {"data": {"files": str(folder / file)}, "block": 30}
+    write(folder, b"a cat", 40)
     assert start(url, **settings) == 0
     # A copy of the same has another time only.
-    write(folder, b"a cat", 3)
+    write(folder, b"a cat", 40)
     assert start(url, **settings) == 0
-    write(folder, b"a dog", 3 if file else 4)
-    with pytest.raises(DataError, match=r"\(.*other contents of .*delete them"):
+    write(folder, caption, count)
+    with pytest.raises(DataError, match="has changed since: .*delete these shards"):
         start(url, **settings)
     for tar in out.glob("*.tar"):
         tar.unlink()
     assert start(url, **settings) == 0
-    texts = [record.fields["text"] for record in map(open_records(out).read, range(3))]
-    assert texts == ["a dog"] * 3
+    records = open_records(out)
+    texts = [records.read(index).fields["text"] for index in range(len(records))]
+    assert texts == [caption.decode()] * count
+
+
+def test_run_of_shards_without_counts(start, finished_run, tmp_path):
+    # Copied without their small files, they are taken as they are.
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out, ignore=shutil.ignore_patterns("s-*.counts.json"))
+    assert start(out) == 0
 
 
 def test_run_writes_strict_json(start, tmp_path):
@@ -420,6 +436,7 @@ audited = ("open", "os.", "fcntl")
 sys.addaudithook(lambda event, _: calls.update([event] * event.startswith(audited)))
 queue = ShardQueue(Path(sys.argv[1]), [Shard(f"{n:06d}", None) for n in range(2_000)], 20)
 assert (queue.count_missing(), list(queue), queue.count_missing()) == (0, [], 0)
+queue.check_inputs()
 print(sum(calls.values()), calls)
 """
     output = run_checked([sys.executable, "-c", program, str(tmp_path)]).stdout

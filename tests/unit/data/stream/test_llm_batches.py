@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -41,25 +40,34 @@ def saved(batches: LlmBatches) -> dict:
     return json.loads(json.dumps(batches.state_dict()))
 
 
-@pytest.mark.parametrize("second, refused", [("aa", False), ("bb", True), (None, False)])
-def test_codes_of_two_tokenizers_are_not_mixed(tokenizer, tmp_path, second, refused):
-    # Their numbers mean different things, and no loss says so.
+OURS = {"kind": "caption", "transform": ""}  # of pre-tokenizing
+
+
+@pytest.mark.parametrize(
+    "second, is_refused",
+    [
+        ({**OURS, "tokenizer": "aa"}, False),
+        ({**OURS, "tokenizer": "bb"}, True),
+        ({"tokenizer": "bert"}, False),  # of another program
+        (["aa"], False),
+    ],
+    ids=str,
+)
+def test_codes_of_two_tokenizers_are_not_mixed(tokenizer, tmp_path, second, is_refused):
+    # Their numbers mean different things, and no loss says so. The nearest file counts.
+    write_json(tmp_path / "settings.json", {**OURS, "tokenizer": "cc"})
     sources = []
-    for name, fingerprint in (("first", "aa"), ("second", second)):
-        folder = tmp_path / name
-        (folder / "part").mkdir(parents=True)
-        file = lines(folder / "part" / "a.jsonl", [{"text": "a cat"}])
+    for name, identity in (("first", {**OURS, "tokenizer": "aa"}), ("second", second)):
+        file = lines(tmp_path / name / "a" / "b" / "c.jsonl", [{"text": "a cat"}])
         sources.append({"name": name, "files": str(file), "decoder": "pretrain.text"})
-        identity = {"kind": "caption", "transform": "", "tokenizer": fingerprint}
-        if fingerprint is None:  # another program's
-            identity = {"tokenizer": "bert"}
-        write_json(folder / "settings.json", identity)
+        write_json(tmp_path / name / "settings.json", identity)
+    if not is_refused and "kind" not in second:
+        (tmp_path / "settings.json").write_text("{} // a comment")
     config = read_data_settings({"sources": sources})
-    with (
-        pytest.raises(DataError, match="first.*second.*name different")
-        if refused
-        else nullcontext()
-    ):
+    if is_refused:
+        with pytest.raises(DataError, match="first.*second.*name different"):
+            open_sources(config, tokenizer)
+    else:
         assert len(open_sources(config, tokenizer)) == 2
 
 

@@ -107,6 +107,16 @@ def test_an_image_is_held_out_where_others_are_broken(data, tmp_path):
     assert space.images("held_out")
 
 
+def test_system_messages_of_chats_are_learned(data, tmp_path):
+    file = tmp_path / "chats.json"
+    chats = json.loads(file.read_text())
+    file.write_text(json.dumps([{**chat, "system_prompt": "Be brief."} for chat in chats]))
+    space = space_of(data, tmp_path)
+    n_kept = write_data(space)["chats"]
+    rows = map(json.loads, (space.work / "data/chats.jsonl").read_text().splitlines())
+    assert [row.get("system") for row in rows][:n_kept] == ["Be brief."] * n_kept
+
+
 def test_a_changed_conversation_is_noticed(data, tmp_path):
     before = space_of(data, tmp_path).config.data_state
     file = tmp_path / "chats.json"
