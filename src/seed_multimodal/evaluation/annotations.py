@@ -65,6 +65,7 @@ class Sample:
     official: bool = False  # references of VQA's annotators, which are compared as they are
     problem: str = ""  # why it is unusable
     index: int = 0  # among all samples of a run
+    made_from: str = field(default="", compare=False)  # see `Benchmark.made_from`; "": unknown yet
     split: str = ""  # of Karpathy's file
     # What it was read from; `is_content`: also the image, whose name then is `image`.
     record: Record | None = field(default=None, compare=False, repr=False)

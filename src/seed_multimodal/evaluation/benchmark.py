@@ -197,7 +197,9 @@ class Benchmark(EvaluationSettings, Generic[SampleT]):
 
     def made_from(self, sample: SampleT) -> str:
         """Digest of what the answer is made from: texts, seed, and the image (of a file its size
-        and time)."""
+        and time; one in a tar or table is read, once in a run)."""
+        if sample.made_from:
+            return sample.made_from
         texts = [sample.question, *getattr(sample, "choices", ())]
         if self.truth is None:
             texts += sample.references
@@ -212,7 +214,8 @@ class Benchmark(EvaluationSettings, Generic[SampleT]):
                 image = _digest(image) if isinstance(image, bytes) else str(sample.image)
         except (DataError, ImageError, OSError) as error:
             image = type(error).__name__
-        return _digest(repr([texts, sample.index, image]).encode())
+        sample.made_from = _digest(repr([texts, sample.index, image]).encode())
+        return sample.made_from
 
 
 AnyBenchmark = Benchmark[Any]

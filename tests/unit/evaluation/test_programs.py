@@ -14,6 +14,7 @@ from tiny import read_json, write_json
 from seed_multimodal.cli.evaluate import eval_program
 from seed_multimodal.cli.main import main
 from seed_multimodal.compat.lavit_evaluate import evaluate_script
+from seed_multimodal.evaluation import benchmark
 
 N_IMAGES = 3
 
@@ -111,6 +112,21 @@ def test_answers_are_made_again_where_what_they_were_made_from_changed(tiny_fold
     write("questions/31.json", [{**items[5], "question": "What is new?"}])
     assert lines()[8:] == [31]
     assert lines()[9:] == []
+
+
+def test_images_of_a_tar_are_read_once_for_their_digests(tiny_folder, monkeypatch):
+    # Answers are read before and after those that are missing are made.
+    reads: list[str] = []
+    read_image = benchmark.sample_image
+
+    def counted(sample, *where):
+        reads.append(sample.key)
+        return read_image(sample, *where)
+
+    assert vqa(tiny_folder) == 0
+    monkeypatch.setattr(benchmark, "sample_image", counted)
+    assert vqa(tiny_folder) == 0
+    assert sorted(reads) == [10, 11, 20, 21, 30, 31]
 
 
 def test_another_prompt_of_the_model_is_refused(tiny_folder, tmp_path, capsys):

@@ -187,13 +187,13 @@ def check_codes(sources: Sequence[OpenedSource]) -> None:
     """Raise DataError if sources have codes of several tokenizers, by the `IDENTITY` that
     pre-tokenizing writes into the folder of its shards; those of URLs are not compared."""
     paths = [str(file.path) for source in sources for file in source.records.record_files]
-    folders: dict[str, Path] = {}  # fingerprint of the tokenizer → one of its files
+    files: dict[str, Path] = {}  # fingerprint of the tokenizer → the first file that names it
     for folder in sorted({Path(path).parent for path in paths if not is_remote(path)}):
         fingerprint, file = _tokenizer_of(folder)
         if fingerprint:
-            folders.setdefault(fingerprint, file)
-    if len(folders) > 1:
-        named = " and ".join(map(str, folders.values()))
+            files.setdefault(fingerprint, file)
+    if len(files) > 1:
+        named = " and ".join(map(str, files.values()))
         raise DataError(
             f"{named} name different tokenizers, whose codes mean different things; pre-tokenize "
             "all images with one of them. If they have one codebook (other precision, other draws "
