@@ -22,8 +22,21 @@ from seed_multimodal.errors import ConfigError
 
 Network = TypeVar("Network", bound=nn.Module)
 Attend = Callable[..., Tensor]  # queries, keys, values `[B, heads, N, d]` and `attn_mask`
-SCALED_DOT_PRODUCT: Attend = F.scaled_dot_product_attention
+FEW_KEYS = 128  # of attention, up to which its fused kernel is the slower one, see there
 FEW_ROWS = 32  # of a linear layer, for which its conversion to float32 takes longer than it saves
+
+
+def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """torch's attention of `[B, heads, N, d]`; options: of it.
+
+    On a CPU the fused kernel's backward in bfloat16 takes two to seven times as long as the plain
+    one's for few keys, so the plain one trains these.
+    """
+    is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if is_slow and torch.is_grad_enabled() and key.shape[-2] <= FEW_KEYS:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value, **options)
+    return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 @contextmanager
@@ -76,7 +89,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, key_bias: bool = True, attend: Attend = SCALED_DOT_PRODUCT
+        self, width: int, heads: int, key_bias: bool = True, attend: Attend = scaled_dot_product
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -167,7 +180,7 @@ def multi_head(
     key_BND: Tensor,
     value_BND: Tensor,
     heads: int,
-    attend: Attend = SCALED_DOT_PRODUCT,
+    attend: Attend = scaled_dot_product,
     **options: Any,
 ) -> Tensor:
     """Attention of each head: `[B, Q, D]`. Raises ConfigError: D does not divide into `heads`.

@@ -120,6 +120,7 @@ class UnetTask(NanoTask):
 
     def __init__(self, space: Workspace, name: str = "unet") -> None:
         from diffusers import DDPMScheduler
+        from diffusers.models.attention_processor import AttnProcessor
         from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
             StableUnCLIPImageNormalizer,
         )
@@ -130,6 +131,8 @@ class UnetTask(NanoTask):
         self.spots = scene_anchors(space.pool)
         torch.manual_seed(space.config.seed + 3)
         self.unet, self.layout = self.start(space)
+        if space.device.type == "cpu":  # the fused bf16 kernel's backward is slow there
+            self.unet.set_attn_processor(AttnProcessor())
         self.layout.heads.requires_grad_(False)  # labels keep the vision encoder's meaning
         self.scheduler = new_scheduler(FINAL_SIGNAL)
         self.objective = build_objective(self.scheduler)

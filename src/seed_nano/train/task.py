@@ -16,7 +16,7 @@ from seed_multimodal.data.stream.step_batches import SampleDataset, StepBatches
 from seed_multimodal.training.meters import Metrics
 from seed_multimodal.training.task import ONE_PROCESS, RunView, StageTask
 from seed_nano.train.workspace import QUIET, Workspace
-from seed_nano.world.scene import Scene, render, thing_mask
+from seed_nano.world.scene import Scene, render, render_with_mask
 from seed_nano.world.splits import scene_at
 from seed_nano.world.targets import label_tensor
 
@@ -63,10 +63,11 @@ class SceneStream(SampleDataset[dict[str, Tensor]]):
     def get(self, index: int, epoch: int = 0) -> dict[str, Tensor]:
         """The scene of a number."""
         scene = scene_at(self.seed, index)
+        pixels, mask = render_with_mask(scene, self.size)
         return {
-            "image": scene_pixels([scene], self.size)[0],
+            "image": torch.tensor(pixels).permute(2, 0, 1),
             "labels": label_tensor([scene])[0],
-            "mask": torch.from_numpy(thing_mask(scene, self.size))[None],
+            "mask": torch.from_numpy(mask)[None],
         }
 
 

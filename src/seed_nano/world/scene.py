@@ -277,8 +277,17 @@ def render_slots(
         )
     scale = OVERSAMPLE if size < LARGE_IMAGE else OVERSAMPLE // 2
     canvas = _background(background, size * scale).copy()
-    _draw(canvas, style, drawings, folder)
+    _draw([canvas], style, drawings, folder)
     return np.asarray(canvas.reduce(scale))
+
+
+def render_with_mask(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`render` and `thing_mask` of a scene below `LARGE_IMAGE` pixels; each drawing is scaled
+    once."""
+    canvas = _background(scene.background, size * OVERSAMPLE).copy()
+    mask = Image.new("L", canvas.size)
+    _draw([canvas, mask], scene.style, scene.slots())
+    return np.asarray(canvas.reduce(OVERSAMPLE)), _shares(mask)
 
 
 def empty_images(size: int) -> np.ndarray:
@@ -289,27 +298,37 @@ def empty_images(size: int) -> np.ndarray:
 def thing_mask(scene: Scene, size: int = SIZE, shifted: bool = True) -> np.ndarray:
     """How much of each pixel is covered by a thing, float32 [size, size] in 0..1; shifted: as of
     `Scene.slots`."""
-    canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
-    _draw(canvas, scene.style, scene.slots(shifted))
-    return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
+    mask = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
+    _draw([mask], scene.style, scene.slots(shifted))
+    return _shares(mask)
+
+
+def _shares(mask: Image.Image) -> np.ndarray:
+    return np.asarray(mask.reduce(OVERSAMPLE), np.float32) / 255
 
 
 def _draw(
-    canvas: Image.Image, style: str, drawings: Sequence[Slot], folder: str | Path | None = None
+    canvases: Sequence[Image.Image],
+    style: str,
+    drawings: Sequence[Slot],
+    folder: str | Path | None = None,
 ) -> None:
-    """Paste drawings; on a mode-L canvas, white shapes."""
+    """Paste drawings on canvases of one size; on a mode-L canvas, white shapes."""
+    side = canvases[0].width
     for slot in drawings:
         # 1. The longer side of the drawing gets the side of the slot.
         sprite = load_sprites(folder)[style, slot.thing]
-        scale = slot.side * canvas.width / max(sprite.size)
+        scale = slot.side * side / max(sprite.size)
         width = max(1, round(sprite.width * scale))
         height = max(1, round(sprite.height * scale))
         scaled = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
         # 2. Paste it around the centre of the slot; its alpha channel is the mask.
-        left = round(slot.x * canvas.width - width / 2)
-        top = round(slot.y * canvas.width - height / 2)
-        fill = 255 if canvas.mode == "L" else scaled
-        canvas.paste(fill, (left, top, left + width, top + height), scaled.getchannel("A"))
+        left = round(slot.x * side - width / 2)
+        top = round(slot.y * side - height / 2)
+        alpha = scaled.getchannel("A")
+        for canvas in canvases:
+            fill = 255 if canvas.mode == "L" else scaled
+            canvas.paste(fill, (left, top, left + width, top + height), alpha)
 
 
 @lru_cache(maxsize=32)

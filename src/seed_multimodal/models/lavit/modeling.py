@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.layers import (
-    SCALED_DOT_PRODUCT,
     Attend,
     Attention,
     LayerNorm,
@@ -41,6 +40,7 @@ from seed_multimodal.nn.layers import (
     cast_layers,
     checkpoint_layers,
     multi_head,
+    scaled_dot_product,
     task_layer,
 )
 from seed_multimodal.nn.pretrained import PretrainedNetwork
@@ -236,7 +236,7 @@ class CrossBlock(nn.Module):
     """
 
     names = ("self_attn", "cross_attn")
-    attend: ClassVar[Attend] = staticmethod(SCALED_DOT_PRODUCT)
+    attend: ClassVar[Attend] = staticmethod(scaled_dot_product)
 
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:
         super().__init__()

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
-from seed_multimodal.nn.layers import LayerNorm, resize_square
+from seed_multimodal.nn.layers import LayerNorm, resize_square, scaled_dot_product
 from seed_multimodal.nn.pretrained import PretrainedNetwork, saved_config
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import positive, setting
@@ -204,7 +203,7 @@ class QwenAttention(nn.Module):
         """`[B, N, W]` → `[B, N, W]`."""
         fused = self.in_proj(x_BNW).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         query, key, value = fused.chunk(3, dim=-1)  # [B, heads, N, W / heads]
-        attended = F.scaled_dot_product_attention(query, key, value)  # [B, heads, N, d]
+        attended = scaled_dot_product(query, key, value)  # [B, heads, N, d]
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
