@@ -157,6 +157,8 @@ class RunOptions:
     runner: str = setting("runner_seed", choices=("runner_seed",))  # LAVIS's own needs CUDA
     # by iteration: linear_warmup_cosine_steps, linear, constant …
     lr_sched: str = "linear_warmup_cosine_lr"
+    # LAVIS's AdamW, or Muon with AdamW.
+    optimizer: str = setting("adamw", choices=("adamw", "muon"))
     init_lr: float = setting(1e-4, minimum=0)
     min_lr: float = setting(1e-5, minimum=0)
     warmup_lr: float = -1.0

@@ -44,6 +44,7 @@ from seed_multimodal.training.config import SCHEDULES, StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import autocast
 from seed_multimodal.training.meters import Meter
+from seed_multimodal.training.optimizers import stage_optimizer
 from seed_multimodal.training.task import RunView, frozen_names
 from seed_multimodal.training.trainer import train_stage
 
@@ -291,12 +292,22 @@ class RunnerSeed(RunnerBase):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """LAVIS's, or AdamW on the groups of a model that has its own."""
-        if self._optimizer is None and hasattr(self._model, "optimizer_groups"):
+        """LAVIS's, Muon, or AdamW on the groups of a model that has its own."""
+        options = self.options
+        has_groups = hasattr(self._model, "optimizer_groups")
+        if has_groups and options.optimizer == "muon":
+            raise ConfigError(
+                "run.optimizer: muon has no rates of parts, as this model; use adamw."
+            )
+        if self._optimizer is None and options.optimizer == "muon":
+            self._optimizer = stage_optimizer(
+                "muon", self.model, options.init_lr, options.weight_decay, options.beta2
+            )
+        if self._optimizer is None and has_groups:
             self._optimizer = torch.optim.AdamW(
-                self.model.optimizer_groups(self.options.weight_decay),
-                self.options.init_lr,
-                betas=(0.9, self.options.beta2),
+                self.model.optimizer_groups(options.weight_decay),
+                options.init_lr,
+                betas=(0.9, options.beta2),
             )
         return super().optimizer
 

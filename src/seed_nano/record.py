@@ -3,7 +3,8 @@
     python -m seed_nano.record check runs/record-0 runs/record-1 runs/record-2
 
 Each folder is the work folder of a run of `seed_nano.train nano`; docs/records.md has the rules.
-All figures are computed again from what the run left. Exit code 0: a record; 1: runs by the rules
+All figures are computed again from what the run left. A file of `--out` stands for the runs that
+were checked when it was written. Exit code 0: a record; 1: runs by the rules
 that are none; 2: a folder breaks a rule.
 """
 
@@ -82,6 +83,18 @@ def check_run(work: Path) -> Record:
     return Record(date=date, commit=commit, settings=settings, runs=[figures])
 
 
+def read_record(file: Path) -> Record:
+    """The runs in a file of `--out`. Raises DataError, ConfigError: it is none."""
+    return read_settings(Record, read_json_object(file, DataError), str(file))
+
+
+def seeds_of(path: Path) -> list[int]:
+    """The seeds of a work folder or of a file of `--out`."""
+    if path.is_file():
+        return [run.seed for run in read_record(path).runs]
+    return [load_settings("nano", path / "config.yaml").seed]
+
+
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raise DataError: equal seeds, or others than `SEEDS`."""
     if len(set(seeds)) < len(seeds) or not set(seeds) <= set(SEEDS):
@@ -90,7 +103,8 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def join_runs(records: Sequence[Record]) -> Record:
     """The record of runs of different seeds. Raises DataError: two recipes."""
-    runs = sorted((record.runs[0] for record in records), key=lambda run: run.seed)
+    runs = [run for record in records for run in record.runs]
+    runs.sort(key=lambda run: run.seed)
     first = records[0]
     for record in records[1:]:
         now = {"commit": record.commit, **record.settings}
@@ -111,12 +125,13 @@ def check(options: argparse.Namespace) -> int:
     # 1. Seeds, before the evaluations.
     last = None
     if options.against:
-        content = read_json_object(options.against, DataError)
-        last = read_settings(Record, content, str(options.against))
+        last = read_record(options.against)
         if sorted(run.seed for run in last.runs) != list(SEEDS):
             raise DataError(f"--against: {options.against} has not each of the seeds {SEEDS} once.")
-    check_seeds([load_settings("nano", folder / "config.yaml").seed for folder in options.folders])
-    record = join_runs([check_run(folder) for folder in options.folders])
+    check_seeds([seed for path in options.runs for seed in seeds_of(path)])
+    record = join_runs(
+        [read_record(path) if path.is_file() else check_run(path) for path in options.runs]
+    )
     changes = differences(record, last) if last else []
 
     # 2. The row of docs/records.md, and the file beside it.
@@ -144,7 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = program_parser("python -m seed_nano.record", __doc__ or "")
     parser.add_argument("command", choices=["check"])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="work folder of a run")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="DIR|FILE",
+        help="work folder of a run, or runs that were checked before (--out)",
+    )
     parser.add_argument("--against", type=Path, help="the file of the last record")
     parser.add_argument("--out", type=Path, help="write the figures as such a file")
     return run_program(parser, check, arguments, "record")

@@ -110,12 +110,13 @@ class RunTrainerSettings(TrainerSettings):
 
 @dataclass(kw_only=True)
 class StageSettings(TrainerSettings):
-    """Settings of one stage with the default optimizer and schedule.
+    """Settings of one stage with the default schedule.
 
     A step has `batch_size · gradient_accumulation_steps · processes` samples. The rate warms up for
     `warmup_steps` to `learning_rate` and decays to `learning_rate · min_lr_ratio`.
 
     Attributes:
+        optimizer: AdamW, or Muon with it (`MuonWithAdamW`).
         schedule_per_micro_batch: `warmup_steps` and the decay count micro-steps; a step has the
             rate of its last one.
         further: a completed run continues if `max_steps` was raised.
@@ -123,6 +124,7 @@ class StageSettings(TrainerSettings):
 
     max_steps: int = non_negative()
     batch_size: int = positive(64)
+    optimizer: str = setting("adamw", choices=("adamw", "muon"))
     learning_rate: float = non_negative(1e-3)
     warmup_steps: int = non_negative(100)
     min_lr_ratio: float = non_negative(0.02)

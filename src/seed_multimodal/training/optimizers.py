@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import cpu_computes_bfloat16
 from seed_multimodal.settings import nearest
 from seed_multimodal.training.config import OptimSettings, check_schedule
 from seed_multimodal.training.schedules import peak_rate
@@ -35,6 +36,17 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+
+def stage_optimizer(
+    name: str, module: nn.Module, lr: float, weight_decay: float, beta2: float = 0.99
+) -> torch.optim.Optimizer:
+    """`adamw` or `muon` of all trained parameters; weight decay on matrices only."""
+    betas = (0.9, beta2)
+    if name == "muon":
+        return MuonWithAdamW(module, lr, weight_decay, betas)
+    groups = parameter_groups(module.parameters(), weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -213,13 +225,14 @@ class MuonWithAdamW(torch.optim.AdamW):
 def orthogonal(matrix: Tensor) -> Tensor:
     """U Vᵀ of the singular value decomposition, nearly, by five Newton–Schulz steps.
 
-    In bfloat16 on CUDA only: CPUs without bfloat16 units multiply it eight times slower than
-    float32.
+    In bfloat16 on CUDA, and on CPUs with instructions for it; others multiply it eight times slower
+    than float32.
     """
+    in_half = matrix.is_cuda or (matrix.device.type == "cpu" and cpu_computes_bfloat16())
     is_tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if is_tall else matrix
     wide = wide / wide.norm().clamp(min=1e-7)
-    wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    wide = wide.to(torch.bfloat16 if in_half else torch.float32)
     for _ in range(5):
         # a X + (b A + c A²) X with A = X Xᵀ and (a, b, c) = (3.4445, -4.7750, 2.0315)
         gram = wide @ wide.T

@@ -26,7 +26,7 @@ from seed_multimodal.training.config import (
 )
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.meters import Meter, Metrics
-from seed_multimodal.training.optimizers import parameter_groups
+from seed_multimodal.training.optimizers import stage_optimizer
 from seed_multimodal.training.schedules import learning_rate
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class StageTask(Task):
     """One stage; subclasses define `batch` and `loss`, and override methods of `Task`.
 
     Args:
-        optimizer: by default AdamW on all parameters of `module` with gradients.
+        optimizer: by default that of the settings, on all parameters of `module` with gradients.
     """
 
     settings: StageSettings
@@ -244,10 +244,8 @@ class StageTask(Task):
         self.learning_rate = partial(learning_rate, settings=settings)
         self.peak_rate = settings.learning_rate
         self.saves_frozen = settings.save_frozen
-        self.optimizer = optimizer or torch.optim.AdamW(
-            parameter_groups(module.parameters(), settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.99),
+        self.optimizer = optimizer or stage_optimizer(
+            settings.optimizer, module, settings.learning_rate, settings.weight_decay
         )
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 

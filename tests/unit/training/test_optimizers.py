@@ -12,9 +12,15 @@ from torch import nn
 from yaml_tables import read_tables
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.config import SCHEDULES, OptimSettings
-from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, build_optimizer
+from seed_multimodal.training.config import SCHEDULES, OptimSettings, StageSettings
+from seed_multimodal.training.optimizers import (
+    AdamWHf,
+    MuonWithAdamW,
+    build_optimizer,
+    parameter_groups,
+)
 from seed_multimodal.training.schedules import optim_learning_rate
+from seed_multimodal.training.task import StageTask
 
 
 def toy() -> nn.Module:
@@ -112,6 +118,24 @@ def test_muon_updates_as_torchs_does_in_bfloat16():
             model.weight.grad = gradient.clone()
             optimizer.step()
     assert (ours.weight - theirs.weight).norm() < 0.03 * (theirs.weight - start).norm()
+
+
+def test_optimizer_of_a_stage_is_that_of_its_settings():
+    # Two steps of each equal those of the optimizer by its own class.
+    for name in ("adamw", "muon"):
+        ours, theirs = toy(), toy()
+        theirs.load_state_dict(ours.state_dict())
+        groups = parameter_groups(theirs.parameters(), 0.3)
+        expected = (
+            MuonWithAdamW(theirs, 0.02, 0.3)
+            if name == "muon"
+            else torch.optim.AdamW(groups, lr=0.02, betas=(0.9, 0.99))
+        )
+        settings = StageSettings(max_steps=2, optimizer=name, learning_rate=0.02, weight_decay=0.3)
+        train(ours, StageTask("toy", ours, settings).optimizer, 2)
+        train(theirs, expected, 2)
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[key]), (name, key)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

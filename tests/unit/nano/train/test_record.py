@@ -125,3 +125,17 @@ def test_join_runs_refuses_runs_of_two_recipes(second, named):
     assert asdict(join_runs([record_of(1.0), record_of(2.0, seeds=[1])]))["runs"][1]["seed"] == 1
     with pytest.raises(DataError, match=named):
         join_runs([record_of(1.0), second])
+
+
+def test_check_joins_runs_that_were_checked_before(tmp_path, capsys):
+    files = [tmp_path / f"{seed}.json" for seed in (2, 0, 1)]
+    for seed, file in zip((2, 0, 1), files, strict=True):
+        file.write_text(json.dumps(asdict(record_of(60.0 + seed, seeds=[seed]))))
+    joined = tmp_path / "joined.json"
+    assert main(["check", *map(str, files), "--out", str(joined)]) == 0
+    assert json.loads(joined.read_text()) == asdict(record_of(60.0, 61.0, 62.0))
+    # A seed that lacks is named, a second time refused.
+    assert main(["check", str(files[0]), str(files[1])]) == 1
+    assert "seed 1" in capsys.readouterr().out
+    assert main(["check", str(joined), str(files[2])]) == 2
+    assert "each once" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from seed_multimodal.errors import DataError
-from seed_nano.world.scene import Scene, boxes, thing_mask
+from seed_nano.world.scene import Scene, boxes, render, render_with_mask, thing_mask
 from seed_nano.world.splits import (
     HELD_OUT_SPLITS,
     SPLITS,
@@ -35,6 +35,14 @@ def test_boxes_enclose_the_things():
             inside[rows, columns] = True
         assert mask[~inside].max(initial=0) < 0.05
         assert 0.02 < mask.mean() < 0.8
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_render_with_mask_is_both_at_once(size):
+    for scene in EXAMPLES[:40]:
+        pixels, mask = render_with_mask(scene, size)
+        assert np.array_equal(pixels, render(scene, size))
+        assert np.array_equal(mask, thing_mask(scene, size))
 
 
 def test_parse_caption_of_describe():
