@@ -89,7 +89,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, key_bias: bool = True, attend: Attend = scaled_dot_product
+        self, width: int, heads: int, key_bias: bool = True, attend: Attend | None = None
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -180,13 +180,16 @@ def multi_head(
     key_BND: Tensor,
     value_BND: Tensor,
     heads: int,
-    attend: Attend = scaled_dot_product,
+    attend: Attend | None = None,
     **options: Any,
 ) -> Tensor:
     """Attention of each head: `[B, Q, D]`. Raises ConfigError: D does not divide into `heads`.
 
-    options: of `attend`, which gets `[B, heads, N, D / heads]`.
+    attend: gets `[B, heads, N, D / heads]` and the options; None: torch's.
     """
+    if attend is None:
+        trains = torch.is_grad_enabled()
+        attend = scaled_dot_product if trains else F.scaled_dot_product_attention
     by_head: list[Tensor] = []  # [B, heads, N, D / heads]
     for x_BND in (query_BQD, key_BND, value_BND):
         if x_BND.shape[-1] % heads:

@@ -40,7 +40,6 @@ from seed_multimodal.nn.layers import (
     cast_layers,
     checkpoint_layers,
     multi_head,
-    scaled_dot_product,
     task_layer,
 )
 from seed_multimodal.nn.pretrained import PretrainedNetwork
@@ -214,7 +213,7 @@ def dropped_mask(keep_BN: Tensor) -> Tensor:
 class CrossAttention(nn.Module):
     """Attention to other tokens by `attend`, see `multi_head`."""
 
-    def __init__(self, width: int, heads: int, attend: Attend) -> None:
+    def __init__(self, width: int, heads: int, attend: Attend | None) -> None:
         super().__init__()
         self.heads = heads
         self.attend = attend
@@ -236,7 +235,7 @@ class CrossBlock(nn.Module):
     """
 
     names = ("self_attn", "cross_attn")
-    attend: ClassVar[Attend] = staticmethod(scaled_dot_product)
+    attend: ClassVar[Attend | None] = None
 
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:
         super().__init__()
