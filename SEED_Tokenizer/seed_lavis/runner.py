@@ -44,7 +44,7 @@ from seed_multimodal.training.config import SCHEDULES, StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import autocast
 from seed_multimodal.training.meters import Meter
-from seed_multimodal.training.optimizers import stage_optimizer
+from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import RunView, frozen_names
 from seed_multimodal.training.trainer import train_stage
 
@@ -295,19 +295,21 @@ class RunnerSeed(RunnerBase):
         """LAVIS's, Muon, or AdamW on the groups of a model that has its own."""
         options = self.options
         has_groups = hasattr(self._model, "optimizer_groups")
-        if has_groups and options.optimizer == "muon":
-            raise ConfigError(
-                "run.optimizer: muon has no rates of parts, as this model; use adamw."
-            )
+        betas = (0.9, options.beta2)
         if self._optimizer is None and options.optimizer == "muon":
-            self._optimizer = stage_optimizer(
-                "muon", self.model, options.init_lr, options.weight_decay, options.beta2
+            if has_groups:
+                raise ConfigError(
+                    "run.optimizer: this model's parts have rates of their own, which muon does "
+                    "not read; use adamw."
+                )
+            self._optimizer = MuonWithAdamW(
+                self.model, options.init_lr, options.weight_decay, betas
             )
-        if self._optimizer is None and has_groups:
+        elif self._optimizer is None and has_groups:
             self._optimizer = torch.optim.AdamW(
                 self.model.optimizer_groups(options.weight_decay),
                 options.init_lr,
-                betas=(0.9, options.beta2),
+                betas=betas,
             )
         return super().optimizer
 

@@ -4,8 +4,8 @@
 
 Each folder is the work folder of a run of `seed_nano.train nano`; docs/records.md has the rules.
 All figures are computed again from what the run left. A file of `--out` stands for the runs that
-were checked when it was written. Exit code 0: a record; 1: runs by the rules
-that are none; 2: a folder breaks a rule.
+were checked when it was written. Exit code 0: a record; 1: runs by the rules that are none; 2: a
+folder breaks a rule.
 """
 
 from __future__ import annotations
@@ -88,13 +88,6 @@ def read_record(file: Path) -> Record:
     return read_settings(Record, read_json_object(file, DataError), str(file))
 
 
-def seeds_of(path: Path) -> list[int]:
-    """The seeds of a work folder or of a file of `--out`."""
-    if path.is_file():
-        return [run.seed for run in read_record(path).runs]
-    return [load_settings("nano", path / "config.yaml").seed]
-
-
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raise DataError: equal seeds, or others than `SEEDS`."""
     if len(set(seeds)) < len(seeds) or not set(seeds) <= set(SEEDS):
@@ -128,10 +121,11 @@ def check(options: argparse.Namespace) -> int:
         last = read_record(options.against)
         if sorted(run.seed for run in last.runs) != list(SEEDS):
             raise DataError(f"--against: {options.against} has not each of the seeds {SEEDS} once.")
-    check_seeds([seed for path in options.runs for seed in seeds_of(path)])
-    record = join_runs(
-        [read_record(path) if path.is_file() else check_run(path) for path in options.runs]
-    )
+    checked = [read_record(path) for path in options.runs if path.is_file()]
+    folders = [path for path in options.runs if not path.is_file()]
+    seeds = [load_settings("nano", folder / "config.yaml").seed for folder in folders]
+    check_seeds(seeds + [run.seed for record in checked for run in record.runs])
+    record = join_runs([*checked, *map(check_run, folders)])
     changes = differences(record, last) if last else []
 
     # 2. The row of docs/records.md, and the file beside it.

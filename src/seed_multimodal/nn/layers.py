@@ -22,14 +22,14 @@ from seed_multimodal.errors import ConfigError
 
 Network = TypeVar("Network", bound=nn.Module)
 Attend = Callable[..., Tensor]  # queries, keys, values `[B, heads, N, d]` and `attn_mask`
-FEW_KEYS = 128  # of attention, up to which its fused kernel is the slower one, see there
+FEW_KEYS = 128  # up to which `scaled_dot_product` avoids the fused kernel
 FEW_ROWS = 32  # of a linear layer, for which its conversion to float32 takes longer than it saves
 
 
 def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """torch's attention of `[B, heads, N, d]`; options: of it.
 
-    On a CPU the fused kernel's backward in bfloat16 takes two to seven times as long as the plain
+    On a CPU the fused kernel's backward in bfloat16 takes several times as long as the plain
     one's for few keys, so the plain one trains these.
     """
     is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
@@ -187,7 +187,7 @@ def multi_head(
 
     attend: gets `[B, heads, N, D / heads]` and the options; None: torch's.
     """
-    if attend is None:
+    if attend is None:  # answers, which need no gradient, call torch's at once
         trains = torch.is_grad_enabled()
         attend = scaled_dot_product if trains else F.scaled_dot_product_attention
     by_head: list[Tensor] = []  # [B, heads, N, D / heads]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import cpu_computes_bfloat16
 from seed_multimodal.settings import nearest
-from seed_multimodal.training.config import OptimSettings, check_schedule
+from seed_multimodal.training.config import OptimSettings, StageSettings, check_schedule
 from seed_multimodal.training.schedules import peak_rate
 
 MUON_MOMENTUM = 0.95
@@ -38,15 +38,12 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
     ]
 
 
-def stage_optimizer(
-    name: str, module: nn.Module, lr: float, weight_decay: float, beta2: float = 0.99
-) -> torch.optim.Optimizer:
-    """`adamw` or `muon` of all trained parameters; weight decay on matrices only."""
-    betas = (0.9, beta2)
-    if name == "muon":
-        return MuonWithAdamW(module, lr, weight_decay, betas)
-    groups = parameter_groups(module.parameters(), weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+def stage_optimizer(module: nn.Module, settings: StageSettings) -> torch.optim.Optimizer:
+    """That of the settings, on all trained parameters; weight decay on matrices only."""
+    if settings.optimizer == "muon":
+        return MuonWithAdamW(module, settings.learning_rate, settings.weight_decay)
+    groups = parameter_groups(module.parameters(), settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

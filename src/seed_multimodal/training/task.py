@@ -244,9 +244,7 @@ class StageTask(Task):
         self.learning_rate = partial(learning_rate, settings=settings)
         self.peak_rate = settings.learning_rate
         self.saves_frozen = settings.save_frozen
-        self.optimizer = optimizer or stage_optimizer(
-            settings.optimizer, module, settings.learning_rate, settings.weight_decay
-        )
+        self.optimizer = optimizer or stage_optimizer(module, settings)
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
     def batch(self, micro_step: int) -> Any:

@@ -271,23 +271,28 @@ def render_slots(
     folder: str | Path | None = None,
 ) -> np.ndarray:
     """An image of drawings anywhere; else as `render`."""
-    if not 1 <= size <= LARGEST:
-        raise ConfigError(
-            f"nano: an image of {size} pixels a side cannot be drawn; give 1 to {LARGEST}."
-        )
-    scale = OVERSAMPLE if size < LARGE_IMAGE else OVERSAMPLE // 2
+    scale = _oversampling(size)
     canvas = _background(background, size * scale).copy()
     _draw([canvas], style, drawings, folder)
     return np.asarray(canvas.reduce(scale))
 
 
+def _oversampling(size: int) -> int:
+    """How many times larger an image is drawn. Raises ConfigError: it cannot be drawn."""
+    if not 1 <= size <= LARGEST:
+        raise ConfigError(
+            f"nano: an image of {size} pixels a side cannot be drawn; give 1 to {LARGEST}."
+        )
+    return OVERSAMPLE if size < LARGE_IMAGE else OVERSAMPLE // 2
+
+
 def render_with_mask(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`render` and `thing_mask` of a scene below `LARGE_IMAGE` pixels; each drawing is scaled
-    once."""
-    canvas = _background(scene.background, size * OVERSAMPLE).copy()
+    """`render` and `thing_mask` of a scene, whose drawings are scaled once for both."""
+    scale = _oversampling(size)
+    canvas = _background(scene.background, size * scale).copy()
     mask = Image.new("L", canvas.size)
     _draw([canvas, mask], scene.style, scene.slots())
-    return np.asarray(canvas.reduce(OVERSAMPLE)), _shares(mask)
+    return np.asarray(canvas.reduce(scale)), _shares(mask, scale)
 
 
 def empty_images(size: int) -> np.ndarray:
@@ -298,13 +303,14 @@ def empty_images(size: int) -> np.ndarray:
 def thing_mask(scene: Scene, size: int = SIZE, shifted: bool = True) -> np.ndarray:
     """How much of each pixel is covered by a thing, float32 [size, size] in 0..1; shifted: as of
     `Scene.slots`."""
-    mask = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
+    scale = _oversampling(size)
+    mask = Image.new("L", (size * scale, size * scale))
     _draw([mask], scene.style, scene.slots(shifted))
-    return _shares(mask)
+    return _shares(mask, scale)
 
 
-def _shares(mask: Image.Image) -> np.ndarray:
-    return np.asarray(mask.reduce(OVERSAMPLE), np.float32) / 255
+def _shares(mask: Image.Image, scale: int) -> np.ndarray:
+    return np.asarray(mask.reduce(scale), np.float32) / 255
 
 
 def _draw(

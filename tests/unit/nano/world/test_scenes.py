@@ -37,7 +37,7 @@ def test_boxes_enclose_the_things():
         assert 0.02 < mask.mean() < 0.8
 
 
-@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize("size", [16, 64, 160])
 def test_render_with_mask_is_both_at_once(size):
     for scene in EXAMPLES[:40]:
         pixels, mask = render_with_mask(scene, size)
