@@ -51,21 +51,3 @@ def test_build_with_a_rate_of_the_token_selector(yaml):
     runner = build(yaml("lavit", "model.selector_lr_scale=0.5"))
     scales = [group.get("lr_scale", 1.0) for group in runner.optimizer.param_groups]
     assert scales == [1.0, 1.0, 0.5, 0.5]
-
-
-def test_build_with_muon(yaml):
-    # Every trained parameter once; the matrices of the tables by AdamW.
-    from seed_multimodal.training.optimizers import MuonWithAdamW
-
-    options = ("run.optimizer=muon", "run.init_lr=0.02", "run.beta2=0.9", "run.weight_decay=0.3")
-    runner = build(yaml("stage1", *options))
-    optimizer = runner.optimizer
-    assert isinstance(optimizer, MuonWithAdamW)
-    muon, *others = optimizer.param_groups
-    assert (muon["lr"], muon["betas"][1], muon["weight_decay"]) == (0.02, 0.9, 0.3)
-    names = {parameter: name for name, parameter in runner.model.named_parameters()}
-    trained = {name for parameter, name in names.items() if parameter.requires_grad}
-    by_muon = {names[parameter] for parameter in muon["params"]}
-    by_adamw = [names[parameter] for group in others for parameter in group["params"]]
-    assert sorted([*by_muon, *by_adamw]) == sorted(trained)
-    assert by_muon and not any("embeddings" in name for name in by_muon)

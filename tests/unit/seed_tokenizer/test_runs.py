@@ -1,5 +1,5 @@
-"""Runs of the stages in one process: schedule, options of the models, precision, more epochs, bad
-images, errors (killed runs: e2e/test_trainers.py)."""
+"""Runs of the stages in one process: schedule, optimizer, options of the models, precision, more
+epochs, bad images, errors (killed runs: e2e/test_trainers.py)."""
 
 import json
 import math
@@ -36,6 +36,24 @@ def test_learning_rate_with_accumulation(yaml):
         rates.append([task.learning_rate(step) for step in range(task.settings.max_steps)])
     assert rates[0][1::2] == rates[1]
     assert len(set(rates[0])) > 3
+
+
+def test_build_with_muon(yaml):
+    # Every trained parameter once; the matrices of the tables by AdamW.
+    from seed_multimodal.training.optimizers import MuonWithAdamW
+
+    options = ("run.optimizer=muon", "run.init_lr=0.02", "run.beta2=0.9", "run.weight_decay=0.3")
+    runner = build(yaml("stage1", *options))
+    optimizer = runner.optimizer
+    assert isinstance(optimizer, MuonWithAdamW)
+    muon, *others = optimizer.param_groups
+    assert (muon["lr"], muon["betas"][1], muon["weight_decay"]) == (0.02, 0.9, 0.3)
+    names = {parameter: name for name, parameter in runner.model.named_parameters()}
+    trained = {name for parameter, name in names.items() if parameter.requires_grad}
+    by_muon = {names[parameter] for parameter in muon["params"]}
+    by_adamw = [names[parameter] for group in others for parameter in group["params"]]
+    assert sorted([*by_muon, *by_adamw]) == sorted(trained)
+    assert by_muon and not any("embeddings" in name for name in by_muon)
 
 
 TABLES = read_tables(__file__)
