@@ -169,7 +169,10 @@ class Page:
         self.click("#message .submit-button")
 
     def waits(self) -> bool:
-        return bool(self.all("#message .stop-button"))
+        """Whether an answer grows: its button is there, or a reload now would stop it."""
+        script = "return localStorage['seed-chat-' + sessionStorage['seed-chat-']] ?? ''"
+        is_part = "Stopped." in self.browser.execute_script(script)
+        return is_part or bool(self.all("#message .stop-button"))
 
     def says(self, sentence: str):
         self.until(
