@@ -169,10 +169,11 @@ class Page:
         self.click("#message .submit-button")
 
     def waits(self) -> bool:
-        """Whether an answer grows: its button is there, or a reload now would stop it."""
+        """Whether an answer grows. Its first parts are seen before the button that stops it."""
         script = "return localStorage['seed-chat-' + sessionStorage['seed-chat-']] ?? ''"
-        is_part = "Stopped." in self.browser.execute_script(script)
-        return is_part or bool(self.all("#message .stop-button"))
+        is_part = "Stopped." in self.browser.execute_script(script)  # what a reload would keep
+        is_empty = [row.text for row in self.all("#chat .bot-row")[-1:]] == ["…"]
+        return is_part or is_empty or bool(self.all("#message .stop-button"))
 
     def says(self, sentence: str):
         self.until(
