@@ -170,10 +170,11 @@ class Page:
 
     def waits(self) -> bool:
         """Whether an answer grows. Its first parts are seen before the button that stops it."""
+        # While it grows, the browser keeps what a reload would leave of it: a stopped answer.
         script = "return localStorage['seed-chat-' + sessionStorage['seed-chat-']] ?? ''"
-        is_part = "Stopped." in self.browser.execute_script(script)  # what a reload would keep
+        is_incomplete = "Stopped." in self.browser.execute_script(script)
         is_empty = [row.text for row in self.all("#chat .bot-row")[-1:]] == ["…"]
-        return is_part or is_empty or bool(self.all("#message .stop-button"))
+        return is_incomplete or is_empty or bool(self.all("#message .stop-button"))
 
     def says(self, sentence: str):
         self.until(
