@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM
-from seed_multimodal.training.llm.loss import LossParts
+from seed_multimodal.training.llm.loss import LossParts, head_losses
 
 POOLED = 4  # neighbours that are averaged to one target
 
@@ -84,9 +84,8 @@ class TrainedAgent(ContinuousLVLM):
         targets = labels[:, 1:]
         # Logits only where something is learned: in a row of SEED-X a tenth or less.
         is_learned = targets != IGNORE_INDEX
-        logits = self.llm.get_output_embeddings()(states[:, :-1][is_learned]).float()
-        total = F.cross_entropy(logits, targets[is_learned], reduction="sum")
-        return total / is_learned.sum().clamp(min=1)
+        losses = head_losses(self.llm, states[:, :-1][is_learned], targets[is_learned])
+        return losses.sum() / is_learned.sum().clamp(min=1)
 
     def regression_loss(self, states: Tensor, features: Tensor) -> Tensor:
         """States at image tokens [n · 64, D] and features of the images [n, N, K] → distance."""

@@ -23,7 +23,10 @@ from seed_multimodal.language.vocabulary import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+    from seed_multimodal.language.llm import LanguageModel
+
 MAX_LOGITS = 2**26  # 256 MiB in fp32
+ROWS_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -270,10 +273,10 @@ def _token_losses(
     """Cross-entropy of each learned token `[T]`, fp32."""
     chunk_size = max(64, max_logits // int(llama.config.vocab_size))
     if len(targets) <= chunk_size:
-        return _head_losses(llama, hidden, targets)
+        return head_losses(llama, hidden, targets)
     # Only one chunk's logits exist at a time: the backward pass computes them again.
     losses = [
-        checkpoint(_head_losses, llama, states, chunk_targets, use_reentrant=False)
+        checkpoint(head_losses, llama, states, chunk_targets, use_reentrant=False)
         for states, chunk_targets in zip(
             hidden.split(chunk_size), targets.split(chunk_size), strict=True
         )
@@ -281,5 +284,13 @@ def _token_losses(
     return torch.cat(losses)
 
 
-def _head_losses(llama: LlamaForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(output_scores(llama, hidden), targets, reduction="none")
+def head_losses(llm: LanguageModel, states: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy `[T]` fp32 of tokens `[T]`, from the decoder's states `[T, width]`."""
+    # For each new number of rows, oneDNN compiles kernels for bf16 on CPUs, some MB each, and keeps
+    # up to 1,024 of them. So the rows are filled up, and there are few numbers.
+    n_tokens = len(targets)
+    n_filled = -n_tokens % ROWS_MULTIPLE
+    scores = output_scores(llm, F.pad(states, (0, 0, 0, n_filled)))
+    filled_targets = F.pad(targets, (0, n_filled), value=IGNORE_INDEX)
+    losses = F.cross_entropy(scores, filled_targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses[:n_tokens]
