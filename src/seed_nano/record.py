@@ -41,12 +41,14 @@ SECTIONS = {"captions": caption, "drawings": drawing}
 
 @dataclass(kw_only=True)
 class Figures:
-    """Of a run; captions, drawings: shares of `val` of which every label is right."""
+    """Of a run; captions, drawings: shares of `val` of which every label is right; cpu: its name,
+    or names ("": a file from before it was kept)."""
 
     seed: int
     minutes: float
     captions: float
     drawings: float
+    cpu: str = ""
 
 
 @dataclass(kw_only=True)
@@ -74,6 +76,7 @@ def check_run(work: Path) -> Record:
     figures = Figures(
         seed=config.seed,
         minutes=round(wall_seconds(runs) / 60, 2),
+        cpu=", ".join(sorted({run.cpu for run in runs})),
         **{name: section(evaluation)["all"].value for name, section in SECTIONS.items()},
     )
     print(f"{work}: {figures}\n\n{table(('stage', 'minutes', 'from … to'), minutes_of(runs))}")
@@ -143,8 +146,12 @@ def check(options: argparse.Namespace) -> int:
         for name in SECTIONS:
             if getattr(run, name) < TARGET:
                 lacking.append(f"{name} of seed {run.seed} ({getattr(run, name):.3f} of {TARGET})")
-    if last and t_interval(changes).high >= 0:
-        lacking.append("a time that is surely shorter than the last record's")
+    if last:
+        cpus = {run.cpu or "unknown" for run in (*last.runs, *record.runs)}
+        if len(cpus) > 1:
+            lacking.append(f"one CPU for both records ({'; '.join(sorted(cpus))})")
+        if t_interval(changes).high >= 0:
+            lacking.append("a time that is surely shorter than the last record's")
     print(f"No record; it lacks {', '.join(lacking)}." if lacking else "A record.")
     return SOME_FAILED if lacking else DONE
 

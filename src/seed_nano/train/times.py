@@ -26,12 +26,13 @@ FILE = "times.jsonl"
 
 @dataclass
 class StageRun:
-    """A run of a stage: its begin and end in seconds since 1970, cores that it might use, name of
-    the GPU ("": none), and commit of the source."""
+    """A run of a stage: its begin and end in seconds since 1970, name of the CPU, cores that it
+    might use, name of the GPU ("": none), and commit of the source."""
 
     stage: str
     begun: float
     ended: float
+    cpu: str
     cores: int
     gpu: str
     commit: str
@@ -73,9 +74,18 @@ def read_runs(work: Path) -> list[StageRun]:
             if stage in open_runs:
                 open_runs.pop(stage).ended = moment
             if "begun" in line:
+                cpu = check_value(str, line["cpu"], f"{file}: cpu")
                 cores = check_value(int, line["cores"], f"{file}: cores")
                 commit = check_value(str, line["commit"], f"{file}: commit")
-                run = StageRun(stage, moment, max(moments), cores, line.get("gpu", ""), commit)
+                run = StageRun(
+                    stage=stage,
+                    begun=moment,
+                    ended=max(moments),
+                    cpu=cpu,
+                    cores=cores,
+                    gpu=line.get("gpu", ""),
+                    commit=commit,
+                )
                 open_runs[stage] = run
                 runs.append(run)
     except OSError as error:

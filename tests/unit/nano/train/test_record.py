@@ -19,7 +19,12 @@ from seed_nano.train.workspace import Workspace, load_settings
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20))))
 def test_wall_seconds_counts_each_second_once(times):
-    runs = [StageRun("clip", begun, begun + seconds, 2, "", "") for begun, seconds in times]
+    runs = [
+        StageRun(
+            stage="clip", begun=begun, ended=begun + seconds, cpu="", cores=2, gpu="", commit=""
+        )
+        for begun, seconds in times
+    ]
     covered = {second for run in runs for second in range(run.begun, run.ended)}
     assert wall_seconds(runs) == len(covered)
 
@@ -29,7 +34,7 @@ def test_read_runs_counts_killed_runs_and_no_pauses(tmp_path):
         (tmp_path / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def begin(stage, moment):
-        return {"stage": stage, "begun": moment, "cores": 2, "commit": "c0ffee"}
+        return {"stage": stage, "begun": moment, "cpu": "A", "cores": 2, "commit": "c0ffee"}
 
     def end(stage, moment):
         return {"stage": stage, "ended": moment}
@@ -45,7 +50,12 @@ def test_read_runs_counts_killed_runs_and_no_pauses(tmp_path):
     # The last one of the file.
     write(begin("vae", 0), begin("clip", 1), end("clip", 4))
     assert wall_seconds(read_runs(tmp_path)) == 4
-    damages = {"begun": ["a", None], "cores": [None, math.inf], "commit": [None, 3]}
+    damages = {
+        "begun": ["a", None],
+        "cpu": [None, 3],
+        "cores": [None, math.inf],
+        "commit": [None, 3],
+    }
     for damaged in (
         [],
         {"stage": "vae", "begun": 0},
@@ -62,7 +72,7 @@ def test_timed_writes_the_end_of_a_stage_that_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt), timed(space, "vae"):
         raise KeyboardInterrupt
     (run,) = read_runs(tmp_path)
-    assert run.cores >= 1 and run.commit
+    assert run.cpu and run.cores >= 1 and run.commit
     assert "ended" in (tmp_path / "times.jsonl").read_text().splitlines()[-1]
 
 
@@ -78,9 +88,9 @@ def test_target_line_compares_captions_and_drawings(tmp_path, drawings, text):
     assert text in target_line(space)
 
 
-def record_of(*minutes, seeds=(0, 1, 2), **changes):
+def record_of(*minutes, seeds=(0, 1, 2), cpu="", **changes):
     runs = [
-        Figures(seed=seed, minutes=value, captions=0.9, drawings=0.9)
+        Figures(seed=seed, minutes=value, captions=0.9, drawings=0.9, cpu=cpu)
         for seed, value in zip(seeds, minutes, strict=False)
     ]
     return Record(
@@ -139,3 +149,23 @@ def test_check_joins_runs_that_were_checked_before(tmp_path, capsys):
     assert "seed 1" in capsys.readouterr().out
     assert main(["check", str(joined), str(files[2])]) == 2
     assert "each once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cpu", "last_cpu", "code"), [("A", "A", 0), ("", "", 0), ("A", "B", 1), ("A", "", 1)]
+)
+def test_a_record_is_compared_with_the_last_one_of_its_cpu(cpu, last_cpu, code, tmp_path, capsys):
+    # A shorter time may be the machine's.
+    last, record = tmp_path / "last.json", tmp_path / "record.json"
+    last.write_text(json.dumps(asdict(record_of(90.0, 91.0, 92.0, cpu=last_cpu))))
+    record.write_text(json.dumps(asdict(record_of(60.0, 61.5, 62.0, cpu=cpu))))
+    assert main(["check", str(record), "--against", str(last)]) == code
+    assert ("one CPU for both" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_file_from_before_the_cpu_was_kept_is_read(tmp_path):
+    old = asdict(record_of(60.0, 61.0, 62.0))
+    for run in old["runs"]:
+        del run["cpu"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert main(["check", str(tmp_path / "old.json")]) == 0
