@@ -271,7 +271,8 @@ def _token_losses(
     llama: LlamaForCausalLM, hidden: Tensor, targets: Tensor, max_logits: int
 ) -> Tensor:
     """Cross-entropy of each learned token `[T]`, fp32."""
-    chunk_size = max(64, max_logits // int(llama.config.vocab_size))
+    n_multiples = max_logits // int(llama.config.vocab_size) // ROWS_MULTIPLE
+    chunk_size = max(1, n_multiples) * ROWS_MULTIPLE
     if len(targets) <= chunk_size:
         return head_losses(llama, hidden, targets)
     # Only one chunk's logits exist at a time: the backward pass computes them again.

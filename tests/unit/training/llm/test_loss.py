@@ -143,14 +143,17 @@ def test_chunked_loss_of_tied_embeddings_never_holds_all_logits():
     find_llama(model).lm_head.register_forward_hook(
         lambda _module, args, _output: chunk_sizes.append(len(args[0]))
     )
-    parts = packed_loss(model, batch, chunked=True)
-    assert_close(parts.sum, full_loss.sum, atol=1e-5, rtol=1e-6)
-    assert_close(gradients(model, parts.sum), expected, atol=1e-5, rtol=1e-4)
-    assert max(chunk_sizes) <= 64 < int(parts.count)
+    # The smallest chunk, and logits of 100 tokens, of which a multiple of 64 is used.
+    for max_logits in (1, 100 * VOCAB_SIZE):
+        module = LossModule(model, max_logits=max_logits)
+        parts = module(batch.input_ids, batch.labels, batch.position_ids)
+        assert_close(parts.sum, full_loss.sum, atol=1e-5, rtol=1e-6)
+        assert_close(gradients(model, parts.sum), expected, atol=1e-5, rtol=1e-4)
+        assert max(chunk_sizes) <= 64 < int(parts.count)
 
 
 def test_head_losses_have_few_numbers_of_rows():
-    # oneDNN keeps kernels for each number: a training on a CPU grew from 1.5 to 7.6 GB.
+    # oneDNN keeps kernels for each number: a training on a CPU grew from 1.5 to 7.6 GiB.
     model = build()
     row_counts = set()
     find_llama(model).lm_head.register_forward_hook(
