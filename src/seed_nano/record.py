@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,14 @@ SECTIONS = {"captions": caption, "drawings": drawing}
 
 @dataclass(kw_only=True)
 class Figures:
-    """Of a run; captions, drawings: shares of `val` of which every label is right; cpu: its name,
-    or names ("": a file from before it was kept)."""
+    """Of a run; captions, drawings: shares of `val` of which every label is right; cpus: names of
+    the CPUs on which its stages ran (empty: a file from before they were kept)."""
 
     seed: int
     minutes: float
     captions: float
     drawings: float
-    cpu: str = ""
+    cpus: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -76,7 +76,7 @@ def check_run(work: Path) -> Record:
     figures = Figures(
         seed=config.seed,
         minutes=round(wall_seconds(runs) / 60, 2),
-        cpu=", ".join(sorted({run.cpu for run in runs})),
+        cpus=sorted({run.cpu for run in runs}),
         **{name: section(evaluation)["all"].value for name, section in SECTIONS.items()},
     )
     print(f"{work}: {figures}\n\n{table(('stage', 'minutes', 'from … to'), minutes_of(runs))}")
@@ -147,9 +147,10 @@ def check(options: argparse.Namespace) -> int:
             if getattr(run, name) < TARGET:
                 lacking.append(f"{name} of seed {run.seed} ({getattr(run, name):.3f} of {TARGET})")
     if last:
-        cpus = {run.cpu or "unknown" for run in (*last.runs, *record.runs)}
-        if len(cpus) > 1:
-            lacking.append(f"one CPU for both records ({'; '.join(sorted(cpus))})")
+        both = [*last.runs, *record.runs]
+        names = {name for run in both for name in run.cpus or ["unknown"]}
+        if len(names) > 1 or "unknown" in names:
+            lacking.append(f"one CPU for both records ({'; '.join(sorted(names))})")
         if t_interval(changes).high >= 0:
             lacking.append("a time that is surely shorter than the last record's")
     print(f"No record; it lacks {', '.join(lacking)}." if lacking else "A record.")

@@ -1,6 +1,7 @@
 """The pipelines of nano, nano-x and nano-lavit at toy size: killed, resumed, and the systems they
 train."""
 
+import json
 import re
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def assert_record_is_checked(work: Path, capfd, monkeypatch):
     out = work / "record.json"
     assert record.main(["check", str(work), "--out", str(out)]) == 1
     assert "seed 1, seed 2, captions of seed 0" in capfd.readouterr().out
-    assert read_json(out)["runs"][0]["minutes"] > 0
+    (figures,) = read_json(out)["runs"]
+    assert figures["minutes"] > 0
+    assert figures["cpus"] == [json.loads(text.splitlines()[0])["cpu"]]
 
     # 2. What breaks a rule.
     for changes, named in BROKEN:

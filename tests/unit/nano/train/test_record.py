@@ -88,9 +88,9 @@ def test_target_line_compares_captions_and_drawings(tmp_path, drawings, text):
     assert text in target_line(space)
 
 
-def record_of(*minutes, seeds=(0, 1, 2), cpu="", **changes):
+def record_of(*minutes, seeds=(0, 1, 2), cpus=("A",), **changes):
     runs = [
-        Figures(seed=seed, minutes=value, captions=0.9, drawings=0.9, cpu=cpu)
+        Figures(seed=seed, minutes=value, captions=0.9, drawings=0.9, cpus=list(cpus))
         for seed, value in zip(seeds, minutes, strict=False)
     ]
     return Record(
@@ -152,13 +152,20 @@ def test_check_joins_runs_that_were_checked_before(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "last_cpu", "code"), [("A", "A", 0), ("", "", 0), ("A", "B", 1), ("A", "", 1)]
+    ("cpus", "last_cpus", "code"),
+    [
+        (["A"], ["A"], 0),
+        (["A"], ["B"], 1),
+        (["A", "B"], ["A", "B"], 1),
+        (["A"], [], 1),
+        ([], [], 1),
+    ],
 )
-def test_a_record_is_compared_with_the_last_one_of_its_cpu(cpu, last_cpu, code, tmp_path, capsys):
+def test_a_record_is_compared_with_the_last_one_of_its_cpu(cpus, last_cpus, code, tmp_path, capsys):
     # A shorter time may be the machine's.
     last, record = tmp_path / "last.json", tmp_path / "record.json"
-    last.write_text(json.dumps(asdict(record_of(90.0, 91.0, 92.0, cpu=last_cpu))))
-    record.write_text(json.dumps(asdict(record_of(60.0, 61.5, 62.0, cpu=cpu))))
+    last.write_text(json.dumps(asdict(record_of(90.0, 91.0, 92.0, cpus=last_cpus))))
+    record.write_text(json.dumps(asdict(record_of(60.0, 61.5, 62.0, cpus=cpus))))
     assert main(["check", str(record), "--against", str(last)]) == code
     assert ("one CPU for both" in capsys.readouterr().out) == bool(code)
 
@@ -166,6 +173,6 @@ def test_a_record_is_compared_with_the_last_one_of_its_cpu(cpu, last_cpu, code, 
 def test_a_file_from_before_the_cpu_was_kept_is_read(tmp_path):
     old = asdict(record_of(60.0, 61.0, 62.0))
     for run in old["runs"]:
-        del run["cpu"]
+        del run["cpus"]
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert main(["check", str(tmp_path / "old.json")]) == 0
