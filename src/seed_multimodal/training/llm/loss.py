@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
 
 MAX_LOGITS = 2**26  # 256 MiB in fp32
-ROWS_MULTIPLE = 64
+ROWS_MULTIPLE = 64  # of the head's states, see `head_losses`
 
 
 @dataclass(frozen=True)
