@@ -266,7 +266,7 @@ def upload(file) -> Image.Image:
     from seed_multimodal.serving.chat_session import ChatSession
 
     model = SimpleNamespace(card=SimpleNamespace(keeps_aspect=True))
-    picture = ChatSession([model], model).store_upload(str(file))
+    picture = ChatSession([model], model).store_upload(model, str(file))
     return open_image(picture.url).image
 
 

@@ -133,7 +133,7 @@ def test_server_and_page_of_the_system(mosaic, monkeypatch):
     assert models["data"][0]["family"] == "mosaic"
     client = ModelClient(f"{server.root}/generate", find_family("seed_llama").page_cards().family)
     updates = asyncio.run(ChatSession([client], client).on_model(0, None))
-    assert updates[1]["value"].startswith("# Mosaic") and not updates[1]["elem_classes"]
+    assert updates[1]["value"].startswith("<h1>Mosaic") and not updates[1]["elem_classes"]
     sliders = [update for update in updates if isinstance(update, dict) and "maximum" in update]
     assert [slider["maximum"] for slider in sliders] == [32, 32]
     assert replace(find_family("mosaic"), cards=None).page_cards().family.title == "Mosaic"

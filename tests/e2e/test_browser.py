@@ -294,7 +294,8 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     page.until(lambda: len(page.all("#conversations .choice")) == 2, "both conversations")
     page.click("#conversations .choice")
     page.until(lambda: "What is on the left?" in page.text("#chat .user"), "the first one")
-    page.all("#conversations [aria-label^=Delete]")[-1].click()
+    page.click("#conversations li:has([aria-current]) summary")
+    page.all("#conversations details[open] [aria-label^=Delete]")[0].click()
     page.browser.switch_to.alert.accept()
     page.until(lambda: page.all("#chat .example"), "a new chat")
     assert [item.text for item in page.all("#conversations .choice")] == ["What is a dog?"]

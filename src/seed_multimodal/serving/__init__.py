@@ -9,7 +9,8 @@
     client        `ModelClient`, `ModelCard`: what the page knows about models, and its requests
     conversation_log  `ConversationLog`: the page's log of conversations and votes
     turns         `Turn`, `Picture`: the page's conversations
-    chat_session  `ChatSession`: a visitor's conversation, and the page's event handlers
+    chat          `Chat`: a conversation that is shown, its answer, and what the browser gets of it
+    chat_session  `ChatSession`: a visit, and the page's event handlers
     page          `build`, `launch`: the Gradio page
 
 Nothing is imported here: the page runs without torch, the server without Gradio.

@@ -1,23 +1,22 @@
-"""The page's chat session: a visitor's conversation and images, and the page's event handlers.
+"""The page's chat session: what a visitor's events do.
 
-The browser keeps the conversations (texts and codes of images, else small images), of which a tab
-shows one and continues it after a reload.
+The browser owns the list of conversations (texts and codes of images, else small images), which of
+them is open, and the message box. An event names its conversation; an update is a list of snapshots
+(`Chat.snapshot`), of which the browser shows the open conversation's and keeps them all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import html
 import itertools
 import logging
 import os
-import random
 import shutil
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,11 +25,19 @@ import gradio as gr
 from PIL import Image
 
 from seed_multimodal.disk import JsonObject, writing
-from seed_multimodal.errors import RequestError, SeedError
+from seed_multimodal.errors import RequestError, SeedError, short_name
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.answer import LEFT_OUT
-from seed_multimodal.models.registry import Example
+from seed_multimodal.serving.chat import (
+    IMAGES,
+    Chat,
+    chatbot_examples,
+    example_files,
+    installed_examples,
+    returned_message,
+    unread,
+)
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
 from seed_multimodal.serving.turns import (
@@ -38,247 +45,374 @@ from seed_multimodal.serving.turns import (
     Conversation,
     Picture,
     Turn,
+    escaped,
     restored,
-    shown_text,
-    stored_turns,
     user_turn,
+    without_boxes,
 )
 
 logger = logging.getLogger(__name__)
 
-IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 THUMBNAILS = {
     file.stem.replace("_", " "): file for file in sorted((IMAGES / "things").glob("*.webp"))
 }
 VISITS = "visits"  # the folder of the visitors' folders, beside their uploads
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 DRAWINGS = io.ImageLimits(max_pixels=2048**2)  # also of stored images, which browsers may forge
-MAX_UPLOADS = 64  # of a visitor that are kept
+MAX_UPLOADS = 64  # images that were read and are remembered
 MAX_RESTORED = 500  # images of a conversation that a browser sends back
 LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
-RETRY_TEMPERATURE = 0.7  # of a second answer where the first was the likeliest one
 DRAWN_AT_ONCE = 4  # images of the Draw tab, from consecutive seeds
 TOKENS_AT_ONCE = 16  # images of one request
+NOT_SHOWN = (".tif", ".tiff")  # by most browsers
 TABS = ("draw", "edit", "codes", "find")
-TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
 
-Stored = JsonObject | None  # the browser's copy of a conversation
+Stored = JsonObject | None  # the browser's copy of a conversation, which `turns.restored` checks
 Update = Any  # what a handler returns for a component: a value, `gr.update(…)` or `gr.skip()`
-Updates = tuple[Update, Update, Update]  # of the browser's copy, the conversation, the message box
+Snapshots = list[JsonObject]
 
 NO_UPDATES = (gr.skip(), gr.skip())
 
 
 @contextlib.contextmanager
-def warn_about_errors(no_answer: bool = False) -> Iterator[None]:
+def warn_about_errors(title: str = "Warning") -> Iterator[None]:
     """Display a `SeedError` as a warning of the page, and continue behind the block.
 
     Other errors, as of a backend or browser that sends something else, are logged.
-
-    no_answer: the event ends, so that no answer follows.
     """
     try:
         yield
-        return
     except SeedError as error:
-        sentence = html.escape(str(error))
+        gr.Warning(escaped(str(error)), title=title)
     except Exception:
         logger.exception("An event of the page failed")
-        sentence = "The page failed; its log has the details."
-    if no_answer:
-        raise gr.Error(sentence, title="Not sent", print_exception=False)
-    gr.Warning(sentence)
+        gr.Warning("The page failed; its log has the details.", title=title)
 
 
 @dataclass
 class ChatSession:
-    """One visitor's session.
+    """A visit. Its events change it in the page's event loop alone; images are read, stored and
+    drawn in threads and by the model.
 
     Attributes:
-        model: the chosen one of `models`.
+        models: those that can be chosen. model: the chosen one.
         log: of conversations and votes; None: nothing is logged.
-        conversation_id: of the conversation in the browser's storage.
-        turns: the conversation; while it is answered, the last turn is the answer so far.
-        before: the conversation before that, if it is answered.
-        returned: the message that returned to its box when the last answer was taken back.
-        uploads: images of the newest uploaded files.
-        folder: of the visitor's images; "": none yet.
+        chat: the conversation that the last event was about.
+        left: the last snapshot of the one before, until the browser gets it.
+        uploads: images of the newest uploaded files, by their model and path.
+        refused: chosen files that are no images and that the browser still has.
+        folder: of the visitor's images, which stay as long as the visit.
     """
 
     models: list[ModelClient]
     model: ModelClient
     log: ConversationLog | None = None
-    conversation_id: str = ""
-    turns: list[Turn] = field(default_factory=list)
-    before: list[Turn] | None = None
-    returned: list[Turn] = field(default_factory=list)
-    uploads: dict[str, Picture] = field(default_factory=dict)
-    folder: str = ""
+    chat: Chat = field(init=False)
+    left: Snapshots = field(default_factory=list, init=False)
+    uploads: dict[tuple[str, str], asyncio.Future[Picture]] = field(
+        default_factory=dict, init=False
+    )
+    refused: set[str] = field(default_factory=set, init=False)
+    folder: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
+
+    def __post_init__(self) -> None:
+        self.chat = Chat(self.model)
+
+    def __deepcopy__(self, _memo: object) -> ChatSession:
+        """The session of another visitor: Gradio copies the page's first one."""
+        return replace(self)
 
     # ---- the visitor's images
 
+    def path_of(self, name: str = "") -> Path:
+        """A path in the visitor's folder."""
+        return Path(os.environ["GRADIO_TEMP_DIR"], VISITS, self.folder, name)
+
+    def close(self) -> None:
+        """The visit is over."""
+        shutil.rmtree(self.path_of(), ignore_errors=True)
+
     def save_image(self, image: Image.Image, url: str = "") -> Picture:
-        """Store an image in the visitor's folder; only here images get their path."""
-        if not self.folder:
-            self.folder = f"{os.environ['GRADIO_TEMP_DIR']}/{VISITS}/{uuid.uuid4().hex}"
-            os.makedirs(self.folder)
+        """Store an image in the visitor's folder."""
         picture = Picture(url=url)
-        picture.path = f"{self.folder}/{uuid.uuid4().hex}.png"
+        picture.path = str(self.path_of(f"{uuid.uuid4().hex}.png"))
         with writing(picture.path, RequestError):
+            self.path_of().mkdir(parents=True, exist_ok=True)
             image.save(picture.path)
         return picture
 
     def save_data(self, data: str) -> Picture:
-        """Store an image of base64 or a data URL; in a thread: it takes long."""
+        """Store an image of base64 or a data URL."""
         return self.save_image(io.open_image(io.decode_text(data), limits=DRAWINGS).image)
 
-    def store_upload(self, upload: str | None) -> Picture:
-        """Check an uploaded image and store it in the model's size; in a thread: it takes long."""
+    def store_upload(self, model: ModelClient, upload: str) -> Picture:
+        """Check an uploaded image and store it in the model's size."""
+        file = Path(upload)
+        if not file.is_file():  # without the machine's path
+            raise RequestError(f"{short_name(file.name)} is gone: choose it again.")
+        image = io.open_image(file, limits=UPLOADS, at_least=LONGEST_SIDE).image
+        # The page shows what the model sees: the image, or a square of it.
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        sent = image
+        if not model.card.keeps_aspect:
+            image = io.chat_image(image)
+            sent = io.request_image(image)
+        picture = self.save_image(image, f"data:image/png;base64,{io.image_to_base64(sent)}")
+        picture.make_small()
+        return picture
+
+    async def read_upload(self, model: ModelClient, upload: str | None) -> Picture:
+        """An uploaded image, read once. Raises RequestError: none, or no image."""
         if not upload:
             raise RequestError("Choose an image first.")
-        if upload not in self.uploads:
-            image = io.open_image(Path(upload), limits=UPLOADS, at_least=LONGEST_SIDE).image
-            # The page shows what the model sees: the image, or a square of it.
-            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            sent = image
-            if not self.model.card.keeps_aspect:
-                image = io.chat_image(image)
-                sent = io.request_image(image)
-            url = f"data:image/png;base64,{io.image_to_base64(sent)}"
-            self.uploads[upload] = self.save_image(image, url)
-            self.forget_uploads(MAX_UPLOADS)
-        return self.uploads[upload]
+        key = (model.address, upload)
+        if key not in self.uploads:
+            reading = asyncio.to_thread(self.store_upload, model, upload)
+            self.uploads[key] = asyncio.ensure_future(reading)
+            while len(self.uploads) > MAX_UPLOADS:
+                del self.uploads[next(iter(self.uploads))]
+        try:
+            # An event that ends leaves the reading to others.
+            return await asyncio.shield(self.uploads[key])
+        except SeedError:
+            self.uploads.pop(key, None)
+            raise
 
-    def forget_uploads(self, n_kept: int = 0) -> None:
-        """Remove the files of the oldest uploads, but not of images in the conversation."""
-        displayed = {picture.path for turn in self.turns for picture in turn.pictures}
-        while len(self.uploads) > n_kept:
-            upload = next(iter(self.uploads))
-            for path in {upload, self.uploads.pop(upload).path} - displayed:
-                if Path(path).is_relative_to(os.environ["GRADIO_TEMP_DIR"]):  # no example's
-                    Path(path).unlink(missing_ok=True)
-
-    async def load_codes(self, picture: Picture) -> list[int]:
+    async def load_codes(self, model: ModelClient, picture: Picture) -> list[int]:
         """The codes of an uploaded image."""
         if not picture.codes:
-            response = await self.model.post("/v1/images/tokens", json={"images": [picture.url]})
+            response = await model.post("/v1/images/tokens", json={"images": [picture.url]})
             picture.codes = response["data"][0]["codes"]
         return picture.codes or []
 
+    async def on_choose(self, message: JsonObject) -> JsonObject:
+        """Which chosen files are no images, of each of which one warning says so, and images in
+        place of those that browsers do not show."""
+        files = message["files"]
+        self.refused &= {*files}
+        images: JsonObject = {}
+        for upload in files:
+            if upload in self.refused:
+                continue
+            with warn_about_errors():
+                try:
+                    picture = await self.read_upload(self.model, upload)
+                except SeedError:
+                    if upload in self.refused:  # another event said so meanwhile
+                        continue
+                    self.refused.add(upload)
+                    raise
+                if Path(upload).suffix.lower() in NOT_SHOWN:
+                    images[upload] = gr.FileData(path=picture.path).model_dump()
+        return {"refused": [*self.refused], "images": images}
+
+    # ---- the conversation of an event
+
+    async def chat_of(self, sent: Stored) -> Chat:
+        """The conversation that an event names; of one that cannot be shown, a new one in its
+        place, with a warning.
+
+        sent: the browser's copy. It is read if it is newer than what the session has, as of another
+            tab, or if the session has another one or none, as of a program that was started again.
+        """
+        if sent is None:
+            return self.chat
+        named = str(sent.get("id")) if isinstance(sent, dict) else ""
+        with warn_about_errors():
+            conversation = restored(sent)
+            if not self.has(conversation) and conversation.turns and not self.model.name:
+                await self.load_cards()
+            if self.has(conversation):  # perhaps meanwhile
+                return self.chat
+            # "": it was begun before a backend told its model.
+            models = [model for model in self.models if conversation.model in ("", model.name)]
+            if conversation.turns and not models:
+                raise RequestError(f"No backend serves {conversation.model}, so its chat waits.")
+            self.leave()
+            chat = Chat((models or [self.model])[0], conversation.id, conversation.turns)
+            self.chat = chat
+            # A message whose answer a reload ended returns to its box.
+            unanswered = [turn for turn in chat.turns[-1:] if turn.role == "user"]
+            chat.turns = chat.turns[: len(chat.turns) - len(unanswered)]
+            await self.draw_again(chat.model, [*chat.turns, *unanswered])
+            chat.give_back(unanswered)
+            return chat
+        self.leave()
+        self.chat = Chat(self.model, replaces=named)
+        return self.chat
+
+    def has(self, sent: Conversation) -> bool:
+        """Whether the session's conversation is the browser's, and as new."""
+        return sent.id == self.chat.id and sent.revision <= self.chat.revision
+
+    def leave(self) -> None:
+        """End the answer of the conversation that is left; the browser keeps what there is."""
+        if self.chat.before is not None:
+            self.chat.stop(returns=False)
+            self.left = [self.chat.snapshot()]
+
+    def updates(self, chat: Chat) -> Snapshots:
+        """A conversation as it is now, and one that was left."""
+        left, self.left = self.left, []
+        return [*left, chat.snapshot()]
+
+    async def load_cards(self) -> None:
+        """Ask the backends for their models."""
+        for model in self.models:
+            with warn_about_errors():
+                await model.load_card()
+
+    async def draw_again(self, model: ModelClient, turns: Sequence[Turn]) -> None:
+        """Draw the newest images of a restored conversation from their codes; others are stored."""
+        pictures = [picture for turn in turns for picture in turn.pictures][-MAX_RESTORED:]
+        coded = [picture for picture in pictures if picture.codes]
+        stored = [picture for picture in pictures if not picture.codes][-MAX_UPLOADS:]
+        with warn_about_errors():
+            for picture in stored:
+                data = picture.url or picture.stored_url
+                picture.path = (await asyncio.to_thread(self.save_data, data)).path
+            for start in range(0, len(coded), TOKENS_AT_ONCE):
+                batch = coded[start : start + TOKENS_AT_ONCE]
+                body = {"codes": [picture.codes for picture in batch]}
+                drawings, _ = await self.images(model, batch, "/v1/images/tokens", json=body)
+                for path, picture in drawings:
+                    picture.path = path
+
+    async def on_select(self, sent: Stored) -> Snapshots:
+        """Show a conversation of the browser's list, or a new one."""
+        return self.updates(await self.chat_of(sent))
+
     # ---- what is to be answered
 
-    @property
-    def draft(self) -> list[Turn]:
-        """The new message that is being answered, if there is one."""
-        return [] if self.before is None else self.turns[len(self.before) : -1]
+    async def on_submit(
+        self, message: JsonObject | None, sent: Stored = None, *settings: Any
+    ) -> AsyncIterator[Snapshots]:
+        """Answer a message; one that cannot be sent returns to its box. None: an empty one.
 
-    def answer(self, turns: Sequence[Turn]) -> None:
-        """Begin the answer to a conversation, which `reply` makes. Raises RequestError: busy."""
-        if self.before is not None:
-            raise RequestError("An answer is being made: try again when it is complete.")
-        self.before = self.turns
-        self.turns = [*turns, Turn("assistant")]
-        self.returned = []
+        settings: as of `Chat.request`.
+        """
+        if message is None:
+            return
+        chat = await self.chat_of(sent)
+        text = (message["text"] or "").strip()
+        with warn_about_errors("Not sent"):
+            turn = user_turn(text, [unread(upload) for upload in message["files"]])
+            async for update in self.answered(chat, [*chat.turns, turn], settings):
+                yield update
+            return
+        chat.returned = returned_message(text, message["files"])
+        chat.change()
+        yield self.updates(chat)
 
-    def resume(self, stored: Stored) -> None:
-        """Continue the browser's conversation, if the page's program was started again since: its
-        new session has none. In a thread of Gradio's, as all events that are no coroutines."""
-        if stored and not self.conversation_id:
-            asyncio.run(self.on_model(self.models.index(self.model), stored))
+    async def on_example(
+        self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
+    ) -> AsyncIterator[Snapshots]:
+        example = installed_examples(self.model.card)[int(chosen.index)]
+        pictures = [unread(file) for file in example_files(example)]
+        chat = await self.chat_of(sent)
+        turns = [*chat.turns, Turn("user", [*pictures, example.text])]
+        async for update in self.answered(chat, turns, settings):
+            yield update
 
-    @warn_about_errors(no_answer=True)
-    def on_submit(self, message: JsonObject, stored: Stored = None) -> None:
-        self.resume(stored)
-        pictures = [self.store_upload(upload) for upload in message["files"]]
-        self.answer([*self.turns, user_turn((message["text"] or "").strip(), pictures)])
+    async def on_option(
+        self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
+    ) -> AsyncIterator[Snapshots]:
+        chat = await self.chat_of(sent)
+        turns = [*chat.turns, Turn("user", [str(chosen.value)])]
+        async for update in self.answered(chat, turns, settings):
+            yield update
 
-    def on_example(self, chosen: gr.SelectData) -> None:
-        example = self.examples[int(chosen.index)]
-        self.on_submit({"text": example.text, "files": example_files(example)})
+    async def on_retry(self, sent: Stored = None, *settings: Any) -> AsyncIterator[Snapshots]:
+        chat = await self.chat_of(sent)
+        async for update in self.answered(chat, chat.turns[:-1], settings):
+            yield update
 
-    def on_option(self, chosen: gr.SelectData, stored: Stored = None) -> None:
-        self.on_submit({"text": chosen.value, "files": []}, stored)
-
-    @warn_about_errors(no_answer=True)
-    def on_retry(self, stored: Stored = None) -> None:
-        self.resume(stored)
-        self.answer(self.turns[:-1])
-
-    @warn_about_errors(no_answer=True)
-    def on_edit(self, edited: gr.EditData, stored: Stored = None) -> None:
+    async def on_edit(
+        self, edited: gr.EditData, sent: Stored = None, *settings: Any
+    ) -> AsyncIterator[Snapshots]:
         """An earlier message with another text; its images stay, what followed it is dropped."""
-        self.resume(stored)
-        index = self.turn_index(edited)
-        turn = user_turn(str(edited.value).strip(), self.turns[index].pictures)
-        self.answer([*self.turns[:index], turn])
+        chat = await self.chat_of(sent)
+        with warn_about_errors("Not sent"):
+            index = chat.turn_index(edited)
+            turn = user_turn(str(edited.value).strip(), chat.turns[index].pictures)
+            async for update in self.answered(chat, [*chat.turns[:index], turn], settings):
+                yield update
+
+    async def on_stop(self, sent: Stored = None) -> Snapshots:
+        chat = await self.chat_of(sent)
+        chat.stop()
+        return self.updates(chat)
+
+    async def on_undo(self, sent: Stored = None) -> Snapshots:
+        chat = await self.chat_of(sent)
+        chat.undo()
+        return self.updates(chat)
 
     # ---- the answer
 
-    async def reply(self, *settings: Any) -> AsyncIterator[Updates]:
-        """Updates while the last turn is made.
+    async def answered(
+        self, chat: Chat, turns: Sequence[Turn], settings: Sequence[Any]
+    ) -> AsyncIterator[Snapshots]:
+        """Updates while turns are answered. A warning says that another answer is being made.
 
-        settings: as of `request`.
+        settings: as of `Chat.request`.
         """
-        conversation_id = self.conversation_id
-        answer = self.turns[-1] if self.before is not None else None
-        if answer:
-            async with contextlib.aclosing(self.growing(answer, *settings)) as updates:
-                async for update in updates:
-                    if not self.shows(answer):
-                        break
-                    yield update
-        # The browser does not cancel an answer that has not begun yet, and may apply its updates
-        # after those of *Undo*: the last one is what the conversation is now.
-        is_over = self.before is None and not self.shows(answer)
-        if is_over and conversation_id == self.conversation_id:
-            yield self.updates(self.returned)
+        work = None
+        with warn_about_errors("Not sent"):
+            answer = chat.begin(turns)
+            work = chat.work = asyncio.create_task(self.make_answer(chat, answer, settings))
+        if work is None:
+            return
+        try:
+            # Whoever ends the answer takes the work away.
+            while chat.work is work:
+                chat.changed.clear()
+                yield self.updates(chat)
+                await chat.changed.wait()
+            yield self.updates(chat)
+        finally:
+            if chat.work is work:  # the tab was closed
+                chat.stop()
 
-    async def growing(self, answer: Turn, *settings: Any) -> AsyncGenerator[Updates]:
-        """Updates while the last turn, an answer, is made."""
-        # 1. The page shows the message at once, and an empty answer.
-        messages = self.turns[:-1]
-        box = gr.update(submit_btn=False, stop_btn=True)
-        if self.draft:  # it leaves the box
-            box["value"] = None
-        yield await asyncio.to_thread(self.stored), self.displayed(), box
-
-        # 2. The answer grows with each event; of one that fails nothing stays.
+    async def make_answer(self, chat: Chat, answer: Turn, settings: Sequence[Any]) -> None:
+        """Make the answer to all turns but the last, which is the answer; of one that fails nothing
+        stays."""
+        *messages, _ = chat.turns
         is_complete = False
         with warn_about_errors():
-            if "codes" in self.model.card.tabs:
-                for picture in messages[-1].pictures:
-                    await self.load_codes(picture)
-            request = self.request(messages, *settings)
+            # 1. The images of the message.
+            parts = messages[-1].parts
+            for index, part in enumerate(parts):
+                if isinstance(part, Picture) and not part.is_read:
+                    parts[index] = part = await self.read_upload(chat.model, part.path)
+                if isinstance(part, Picture) and "codes" in chat.model.card.tabs:
+                    await self.load_codes(chat.model, part)
+
+            # 2. The answer grows with each event.
+            request = chat.request(messages, *settings)
             answer.settings = {**request}
             del answer.settings["messages"]
             body = {**request, "stream": True, "previews": True}
-            async for event in self.model.stream("/v1/chat/completions", json=body):
+            async for event in chat.model.stream("/v1/chat/completions", json=body):
                 for choice in event["choices"]:
-                    await self.add_change(answer, choice["delta"])
-                yield await asyncio.to_thread(self.stored), self.displayed(), gr.skip()
+                    await self.add_change(chat, answer, choice["delta"])
+                chat.change()
             is_complete = True
-        if not self.shows(answer):
-            return
         if not is_complete:
             answer.parts = []
-            self.on_stop()
+            chat.stop()
             return
-        self.before = None
+        chat.end()
 
         # 3. A full disk of the log is the operator's concern, not the visitor's.
         try:
-            await self.add_to_log("common", [*messages, answer])
+            await self.add_to_log("common", chat.model, [*messages, answer])
         except SeedError as error:
             logger.warning("%s", error)
-        yield await asyncio.to_thread(self.updates)
 
-    def shows(self, answer: Turn | None) -> bool:
-        """Whether an answer was not stopped and the visitor did not choose another conversation,
-        which an update would change otherwise: Gradio cancels an event some time later."""
-        return any(turn is answer for turn in self.turns)
-
-    async def add_change(self, answer: Turn, change: JsonObject) -> None:
+    async def add_change(self, chat: Chat, answer: Turn, change: JsonObject) -> None:
         """Add a change of a stream to an answer: images, text, boxes and notes."""
+        *earlier, _ = chat.turns
         for image in change.get("images", ()):
             url = image["image_url"]["url"]
             picture = await asyncio.to_thread(self.save_data, url)
@@ -286,217 +420,55 @@ class ChatSession:
                 picture.codes = image["codes"]
                 picture.url = url
                 picture.description = image.get("revised_prompt", "")
+                if not picture.codes:
+                    await asyncio.to_thread(picture.make_small)
             answer.parts = [*answer.sent_parts, picture]  # in place of a preview
         answer.reasoning += change.get("reasoning_content", "")
         if change.get("content"):
             answer.add_text(change["content"])
         if change.get("boxes"):
-            marked = image_with_boxes(self.turns, change["boxes"])
-            answer.parts = [*answer.parts, self.save_image(marked)]
+            marked = await asyncio.to_thread(self.save_marked, earlier, change["boxes"])
+            answer.parts = [*answer.parts, marked]
         notes = change.get("notes", [])
-        if any(map(LEFT_OUT.match, itertools.chain(*(turn.notes for turn in self.turns[:-1])))):
+        if any(map(LEFT_OUT.match, itertools.chain(*(turn.notes for turn in earlier)))):
             notes = [note for note in notes if not LEFT_OUT.match(note)]  # once a conversation
         answer.notes = [*answer.notes, *notes]
 
-    def request(
-        self,
-        turns: Sequence[Turn],
-        force_image: bool,
-        ratio: str | None,
-        beams: float,
-        max_new_tokens: float,
-        temperature: float,
-        top_p: float,
-        max_rounds: float,
-    ) -> JsonObject:
-        """The body of a chat request, with a new seed. A retry is sampled even at temperature 0.
+    # ---- the log
 
-        max_rounds: 0: any number; the backend drops the oldest turns that are too many for it.
-        """
-        # 1. The conversation, or the last message in the model's template.
-        card = self.model.card
-        if card.single_turn_template is not None:
-            opening, closing = card.single_turn_template
-            turns = [Turn("user", [opening, *turns[-1].parts, closing])]
-        if max_rounds and len(turns) > 2 * max_rounds:
-            raise RequestError(TOO_LONG)
-
-        # 2. Its settings.
-        body = {
-            "messages": [turn.message() for turn in turns],
-            "force_image": bool(force_image),
-            "seed": random.randrange(2**31),
-        }
-        if card.ratios:  # the model's own settings
-            if force_image:
-                body["ratio"] = ratio
-            return body
-        is_retry = len(turns) < len(self.before or ())
-        if is_retry and not temperature:
-            temperature = RETRY_TEMPERATURE
-        return {
-            **body,
-            "num_beams": int(beams),
-            "max_tokens": int(max_new_tokens),
-            "top_p": top_p,
-            "temperature": temperature,
-        }
-
-    def on_stop(self, stored: Stored = None) -> Updates:
-        """End an answer that failed or was stopped."""
-        self.resume(stored)
-        self.returned = []
-        if self.before is not None:
-            self.turns, self.returned = self.stopped()
-            self.before = None
-        return self.updates(self.returned)
-
-    def stopped(self) -> tuple[list[Turn], list[Turn]]:
-        """What *Stop* or a reload would leave of a running answer: the conversation, and messages
-        that return to their box. Without any part of an answer the conversation is as before."""
-        *messages, answer = self.turns
-        if not answer.sent_parts:
-            return self.before or [], self.draft
-        answer = copy.copy(answer)
-        answer.parts = answer.sent_parts
-        answer.notes = [*answer.notes, "Stopped."]
-        return [*messages, answer], []
-
-    def on_undo(self, stored: Stored = None) -> Updates:
-        """Take back the last message, which returns to its box, and its answer."""
-        self.resume(stored)
-        self.returned = self.turns[-2:-1]
-        self.turns = self.turns[:-2]
-        self.before = None
-        return self.updates(self.returned)
-
-    def on_new(self) -> Updates:
-        """An empty conversation."""
-        self.reset()
-        return self.updates()
-
-    def updates(self, draft: Sequence[Turn] = ()) -> Updates:
-        """The browser's copy, the conversation and the message box, while nothing is answered.
-
-        What is shown is what a reload shows: one update has both.
-        draft: a message that returns to its box.
-        """
-        box = gr.update(submit_btn=True, stop_btn=False)
-        for turn in draft:
-            files = [picture.path for picture in turn.pictures if picture.path]
-            box["value"] = {"text": turn.text, "files": files}
-        return self.stored(), self.displayed(), box
-
-    def stored(self) -> JsonObject:
-        """The browser's copy. A message without any answer yet is its last turn."""
-        turns = self.turns
-        if self.before is not None:
-            conversation, draft = self.stopped()
-            turns = [*conversation, *draft]
-        return {
-            "id": self.conversation_id,
-            "model": self.model.name,
-            "turns": stored_turns(turns),
-        }
-
-    def follow_ups(self) -> list[str]:
-        """What follows in an example whose messages the conversation has."""
-        texts = [turn.text for turn in self.turns if turn.role == "user"]
-        for example in self.examples:
-            script = [example.text, *example.then]
-            if texts and texts == script[: len(texts)]:
-                return script[len(texts) :][:1]
-        return []
-
-    # ---- the conversation
-
-    @property
-    def examples(self) -> list[Example]:
-        """Those whose images are installed: a wheel has none."""
-        return [
-            example
-            for example in self.model.card.examples
-            if all(map(os.path.isfile, example_files(example)))
-        ]
-
-    def displayed(self) -> list[JsonObject]:
-        """The conversation as messages of Gradio's Chatbot; the last offers what may follow."""
-        messages = [message for turn in self.turns for message in turn.displayed()]
-        if self.before is None and (texts := self.follow_ups()):
-            messages[-1]["options"] = [{"value": text} for text in texts]
-        return messages
-
-    def turn_index(self, event: gr.EventData) -> int:
-        """The turn of a displayed message; reasoning and notes are messages of their own."""
-        index = event.index
-        position = int(index[0] if isinstance(index, list | tuple) else index)
-        turns = [turn for turn, items in enumerate(self.turns) for _ in items.displayed()]
-        return turns[position]
-
-    async def add_to_log(self, kind: str, turns: Sequence[Turn]) -> None:
-        """Log a conversation, if there is a log; in a thread. Raises DataError: disk error."""
+    async def add_to_log(self, kind: str, model: ModelClient, turns: Sequence[Turn]) -> None:
+        """Log a conversation, if there is a log. Raises DataError: disk error."""
         if self.log is not None:
-            await asyncio.to_thread(self.log.add, kind, self.model.name, turns)
+            await asyncio.to_thread(self.log.add, kind, model.name, turns)
 
-    async def on_vote(self, vote: gr.LikeData) -> None:
+    async def on_vote(self, vote: gr.LikeData, sent: Stored = None) -> None:
         """Log a vote with the conversation up to its answer."""
+        chat = await self.chat_of(sent)
         kinds = {True: "upvote", False: "downvote"}  # "": taken back
         with warn_about_errors():
-            kind = kinds.get(vote.liked, "withdrawn")
-            await self.add_to_log(kind, self.turns[: self.turn_index(vote) + 1])
+            turns = chat.turns[: chat.turn_index(vote) + 1]
+            await self.add_to_log(kinds.get(vote.liked, "withdrawn"), chat.model, turns)
 
-    def reset(self) -> None:
-        """A new conversation; the visitor's images and uploaded files are removed."""
-        self.conversation_id = uuid.uuid4().hex
-        self.turns = []
-        self.before = None
-        self.forget_uploads()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder = ""
+    # ---- the model
 
-    def on_choose(self, message: JsonObject) -> Update:
-        """Warn about a chosen file that is no image, and take it out of the message."""
-        files = []
-        for upload in message["files"]:
-            with warn_about_errors():
-                self.store_upload(upload)
-                files.append(upload)
-        return gr.skip() if files == message["files"] else {**message, "files": files}
+    async def on_model(self, index: int, sent: Stored) -> tuple[Update, ...]:
+        """Show a conversation of the browser with its model, or a new one of a model that is
+        chosen.
 
-    async def on_model(self, index: int, stored: Stored) -> tuple[Update, ...]:
-        """Show a conversation that the browser has kept, with its model, or a new one of a model
-        that is chosen.
-
-        index: of the model; another one than now: it is chosen, and shows its own conversation.
-        stored: the tab's conversation; None: a new one.
+        index: of the model. sent: the tab's conversation.
 
         Returns updates of the outputs in `page.build`.
         """
-        # 1. The models that the backends serve now.
-        self.reset()
-        is_choice = self.models[index] is not self.model
-        for model in self.models:
-            with warn_about_errors():
-                await model.load_card()
-        names = [model.name for model in self.models]
-        conversation = Conversation(model="", turns=[])
-        if stored:
-            with warn_about_errors():
-                conversation = restored(stored)
-        if not is_choice and conversation.model in names:
-            index = names.index(conversation.model)
-        self.model = self.models[index]
+        # 1. The models that the backends serve now, and the conversation.
+        chosen = self.models[index]
+        await self.load_cards()
+        if chosen is self.model:
+            chat = await self.chat_of(sent)
+        else:
+            self.leave()
+            chat = self.chat = Chat(chosen, replaces=self.chat.id)
+        self.model = chat.model
         card = self.model.card
-        draft: list[Turn] = []
-        if conversation.model == self.model.name:
-            self.conversation_id = conversation.id
-            self.turns = conversation.turns
-            await self.draw_again()
-            if self.turns[-1:] and self.turns[-1].role == "user":  # a reload ended its answer
-                draft = [self.turns.pop()]
-        elif conversation.turns and not is_choice:
-            gr.Warning(f"No backend serves {html.escape(conversation.model)}, so its chat waits.")
-        _, chat, box = self.updates(draft)
 
         # 2. What differs between them.
         panel = ""
@@ -520,14 +492,13 @@ class ChatSession:
         most_codes = max(2, n_codes)  # a slider needs a range, hidden ones too
         writes = self.model.abilities.writes
         return (
-            self,
+            self.updates(chat),
             gr.update(
-                value=f"# {card.title}\n\n{self.model.notice} {card.about}",
+                value=page_title(card.title, f"{self.model.notice} {card.about}"),
                 elem_classes=[] if writes else ["no-chat"],
             ),
-            gr.update(choices=titles, value=index),
-            gr.update(value=chat, examples=chatbot_examples(self.examples)),
-            box,
+            gr.update(choices=titles, value=self.models.index(self.model)),
+            gr.update(examples=chatbot_examples(card)),
             gr.update(value=panel, visible=bool(panel)),
             False,
             ratios,
@@ -539,29 +510,19 @@ class ChatSession:
             *(gr.update(visible=tab in card.tabs) for tab in TABS),
         )
 
-    async def draw_again(self) -> None:
-        """Draw the newest images of a restored conversation from their codes; others are stored."""
-        pictures = [picture for turn in self.turns for picture in turn.pictures][-MAX_RESTORED:]
-        coded = [picture for picture in pictures if picture.codes]
-        stored = [picture for picture in pictures if not picture.codes][-MAX_UPLOADS:]
-        with warn_about_errors():
-            for picture in stored:
-                data = picture.url or picture.stored_url
-                picture.path = (await asyncio.to_thread(self.save_data, data)).path
-            for start in range(0, len(coded), TOKENS_AT_ONCE):
-                batch = coded[start : start + TOKENS_AT_ONCE]
-                body = {"codes": [picture.codes for picture in batch]}
-                drawings, _ = await self.images(batch, "/v1/images/tokens", json=body)
-                for path, picture in drawings:
-                    picture.path = path
+    def save_marked(self, turns: Sequence[Turn], boxes: Sequence[JsonObject]) -> Picture:
+        """The last image of turns with the boxes of their answer, only to be shown."""
+        picture = self.save_image(image_with_boxes(turns, boxes))
+        picture.make_small()
+        return picture
 
     # ---- the other tabs: images and their captions for a gallery, and notes below it
 
     async def images(
-        self, captions: Sequence[object], route: str, **content: Any
+        self, model: ModelClient, captions: Sequence[object], route: str, **content: Any
     ) -> tuple[Update, Update]:
         """Images of a route, each with its caption; `content`: as of `ModelClient.stream`."""
-        response = await self.model.post(route, **content)
+        response = await model.post(route, **content)
         gallery = []
         lines = [" ".join(response.get("notes", ()))]
         for image, caption in zip(response["data"], captions, strict=False):
@@ -569,7 +530,7 @@ class ChatSession:
             gallery.append((picture.path, caption))
             if "revised_prompt" in image:
                 lines.append(f"{caption} – read back: {image['revised_prompt']}")
-        return gallery, "\n\n".join(lines)
+        return gallery, escaped("\n".join(lines))
 
     async def on_draw(self, text: str, seed: float, ratio: str | None) -> tuple[Update, Update]:
         """Images of a text, from consecutive seeds."""
@@ -583,14 +544,15 @@ class ChatSession:
                 "n": DRAWN_AT_ONCE,
                 "ratio": ratio,
             }
-            return await self.images(captions, "/v1/images/generations", json=body)
+            return await self.images(self.model, captions, "/v1/images/generations", json=body)
         return NO_UPDATES
 
     async def on_change(self, upload: str | None, text: str, seed: float) -> tuple[Update, Update]:
         """An image changed as a text says."""
         with warn_about_errors():
-            picture = await asyncio.to_thread(self.store_upload, upload)
+            picture = await self.read_upload(self.model, upload)
             return await self.images(
+                self.model,
                 [text],
                 "/v1/images/edits",
                 files={"image": Path(picture.path).read_bytes()},
@@ -602,7 +564,8 @@ class ChatSession:
         """The codes of an uploaded image, as a strip of colours and as numbers."""
         if upload:
             with warn_about_errors():
-                codes = await self.load_codes(await asyncio.to_thread(self.store_upload, upload))
+                picture = await self.read_upload(self.model, upload)
+                codes = await self.load_codes(self.model, picture)
                 return code_strip(codes), codes
         return "", []
 
@@ -625,7 +588,7 @@ class ChatSession:
             if not rows:
                 raise RequestError("Choose an image first.")
             body = {"codes": [*rows.values()], "first": int(count)}
-            return await self.images([*rows], "/v1/images/tokens", json=body)
+            return await self.images(self.model, [*rows], "/v1/images/tokens", json=body)
         return NO_UPDATES
 
     async def on_find(self, upload: str | None, phrase: str) -> tuple[Update, Update]:
@@ -633,7 +596,7 @@ class ChatSession:
         with warn_about_errors():
             # The tuned request, greedy.
             question = self.model.card.tasks.detect_request(not_empty(phrase))
-            turn = user_turn(question, [await asyncio.to_thread(self.store_upload, upload)])
+            turn = user_turn(question, [await self.read_upload(self.model, upload)])
             body = {
                 "messages": [turn.message()],
                 "num_beams": 1,
@@ -642,9 +605,9 @@ class ChatSession:
             }
             response = await self.model.post("/v1/chat/completions", json=body)
             answer = response["choices"][0]["message"]
-            marked = self.save_image(image_with_boxes([turn], answer["boxes"]))
-            caption = shown_text(answer["content"]) or phrase
-            return [(marked.path, caption)], " ".join(answer["notes"])
+            marked = await asyncio.to_thread(self.save_marked, [turn], answer["boxes"])
+            caption = without_boxes(answer["content"]) or phrase
+            return [(marked.path, caption)], escaped(" ".join(answer["notes"]))
         return [], ""
 
 
@@ -655,21 +618,9 @@ def not_empty(text: str) -> str:
     return text
 
 
-def example_files(example: Example) -> list[str]:
-    return [str(IMAGES / name) for name in example.images]
-
-
-def chatbot_examples(examples: Sequence[Example]) -> list[JsonObject]:
-    """Examples in the form of Gradio's Chatbot."""
-    displayed = []
-    for example in examples:
-        label = example.text or "Describe it"
-        if example.then:
-            label += " …"
-        displayed.append(
-            {"text": example.text, "display_text": label, "files": example_files(example)}
-        )
-    return displayed
+def page_title(title: str, text: str) -> str:
+    """The page's title, and a text below it."""
+    return f"<h1>{escaped(title)}</h1><p>{escaped(text)}</p>"
 
 
 def known_panel(known: JsonObject) -> str:
@@ -708,7 +659,7 @@ def code_strip(codes: Sequence[int]) -> str:
     fields = []
     for code in codes:
         hue = code * 137.508 % 360  # the golden angle: neighbours differ
-        lightness = 60 + code % 5 * 6
+        lightness = 70 + code % 5 * 5
         fields.append(f'<span style="background: hsl({hue:.0f} 65% {lightness}%)">{code}</span>')
     label = f"codes {', '.join(map(str, codes))}"
     return f'<div class="strip" role="img" aria-label="{label}">{"".join(fields)}</div>'

@@ -1,9 +1,13 @@
-/* The list of conversations: `js_on_load` of the component whose value is the tab's conversation.
+/* The list of conversations: `js_on_load` of the component that gets the updates of all events.
 
+The browser owns what it shows: which conversation is open, and the message box. An update is a list
+of snapshots (`Chat.snapshot` of the server); each is kept, and the open conversation's is shown.
 Each conversation is an item of the browser's storage, so that tabs do not overwrite each other's:
-{time, model, turns} below "seed-chat-ID". A tab knows its own by the ID in its session's storage.
+{time, model, turns, revision, name, pinned} below "seed-chat-ID". A tab keeps the ID of its own in
+its session's storage.
 */
 const PREFIX = 'seed-chat-'
+const DARK = 'seed-dark'
 let local = {}
 let tab = {}
 try {
@@ -13,104 +17,199 @@ try {
 const read = {} // what this tab has read or written last, by ID
 const copies = {} // IDs under which this tab goes on with conversations that another tab changed
 const deleted = new Set()
-const list = element.querySelector("ul")
+const revisions = {} // of the newest snapshot, by ID
+const list = element.querySelector('ul')
 const notice = element.querySelector('p')
+const search = element.querySelector('input')
+let open = {} // the newest snapshot of the open conversation
+let returned = 0 // the last message that returned to the box
 let shown = ''
+
+const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2)
+const storedId = (id) => copies[id] ?? id
 
 function parsed(id) {
     try {
-        const { time, model, turns } = JSON.parse(local[PREFIX + id])
-        return { id, time, model, turns, title: titleOf(turns) }
+        const item = JSON.parse(local[PREFIX + id])
+        return { ...item, id, title: item.name || titleOf(item.turns) }
     } catch {
         return null
     }
 }
 
+const textsOf = (turns) =>
+    turns.flatMap(({ parts }) => parts.filter((part) => typeof part === 'string' && part.trim()))
+
 function titleOf(turns) {
-    const texts = turns[0].parts.filter((part) => typeof part === 'string' && part.trim())
-    return texts[0]?.trim().slice(0, 80) || 'Images'
+    return textsOf(turns)[0]?.trim().slice(0, 80) || 'Images'
+}
+
+// ---- updates
+
+function receive(snapshots) {
+    for (const snapshot of snapshots) {
+        const { id, replaces, revision } = snapshot
+        if (revision <= (revisions[id] ?? 0)) continue // it is older
+        revisions[id] = revision
+        if (replaces === open.id) open = snapshot
+        save(snapshot)
+        if (id === open.id) open = snapshot
+    }
+    show(open)
+}
+
+// The conversation that events name, and what the page shows.
+function show(snapshot) {
+    open = snapshot
+    const { id, model, turns, revision } = snapshot
+    tab[PREFIX] = storedId(id)
+    props.value = { id, model, turns, revision }
+    trigger('apply')
+    if (shown !== `${tab[PREFIX]} ${turns.length}`) list_all() // not while an answer grows
+}
+
+const page = {
+    // The message leaves its box for the server, if it is not empty.
+    take(box) {
+        document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)
+        const isEmpty = !box?.text.trim() && !box?.files.length
+        return isEmpty ? [null, box] : [box, { text: '', files: [] }]
+    },
+
+    // The conversation and the box, to which a message returns in front of what was typed since.
+    show(box) {
+        const { messages, is_busy, returned: message } = open
+        const update = { __type__: 'update', submit_btn: !is_busy, stop_btn: is_busy }
+        if (message?.id > returned) {
+            returned = message.id
+            const text = [message.text, box?.text].filter(Boolean).join('\n')
+            update.value = { text, files: [...message.files, ...(box?.files ?? [])] }
+        }
+        document.querySelector('#chat').classList.toggle('busy', is_busy)
+        return [{ __type__: 'update', value: messages }, update]
+    },
+
+    // Refused files leave the box; files that no browser shows get an image that it does.
+    refuse(known, box) {
+        const { refused = [], images = {} } = known ?? {}
+        const files = box.files
+            .filter(({ path }) => !refused.includes(path))
+            .map((file) => ({ ...file, url: images[file.path]?.url ?? file.url }))
+        const isSame = JSON.stringify(files) === JSON.stringify(box.files)
+        return { __type__: 'update', ...(isSame ? {} : { value: { ...box, files } }) }
+    },
+
+    dark() {
+        local[DARK] = Number(document.body.classList.toggle('dark'))
+    },
 }
 
 // ---- the storage
 
-function save(conversation) {
-    if (!conversation || deleted.has(conversation.id)) return
-    const { model, turns } = conversation
-    let id = copies[conversation.id] ?? conversation.id
-    const stored = local[PREFIX + id]
-    if (stored !== undefined && stored !== read[id]) {
-        id = Date.now().toString(36) + Math.random().toString(36).slice(2)
-        copies[conversation.id] = id
-    }
-    tab[PREFIX] = id
-    const text = JSON.stringify({ time: Date.now(), model, turns })
+function save({ id, model, turns, revision }) {
+    if (deleted.has(id)) return
+    const stored = local[PREFIX + storedId(id)]
+    if (stored !== undefined && stored !== read[storedId(id)]) copies[id] = newId()
+    const key = storedId(id)
+    const { time, name, pinned, turns: before } = parsed(key) ?? {}
+    const isSame = JSON.stringify(before) === JSON.stringify(turns)
+    keep(key, { time: isSame ? time : Date.now(), model, turns, revision, name, pinned })
+}
+
+function keep(key, item) {
     notice.textContent = ''
     try {
-        if (turns.length) local[PREFIX + id] = text
-        else delete local[PREFIX + id]
-        read[id] = local[PREFIX + id]
+        if (item.turns.length) local[PREFIX + key] = JSON.stringify(item)
+        else delete local[PREFIX + key]
+        read[key] = local[PREFIX + key]
     } catch {
         notice.textContent = 'The storage of this browser is full, so this chat is not kept: ' +
             'export it, or delete another one.'
     }
-    // Not while an answer grows.
-    if (shown !== `${id} ${turns.length}`) show()
 }
 
-function open(id) {
-    const conversation = id === undefined ? null : parsed(id)
-    if (conversation) {
-        read[id] = local[PREFIX + id]
-        tab[PREFIX] = id
-        delete copies[id]
-        const { model, turns } = conversation
-        props.value = { id, model, turns }
-    }
-    trigger('select')
-    show()
+// Open a conversation of the list, or a new one.
+function choose(key, event = 'select') {
+    const { model, turns, revision } = parsed(key) ?? { model: open.model ?? '', turns: [] }
+    const isOther = model !== (open.model ?? model)
+    read[key] = local[PREFIX + key]
+    delete copies[key]
+    revisions[key] = (revision ?? 0) - 1 // what the server has may be as old
+    const messages = turns.length ? [waiting] : []
+    show({ id: key, model, turns, revision: revision ?? 0, messages, is_busy: false })
+    trigger(isOther ? 'input' : event)
+    list_all()
 }
+
+const waiting = { role: 'assistant', content: [{ type: 'text', text: '…' }] }
 
 function remove({ id, title }) {
     if (!confirm(`Delete “${title}”? It cannot be brought back.`)) return
     delete local[PREFIX + id]
     if (id === tab[PREFIX]) {
-        deleted.add(props.value?.id).add(id)
-        document.querySelector('#new').click()
+        deleted.add(open.id).add(id)
+        choose(newId())
     }
-    show()
+    list_all()
     list.querySelector('button')?.focus()
+}
+
+function rename({ id, title, ...item }) {
+    const name = prompt('Name of this chat', title)?.trim()
+    if (!name) return
+    keep(id, { ...item, name })
+    list_all()
+}
+
+function pin({ id, title, ...item }) {
+    keep(id, { ...item, pinned: !item.pinned })
+    list_all()
 }
 
 // ---- the list
 
-function show() {
+function list_all() {
     const ids = Object.keys(local).filter((key) => key.startsWith(PREFIX))
-    const conversations = ids.map((key) => parsed(key.slice(PREFIX.length))).filter(Boolean)
-    conversations.sort((first, second) => second.time - first.time)
+    const words = search.value.trim().toLowerCase()
+    const conversations = ids
+        .map((key) => parsed(key.slice(PREFIX.length)))
+        .filter((item) => item && [item.title, ...textsOf(item.turns)].join('\n').toLowerCase().includes(words))
+    conversations.sort((first, second) =>
+        (second.pinned ?? false) - (first.pinned ?? false) || second.time - first.time)
     list.replaceChildren(...conversations.map(itemOf))
-    const turns = conversations.find(({ id }) => id === tab[PREFIX])?.turns
-    shown = `${tab[PREFIX]} ${turns?.length ?? 0}`
+    shown = `${tab[PREFIX]} ${open.turns?.length ?? 0}`
 }
 
 function itemOf(conversation) {
-    const { id, title } = conversation
+    const { id, title, pinned } = conversation
     const item = document.createElement('li')
     const isOpen = id === tab[PREFIX]
-    const choice = button('choice', title, title, () => {
-        if (!isOpen) open(id)
+    const choice = button(pinned ? `★ ${title}` : title, title, () => {
+        choose(id)
         leave_sidebar()
     })
-    if (isOpen) {
-        choice.setAttribute('aria-current', 'true')
-        item.append(choice, button('', '↓', 'Export this chat', () => save_page(title)))
-    } else item.append(choice)
-    item.append(button('', '✕', `Delete “${title}”`, () => remove(conversation)))
+    choice.className = 'choice'
+    if (isOpen) choice.setAttribute('aria-current', 'true')
+
+    // A menu of what can be done with it.
+    const menu = document.createElement('details')
+    const summary = document.createElement('summary')
+    summary.textContent = '⋯'
+    summary.setAttribute('aria-label', `More for “${title}”`)
+    menu.append(
+        summary,
+        button(pinned ? 'Unpin' : 'Pin', `${pinned ? 'Unpin' : 'Pin'} “${title}”`, () => pin(conversation)),
+        button('Rename', `Rename “${title}”`, () => rename(conversation)),
+        ...(isOpen ? [button('Export', 'Export this chat', () => save_page(title))] : []),
+        button('Delete', `Delete “${title}”`, () => remove(conversation)),
+    )
+    menu.onfocusout = ({ relatedTarget }) => menu.contains(relatedTarget) || (menu.open = false)
+    item.append(choice, menu)
     return item
 }
 
-function button(name, text, label, action) {
+function button(text, label, action) {
     const made = document.createElement('button')
-    made.className = name
     made.textContent = text
     made.title = label
     made.setAttribute('aria-label', label)
@@ -157,24 +256,81 @@ async function dataUrl(address) {
     })
 }
 
-// ---- the sidebar, which covers a phone's window
+// ---- the sidebars: named by what they hold; the list covers a phone's window
 
-function choose_sidebar(isOpen) {
-    const sidebar = element.closest('.sidebar')
-    if (sidebar.classList.contains('open') !== isOpen) {
-        sidebar.querySelector('.toggle-button')?.click()
-    }
+const sidebar = element.closest('.sidebar')
+for (const bar of document.querySelectorAll('.sidebar')) {
+    const toggle = bar.querySelector('.toggle-button')
+    toggle?.setAttribute('aria-label', bar === sidebar ? 'Chats' : 'Settings')
 }
 
-const isWide = () => innerWidth > 900
+function choose_sidebar(isOpen) {
+    if (sidebar.classList.contains('open') !== isOpen) sidebar.querySelector('.toggle-button')?.click()
+}
+
+const wide = matchMedia('(min-width: 901px)')
 
 function leave_sidebar() {
-    if (isWide()) document.querySelector('#message textarea')?.focus()
+    if (wide.matches) document.querySelector('#message textarea')?.focus()
     else choose_sidebar(false)
 }
 
-watch('value', () => save(props.value))
-addEventListener('storage', show)
-addEventListener('click', ({ target }) => target.closest('#new') && leave_sidebar())
-choose_sidebar(isWide())
-open(tab[PREFIX])
+// ---- what Gradio leaves out or says wrong, for screen readers
+
+const MENDED = [
+    ['#chat .image-container > button', 'aria-label', 'Show the image whole'],
+    ['#chat .thought-group .arrow button', 'aria-label', 'Details'],
+    ['#chat .thought-group .title', 'role', ''], // its arrow is the button
+    ['#chat .thought-group .title', 'tabindex', ''],
+    ['#chat .examples, #message .thumbnail-wrapper', 'role', ''],
+    ['.empty[aria-label]', 'role', 'img'],
+]
+
+function mend() {
+    for (const [selector, name, value] of MENDED) {
+        for (const part of document.querySelectorAll(selector)) {
+            if (value) part.setAttribute(name, value)
+            else part.removeAttribute(name)
+        }
+    }
+}
+new MutationObserver(mend).observe(document.body, { childList: true, subtree: true })
+
+// ---- texts: the server sends them as HTML, in which they are edited and copied as they were
+
+function plain(text) {
+    const area = document.createElement('textarea')
+    area.innerHTML = text
+    return area.value
+}
+
+function edit_plain() {
+    for (const area of document.querySelectorAll('#chat .edit-textarea')) {
+        area.value = plain(area.value)
+        area.dispatchEvent(new Event('input', { bubbles: true }))
+    }
+}
+
+const copy = navigator.clipboard?.writeText.bind(navigator.clipboard)
+if (copy) navigator.clipboard.writeText = (text) => copy(plain(text))
+
+// ---- events
+
+element.closest('#conversations').page = page
+watch('value', () => Array.isArray(props.value) && receive(props.value))
+addEventListener('storage', list_all)
+search.addEventListener('input', list_all)
+wide.addEventListener('change', ({ matches }) => choose_sidebar(matches))
+addEventListener('click', ({ target }) => {
+    if (target.closest('#new')) {
+        choose(newId())
+        leave_sidebar()
+    }
+    if (target.closest('#chat [aria-label="Edit"]')) setTimeout(edit_plain)
+    const image = target.closest('#chat .image-container > button')?.parentElement
+    if (document.fullscreenElement) document.exitFullscreen()
+    else image?.querySelector('[aria-label="Fullscreen"]')?.click()
+})
+if (DARK in local) document.body.classList.toggle('dark', local[DARK] === '1')
+choose_sidebar(wide.matches)
+choose(tab[PREFIX] ?? newId(), 'input')

@@ -7,32 +7,55 @@ on SIGTERM; what is logged (`ConversationLog`) stays.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import fastapi
 import gradio as gr
 from gradio.utils import get_upload_folder, is_in_or_equal
-from gradio_client.utils import is_file_obj, traverse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import ModelCard
 from seed_multimodal.proxies import without_proxy
-from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, VISITS, ChatSession
+from seed_multimodal.serving.chat import IMAGES
+from seed_multimodal.serving.chat_session import (
+    DRAWN_AT_ONCE,
+    UPLOADS,
+    VISITS,
+    ChatSession,
+    page_title,
+)
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
 from seed_multimodal.serving.origin import problem
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent  # of the page's styles and scripts
 SAMPLES = {str(file) for file in IMAGES.glob("*.png")}
 MAX_SEED = 2**31 - 1
 LOG_NOTICE = "The operator of this page keeps chats, their images and votes."
-TO_END = "() => document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)"
+# What a browser asks for; Gradio has further routes, which download or tell more.
+ROUTES = re.compile(
+    r"/|/(?:config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(?:assets|static|svelte)/.*+"
+    r"|/gradio_api/(?:file=(?!\w++:/).*+|heartbeat/\w++|(?:queue/(?:join|data)|upload|upload_progress"
+    r"|cancel|reset|startup-events|theme\.css)/?)"
+)
+# Gradio's own scripts and styles are inline, and compile templates.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; img-src 'self' data: blob:"
+LIST = """<input type="search" placeholder="Search chats" aria-label="Search chats">
+<p role="status"></p><ul aria-label="Chats"></ul>"""
+BROWSER = "(...values) => document.querySelector('#conversations').page.{}(...values)"
 
 
 # ---- what strangers send
@@ -43,14 +66,61 @@ class Page(gr.Blocks):
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         super().validate_inputs(block_fn, inputs)
-        traverse(inputs, check_upload, is_file_obj)
+        values: list[Any] = [inputs]
+        while values:
+            value = values.pop()
+            if isinstance(value, dict):
+                check_file(value)
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
 
 
-def check_upload(file: JsonObject) -> None:
-    """Raise Gradio's error: a file of the machine that is no sample of the page, or an address."""
-    path = file["path"]
-    if path not in SAMPLES and not is_in_or_equal(path, get_upload_folder()):
+def check_file(value: JsonObject) -> None:
+    """Raise Gradio's error for a file of the machine that is no sample of the page, or an address.
+
+    value: an object of an event, at any depth; Gradio takes those with a path for files.
+    """
+    path = value.get("path")
+    is_file = isinstance(path, str) and path not in SAMPLES
+    if is_file and not is_in_or_equal(path, get_upload_folder()):
         raise gr.Error("This file was not uploaded here.", print_exception=False)
+
+
+class Door:
+    """ASGI middleware: requests of other hosts and web pages, and for what no visitor needs, are
+    refused, and browsers load nothing from other hosts."""
+
+    def __init__(self, app: ASGIApp, bound_host: str, origins: Collection[str]) -> None:
+        self.app = app
+        self.bound_host = bound_host
+        self.origins = origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # 1. The request.
+        sentence = problem(self.bound_host, Headers(scope=scope), self.origins)
+        status = 403
+        if not ROUTES.fullmatch(scope["path"]):
+            sentence = "There is no such page."
+            status = 404
+        if sentence:
+            await JSONResponse({"error": sentence}, status)(scope, receive, send)
+            return
+
+        # 2. Its answer.
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_policy)
+        except (LookupError, TypeError, ValueError):  # Gradio's, of what browsers do not send
+            logger.exception("A request of the page cannot be read")
+            await JSONResponse({"error": "It cannot be read."}, 400)(scope, receive, send)
 
 
 # ---- the page
@@ -63,7 +133,7 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
     """
     with Page(title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         session = gr.State(
-            ChatSession([*models], models[0], log), delete_callback=ChatSession.reset
+            ChatSession([*models], models[0], log), delete_callback=ChatSession.close
         )
         # 1. The layout.
         title, model_choice = header(models)
@@ -73,7 +143,7 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
         # and the style sheet hides the chat of one that writes no text.
         with gr.Tabs() as tabs:
             with gr.Tab("Chat", elem_id="chat-tab"):
-                chat, known, settings, replies = chat_tab(session)
+                conversations, chatbot, known, settings = chat_tab(session)
             with gr.Tab("Draw", visible=False, id="draw") as draw, gr.Row():
                 draw_ratio = draw_tab(session)
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
@@ -83,20 +153,18 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
             with gr.Tab("Find", visible=False) as find, gr.Row():
                 find_tab(session)
 
-        # 2. A choice of the model, which ends its answers, changes what depends on it.
-        conversations, chatbot, message = chat
+        # 2. A choice of the model changes what depends on it.
         if log is not None:
-            chatbot.like(ChatSession.on_vote, [session], show_progress="hidden")
+            chatbot.like(ChatSession.on_vote, [session, conversations], show_progress="hidden")
         gr.on(
-            [model_choice.input, conversations.select],
+            [model_choice.input, conversations.input],
             ChatSession.on_model,
             [session, model_choice, conversations],
             [
-                session,
+                conversations,
                 title,
                 model_choice,
                 chatbot,
-                message,
                 known,
                 *settings,
                 draw_ratio,
@@ -107,16 +175,16 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
                 codes,
                 find,
             ],
-            cancels=replies,
+            trigger_mode="always_last",
             show_progress="hidden",
         )
     return page
 
 
-def header(models: Sequence[ModelClient]) -> tuple[gr.Markdown, gr.Dropdown]:
+def header(models: Sequence[ModelClient]) -> tuple[gr.HTML, gr.Dropdown]:
     """The title and the choice among several models."""
     with gr.Row(elem_id="header"):
-        title = gr.Markdown(f"# {models[0].card.title}", elem_id="title")
+        title = gr.HTML(page_title(models[0].card.title, ""), elem_id="title")
         choice = gr.Dropdown(
             [*range(len(models))],
             value=0,
@@ -133,18 +201,17 @@ def header(models: Sequence[ModelClient]) -> tuple[gr.Markdown, gr.Dropdown]:
 
 def chat_tab(
     session: gr.State,
-) -> tuple[list[gr.Component], gr.HTML, list[gr.Component], list[gr.events.Dependency]]:
+) -> tuple[gr.HTML, gr.Chatbot, gr.HTML, list[gr.Component]]:
     """The conversations, the box of the next message, and the settings.
 
-    Returns the outputs of events (as `chat_session.Updates`), the panel of what the model knows,
-    the settings (in the order of the arguments of `ChatSession.reply`) and the events of running
-    answers, which others cancel.
+    Returns the list of conversations, which gets all updates, the open one, the panel of what the
+    model knows, and the settings (in the order of the arguments of `Chat.request`).
     """
     # 1. The layout.
     with gr.Sidebar(open=False, width=260, elem_id="chats"):
-        new = gr.Button("New chat", size="sm", elem_id="new")
+        gr.Button("New chat", size="sm", elem_id="new")
         conversations = gr.HTML(
-            html_template='<p role="status"></p><ul aria-label="Chats"></ul>',
+            html_template=LIST,
             js_on_load=(FOLDER / "conversations.js").read_text(encoding="utf-8"),
             apply_default_css=False,
             elem_id="conversations",
@@ -178,43 +245,44 @@ def chat_tab(
     )
     with gr.Row(elem_id="below"):
         force_image = gr.Checkbox(label="Answer with an image", container=False)
-    outputs = [conversations, chatbot, message]
     settings = [force_image, *generation_inputs()]
+    outgoing = gr.MultimodalTextbox(visible=False)
+    refused = gr.JSON(visible=False)
 
-    hidden = {"show_progress": "hidden"}
-    conversation = [session, conversations]
-
-    # 2. Each of these begins an answer.
-    starts = [
-        message.submit(ChatSession.on_submit, [session, message, conversations], **hidden),
-        chatbot.retry(ChatSession.on_retry, conversation, **hidden),
-        chatbot.edit(ChatSession.on_edit, conversation, **hidden),
-        chatbot.example_select(ChatSession.on_example, [session], **hidden),
-        chatbot.option_select(ChatSession.on_option, conversation, **hidden),
-    ]
-
-    # A message returns to the conversation's end.
-    message.submit(None, js=TO_END)
-
-    # 3. It is made, until one of the other buttons.
-    replies = [
-        start.success(ChatSession.reply, [session, *settings], outputs, **hidden)
-        for start in starts
-    ]
-    message.stop(ChatSession.on_stop, conversation, outputs, cancels=replies, **hidden)
-    chatbot.undo(ChatSession.on_undo, conversation, outputs, cancels=replies, **hidden)
-    new.click(ChatSession.on_new, [session], outputs, cancels=replies, **hidden)
-    message.change(
-        ChatSession.on_choose, [session, message], message, trigger_mode="always_last", **hidden
+    # 2. What the browser does by itself (`conversations.js`): a message leaves its box, the open
+    #    conversation of an update is shown, and refused files leave the box.
+    sent = message.submit(None, message, [outgoing, message], js=BROWSER.format("take"))
+    conversations.apply(None, message, [chatbot, message], js=BROWSER.format("show"))
+    chosen = message.change(
+        ChatSession.on_choose,
+        [session, message],
+        refused,
+        trigger_mode="always_last",
+        show_progress="hidden",
     )
-    return outputs, known, settings, replies
+    chosen.then(None, [refused, message], message, js=BROWSER.format("refuse"))
+
+    # 3. Events of conversations, each of which is answered though others are.
+    conversation = [session, conversations]
+    options = {"outputs": conversations, "trigger_mode": "multiple", "show_progress": "hidden"}
+    inputs = [*conversation, *settings]
+    sent.then(ChatSession.on_submit, [session, outgoing, conversations, *settings], **options)
+    chatbot.retry(ChatSession.on_retry, inputs, **options)
+    chatbot.edit(ChatSession.on_edit, inputs, **options)
+    chatbot.example_select(ChatSession.on_example, inputs, **options)
+    chatbot.option_select(ChatSession.on_option, inputs, **options)
+    message.stop(ChatSession.on_stop, conversation, **options)
+    chatbot.undo(ChatSession.on_undo, conversation, **options)
+    conversations.select(ChatSession.on_select, conversation, **options)
+    return conversations, chatbot, known, settings
 
 
 def generation_inputs() -> list[gr.Component]:
     """The original demo's sliders and ranges, and ours, behind `force_image`."""
     with gr.Sidebar(open=False, position="right"):
+        gr.HTML("<h2>Settings</h2>")
         dark = gr.Button("Light / dark", size="sm")
-        dark.click(None, js="() => { document.body.classList.toggle('dark') }")
+        dark.click(None, js=BROWSER.format("dark"))
         ratio = gr.Dropdown([], label="Width : height", visible=False)
         beams = gr.Slider(
             1, 4, 1, step=1, label="Beams", info="Answers followed at once; the likeliest is kept."
@@ -361,7 +429,7 @@ def results(
             elem_id=f"{name}-images",
             buttons=["download", "fullscreen"],
         )
-        notes = gr.Markdown(elem_id=f"{name}-notes")
+        notes = gr.HTML(elem_id=f"{name}-notes")
     # Enter in a text starts, too.
     submits = [component.submit for component in inputs if isinstance(component, gr.Textbox)]
     run = gr.on([start.click, *submits, *triggers], handler, inputs, [images, notes])
@@ -391,14 +459,6 @@ def launch(
         ConfigError: the port is taken, or the log's folder is not writable.
     """
 
-    async def check_request(request: fastapi.Request) -> None:
-        """Refuse other hosts and web pages, and downloads, which Gradio makes for visitors."""
-        sentence = problem(server_name, request.headers, origins)
-        if "://" in request.scope["path"]:
-            sentence = "The page downloads nothing."
-        if sentence:
-            raise fastapi.HTTPException(403, sentence)
-
     log = None if log_folder is None else ConversationLog(log_folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with (
@@ -411,6 +471,12 @@ def launch(
         page = build([ModelClient(address, card) for address in addresses], log)
         theme = gr.themes.Soft(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+        ).set(  # dark enough to be read
+            block_label_text_color="*body_text_color",
+            block_title_background_fill="transparent",
+            block_title_text_color="*body_text_color",
+            button_primary_background_fill="*primary_600",
+            color_accent="*primary_600",
         )
         try:
             # Gradio asks its own server whether it has started.
@@ -425,10 +491,8 @@ def launch(
                     theme=theme,
                     css_paths=FOLDER / "page.css",
                     enable_monitoring=False,
-                    app_kwargs={
-                        "dependencies": [fastapi.Depends(check_request)],
-                        "openapi_url": None,  # no dependency would check it
-                    },
+                    app_kwargs={"middleware": [Middleware(Door, server_name, origins)]},
+                    _frontend=False,  # the first answer is awaited, however long it takes
                     footer_links=[],
                     run_history=False,  # it would keep all messages in the browser once more
                     max_file_size=UPLOADS.max_bytes,

@@ -6,6 +6,7 @@ What a browser sends back is a stranger's, so turns are a schema that pydantic c
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 from dataclasses import field
@@ -56,18 +57,24 @@ class Picture:
     stored_url: DataUrl = ""
     path: str = field(default="", init=False)
 
+    @property
+    def is_read(self) -> bool:
+        return bool(self.codes or self.url or self.stored_url)
+
+    def make_small(self) -> None:
+        """Make `stored_url`, of a smaller image if `url` is long; in a thread: it takes long."""
+        self.stored_url = self.url
+        if not 0 < len(self.url) <= SHORT_URL:
+            image = open_image(Path(self.path)).image
+            image.thumbnail((STORED_SIDE, STORED_SIDE))
+            self.stored_url = f"data:image/webp;base64,{image_to_base64(image, 'WEBP')}"
+
     def stored(self) -> JsonObject:
-        """For the browser's storage: its codes, else `url`, of a smaller image if it is long."""
+        """For the browser's storage: its codes, else a small image."""
         if self.codes:
             return {"codes": self.codes, "description": self.description}
-        if not self.stored_url:
-            self.stored_url = self.url
-            if self.path and not 0 < len(self.url) <= SHORT_URL:
-                image = open_image(Path(self.path)).image
-                image.thumbnail((STORED_SIDE, STORED_SIDE))
-                self.stored_url = f"data:image/webp;base64,{image_to_base64(image, 'WEBP')}"
         key = "url" if self.url else "stored_url"
-        return {key: self.stored_url, "description": self.description}
+        return {key: self.stored_url or self.url, "description": self.description}
 
     def sent(self) -> JsonObject:
         """As a part of OpenAI's message."""
@@ -125,35 +132,45 @@ class Turn:
     def displayed(self) -> list[JsonObject]:
         """As messages of Gradio's Chatbot, which shows them in one bubble: the reasoning, folded,
         the texts and images, what is read in the images, folded, and the notes."""
-        content: list[str | JsonObject] = []
+        content: list[JsonObject] = []
         for part in self.parts:
             if isinstance(part, str):
-                text = shown_text(part)
-                content += [text] if text else []
+                content += [text_part(part)] if without_boxes(part) else []
             elif part.path:
                 content.append({"path": part.path, "alt_text": part.description or "image"})
         if self.role == "user" and self.pictures and self.text:
             # Gradio edits the first part of a message, and offers it where the last one is a text.
-            content.sort(key=lambda part: not isinstance(part, str))
-            content.append(ZERO_WIDTH)
-        messages: list[JsonObject] = [{"role": self.role, "content": content or ["…"]}]
+            content.sort(key=lambda part: "path" in part)
+            content.append(text_part(ZERO_WIDTH))
+        messages: list[JsonObject] = [{"role": self.role, "content": content or [text_part("…")]}]
         if self.reasoning:
             messages.insert(0, self._folded("Reasoning", self.reasoning))
         descriptions = [picture.description for picture in self.pictures if picture.description]
         if descriptions:
             messages.append(self._folded("Read back", "\n".join(descriptions)))
         if self.notes:
-            note = {"title": " ".join(self.notes)}
-            messages.append({"role": self.role, "content": "", "metadata": note})
+            # The style sheet knows it by its missing status.
+            note = {"title": escaped(" ".join(self.notes))}
+            messages.append({"role": self.role, "content": [text_part("")], "metadata": note})
         return messages
 
     def _folded(self, title: str, text: str) -> JsonObject:
         """A message of which the page shows the title, and the text after a click."""
         metadata = {"title": title, "status": "done"}
-        return {"role": self.role, "content": text, "metadata": metadata}
+        return {"role": self.role, "content": [text_part(text)], "metadata": metadata}
 
 
-def shown_text(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text for components that show HTML: the only way of texts of others into the page."""
+    return html.escape(text, quote=False)
+
+
+def text_part(text: str) -> JsonObject:
+    """A text of a message of Gradio's Chatbot."""
+    return {"type": "text", "text": escaped(without_boxes(text))}
+
+
+def without_boxes(text: str) -> str:
     """Without words for boxes."""
     return BOX_WORDS.sub(" ", text).strip()
 
@@ -171,9 +188,9 @@ def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:
             if isinstance(part, str):
                 parts.append(part)
                 continue
-            picture = part.stored()
-            n_characters += 0 if part.codes else len(part.stored_url)
-            parts.append(picture if n_characters <= STORED_CHARACTERS else DROPPED)
+            n_characters += 0 if part.codes else len(part.stored_url or part.url)
+            if part.is_read:
+                parts.append(part.stored() if n_characters <= STORED_CHARACTERS else DROPPED)
         texts = {"notes": turn.notes, "reasoning": turn.reasoning}
         stored.append({"role": turn.role, "parts": parts[::-1], **texts})
     return stored[::-1]
@@ -184,9 +201,10 @@ class Conversation(Fields):
 
     groups = ()
 
-    id: Annotated[str, Field(pattern="^[0-9a-z]{0,40}$")] = ""
+    id: Annotated[str, Field(pattern="^[0-9a-z]{1,40}$")]
     model: str
     turns: list[Turn]
+    revision: int = 0
 
 
 def restored(stored: JsonObject) -> Conversation:

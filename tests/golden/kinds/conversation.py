@@ -28,7 +28,7 @@ from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
 from seed_multimodal.models.registry import ModelCard
-from seed_multimodal.serving.chat_session import TOO_LONG, ChatSession
+from seed_multimodal.serving.chat import TOO_LONG, Chat
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
 from seed_multimodal.serving.turns import Picture, Turn, user_turn
@@ -120,9 +120,8 @@ def page_turn(role: str, recorded, images: Mapping[str, str]) -> Turn:
 
 def page_body(turns: list[Turn], flow, rounds: int = 10**6) -> dict:
     """The body that the page posts; raises RequestError for more rounds."""
-    model = ModelClient("", ModelCard(""))
-    session = ChatSession([model], model)
-    return session.request(turns, flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
+    chat = Chat(ModelClient("", ModelCard("")))
+    return chat.request(turns, flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
 
 
 def posted(turns: list[Turn], flow, style: str) -> dict:

@@ -1,14 +1,13 @@
 """What the page's buttons do: its handlers, called in process, against a backend on loopback."""
 
 import asyncio
+import copy
 import json
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import gradio as gr
 import pytest
 from full_disk import file_size_limit
 from PIL import Image
@@ -19,7 +18,7 @@ from yaml_tables import read_tables
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.answer import left_out_note
 from seed_multimodal.models.registry import model_cards
-from seed_multimodal.serving import chat_session, turns
+from seed_multimodal.serving import chat, chat_session, turns
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 0)  # force, ratio, beams, tokens, temperature, top_p, rounds
 FORCED = (True, *PLAIN[1:])
@@ -47,16 +46,30 @@ def file(tmp_path) -> str:
     return str(tmp_path / "noise.png")
 
 
-def all_of(updates: AsyncIterator[Any]) -> list:
+def all_of(updates: AsyncIterator[list]) -> list:
+    """The snapshots of an event."""
+
     async def gather() -> list:
-        return [update async for update in updates]
+        return [update[-1] async for update in updates]
 
     return asyncio.run(gather())
 
 
 def send(session, text, *files: str, settings: tuple = PLAIN) -> list:
-    session.on_submit({"text": text, "files": list(files)})
-    return all_of(session.reply(*settings))
+    return all_of(session.on_submit({"text": text, "files": list(files)}, None, *settings))
+
+
+def parts_of(message) -> list:
+    """Texts and paths of a message as the browser gets it."""
+    parts = []
+    for part in message["content"]:
+        parts.append(part["text"] if part["type"] == "text" else part["file"]["path"])
+    return parts
+
+
+def kept(snapshot) -> dict:
+    """What the browser keeps of a snapshot and sends back."""
+    return {name: snapshot[name] for name in ("id", "model", "turns", "revision")}
 
 
 def event(index, **values):
@@ -103,11 +116,13 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
     turn = turns.Turn("assistant", [text, picture], ["A note."], "a dog: no")
     reasoning, answer, read_back, note = turn.displayed()
-    assert reasoning["content"] == "a dog: no" and reasoning["metadata"]["status"] == "done"
-    assert answer["content"][0] == "a cat" and note["metadata"] == {"title": "A note."}
+    assert reasoning["content"][0]["text"] == "a dog: no"
+    assert reasoning["metadata"]["status"] == "done"
+    assert answer["content"][0]["text"] == "a cat" and note["metadata"] == {"title": "A note."}
     # What a drawing shows stands below it, folded, also after a reload.
-    assert read_back["content"] == "a cat" and read_back["metadata"]["status"] == "done"
-    (again,) = turns.restored({"model": "", "turns": turns.stored_turns([turn])}).turns
+    assert read_back["content"][0]["text"] == "a cat" and read_back["metadata"]["status"] == "done"
+    stored = {"id": "1", "model": "", "turns": turns.stored_turns([turn])}
+    (again,) = turns.restored(stored).turns
     assert again.pictures[0].description == "a cat"
     assert again.message()["reasoning_content"] == "a dog: no"
 
@@ -115,26 +130,25 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
 # ---- a conversation (retry, undo and edit: tests/e2e/test_browser.py)
 
 
-def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
-    (_, chat, box), *growing, (*_, end) = send(session, "What is it?", file, file)
-    assert len({str(messages) for _, messages, _ in growing}) > 3
-    assert box["stop_btn"] and box["value"] is None and not end["stop_btn"]
-    assert [message["role"] for message in chat] == ["user", "assistant"]
-    text, first, second, _ = chat[0]["content"]
-    assert first == second and Path(first["path"]).is_file() and text == "What is it?"
-    updates = send(session, "Make it green.", settings=FORCED)[1:]
-    paths = [
-        part["path"] for _, chat, _ in updates for part in chat[3]["content"] if "path" in part
-    ]
+def test_on_submit_keeps_a_conversation_with_images_both_ways(session, file):
+    first, *growing, end = send(session, "What is it?", file, file)
+    assert len({str(update["messages"]) for update in growing}) > 3
+    assert first["is_busy"] and not end["is_busy"]
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
+    text, *paths, _ = parts_of(end["messages"][0])
+    assert paths[0] == paths[1] and Path(paths[0]).is_file() and text == "What is it?"
+    updates = send(session, "Make it green.", settings=FORCED)
+    answers = [parts_of(update["messages"][3]) for update in updates]
+    paths = [part for parts in answers for part in parts if part.endswith(".png")]
     assert len({*paths}) >= 3, "previews, then the image"
     assert Image.open(paths[-1]).size == (16, 16)
     # Previews are replaced by their image, whose codes later turns send.
-    answer = session.turns[-1]
+    answer = session.chat.turns[-1]
     assert len(answer.pictures[0].codes) == 32
     # That the oldest messages are left out is noted once.
-    session.turns[1].notes, answer.notes = [left_out_note(2, "8 tokens")], []
+    session.chat.turns[1].notes, answer.notes = [left_out_note(2, "8 tokens")], []
     change = {"notes": [left_out_note(4, "8 tokens"), "What is a zebra?"]}
-    asyncio.run(session.add_change(answer, change))
+    asyncio.run(session.add_change(session.chat, answer, change))
     assert answer.notes == ["What is a zebra?"]
 
 
@@ -144,139 +158,160 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     session.model.address = Running(request.getfixturevalue(system)).address
     asyncio.run(session.model.load_card())
     send(session, "What is it?", file)
-    *_, (stored, chat, _) = send(session, "Make it green.", settings=FORCED)
+    *_, end = send(session, "Make it green.", settings=FORCED)
+    stored = kept(end)
     assert len(json.dumps(stored)) < 10_000
     # Not the first model's page, but that of the conversation.
     reloaded = session_of(address, "nano")
     reloaded.models.append(session.model)
-    asyncio.run(reloaded.on_model(0, stored))
-    assert turns.stored_turns(reloaded.turns) == stored["turns"]
-    assert len(reloaded.displayed()) == len(chat)
-    pictures = [picture for turn in reloaded.turns for picture in turn.pictures]
+    ((again,), *_) = asyncio.run(reloaded.on_model(0, stored))
+    assert kept(again) == {**stored, "revision": again["revision"]} != stored
+    assert len(again["messages"]) == len(end["messages"])
+    pictures = [picture for turn in reloaded.chat.turns for picture in turn.pictures]
     assert pictures and all(Path(picture.path).is_file() for picture in pictures)
-    assert reloaded.conversation_id == stored["id"]
-    # A conversation with a model that is gone stays in the list; a new one does not replace it.
+    # A conversation with a model that is gone stays in the list; a new one is in its place.
     with pytest.warns(UserWarning, match="No backend serves another"):
         index = reloaded.models.index(reloaded.model)
-        asyncio.run(reloaded.on_model(index, {**stored, "model": "another"}))
-    assert reloaded.turns == [] and reloaded.conversation_id != stored["id"]
-    # A message whose answer the reload ended returns to its box.
-    session.on_submit({"text": "And?", "files": [file]})
-    updates = asyncio.run(reloaded.on_model(1, session.stored()))
-    assert len(updates[3]["value"]) == len(chat) and updates[4]["value"]["text"] == "And?"
-    session.on_stop()
+        gone = {**stored, "id": "5", "model": "another"}
+        ((new,), *_) = asyncio.run(reloaded.on_model(index, gone))
+    assert new["turns"] == [] and new["id"] != new["replaces"] == "5"
+    # A message whose answer a reload ended returns to its box.
+    message = {"role": "user", "parts": [*stored["turns"][0]["parts"][:1], "And?"]}
+    stored["turns"].append(message)
+    ((again,), *_) = asyncio.run(reloaded.on_model(index, stored))
+    assert len(again["messages"]) == len(end["messages"]) and again["returned"]["text"] == "And?"
+    assert Path(again["returned"]["files"][0]["path"]).is_file()
     # Large images are reduced, and the oldest are left out of a full storage.
     monkeypatch.setattr(turns, "SHORT_URL", 0)
-    session.turns[0].pictures[0].stored_url = ""
-    (part, _) = session.stored()["turns"][0]["parts"]
+    session.chat.turns[0].pictures[0].make_small()
+    (part, _) = session.chat.snapshot()["turns"][0]["parts"]
     assert "codes" in part or part["url"].startswith("data:image/webp")
     monkeypatch.setattr(turns, "STORED_CHARACTERS", 0)
-    (part, _) = session.stored()["turns"][0]["parts"]
+    (part, _) = session.chat.snapshot()["turns"][0]["parts"]
     assert "codes" in part or part == turns.DROPPED
 
 
 def test_a_new_session_continues_what_the_browser_has(session, address):
     # The page's program was started again while a tab was open.
     asyncio.run(session.model.load_card())
-    *_, (stored, *_) = send(session, "What is it?")
+    *_, end = send(session, "What is it?")
     restarted = session_of(address, "nano")
-    restarted.on_submit({"text": "And?", "files": []}, stored)
-    assert len(restarted.turns) == 4 and restarted.conversation_id == stored["id"]
+    message = {"text": "And?", "files": []}
+    *_, again = all_of(restarted.on_submit(message, kept(end), *PLAIN))
+    assert len(again["turns"]) == 4 and again["id"] == end["id"]
 
 
 def test_lavit_draws_in_the_chosen_ratio(tiny_lavit, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     session = session_of(Running(tiny_lavit).address, "nano-lavit")
     send(session, "a red apple", settings=(True, "3:2", *PLAIN[2:]))
-    (drawing,) = session.turns[-1].pictures
+    (drawing,) = session.chat.turns[-1].pictures
     assert Image.open(drawing.path).size == (80, 56) and drawing.codes
 
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
-def test_on_submit_refuses_a_message(session, text):
-    with pytest.raises(gr.Error):
-        send(session, text)
-    assert session.turns == []
+def test_on_submit_returns_a_message_that_cannot_be_sent(session, text):
+    with pytest.warns(UserWarning, match="message|<image>|&lt;image&gt;"):
+        (update,) = send(session, text)
+    assert update["returned"]["text"] == text.strip() and update["turns"] == []
 
 
 def test_a_retry_that_fails_leaves_the_answer(session, address):
-    *_, (*before, _) = send(session, "anybody?")
+    *_, before = send(session, "anybody?")
     session.model.address = address.replace("generate", "elsewhere")
-    session.on_retry()
     with pytest.warns(UserWarning, match="address"):
-        *_, (*after, _) = all_of(session.reply(*PLAIN))
-    assert after == before and len(before[1]) == 2
+        *_, after = all_of(session.on_retry(None, *PLAIN))
+    assert after["messages"] == before["messages"] and len(before["turns"]) == 2
 
 
-@pytest.mark.parametrize("updates, clear", [(0, False), (1, False), (2, False), (2, True)])
-def test_reply_ends_where_it_is_cancelled(session, updates, clear):
-    # As Gradio does it for Stop: without an answer the message returns, part of one stays.
-    async def stopped():
-        session.on_submit({"text": "Please draw a fish.", "files": []})
-        reply = session.reply(*FORCED)
-        for _ in range(updates):
-            kept.append((await anext(reply))[0])
-        for again in (lambda: session.on_submit({"text": "Hi", "files": []}), session.on_retry):
-            with pytest.raises(gr.Error, match="is being made"):
-                again()
-        # Gradio cancels the answer some time later.
-        end = session.on_new() if clear else session.on_stop()
-        # If it does not, its last update is what is shown already.
-        late = [update async for update in reply] if updates else []
-        assert late == ([] if clear or not updates else [end])
-        return end
+@pytest.mark.filterwarnings("ignore:An answer is being made")
+@pytest.mark.parametrize("end", ["stop", "leave", "undo", "close"])
+@pytest.mark.parametrize("n_updates", [1, 2, 4])
+def test_an_answer_that_is_not_awaited_ends(session, n_updates, end):
+    async def ended():
+        message = {"text": "Please draw a fish.", "files": []}
+        answer = session.on_submit(message, None, *FORCED)
+        for _ in range(n_updates):
+            (before,) = await anext(answer)
+        # No second answer begins meanwhile.
+        async for (refused,) in session.on_submit({"text": "Hi", "files": []}, None, *PLAIN):
+            assert refused["returned"]["text"] == "Hi" and refused["is_busy"]
+        if end == "close":  # the tab
+            await answer.aclose()
+            await asyncio.sleep(0.1)
+            return before, session.chat.snapshot()
+        if end == "leave":
+            left, new = await session.on_select({"id": "1", "model": "", "turns": []})
+            assert new["id"] == "1" and new["turns"] == []
+        else:
+            (left,) = await (session.on_stop() if end == "stop" else session.on_undo())
+        # What the event itself sends last is the same, or older.
+        late = [update[-1] async for update in answer]
+        assert all(snapshot["revision"] <= left["revision"] for snapshot in late)
+        return before, left
 
-    kept: list[dict] = []
-    stored, chat, box = asyncio.run(stopped())
-    assert stored["turns"] == turns.stored_turns(session.turns)
-    # A reload in the middle ends an answer as Stop does; a new chat is another conversation.
-    if updates == 2:
-        assert (stored == kept[-1]) == (stored["id"] == kept[-1]["id"]) == (not clear)
-    assert ("value" in box) == (updates < 2)
-    if not updates:  # an answer taken back before its begin
-        assert all_of(session.reply(*FORCED)) == [(stored, chat, box)]
-    assert len(chat) == (3 if updates > 1 and not clear else 0)
-    assert not chat or chat[2]["metadata"]["title"] == "Stopped."
-    n_turns = len(session.turns)
+    before, after = asyncio.run(ended())
+    assert not after["is_busy"]
+    is_answered = len(before["turns"]) == 2
+    if end == "leave":  # a reload keeps the same
+        assert after["turns"] == before["turns"]
+    elif end == "undo" or not is_answered:
+        assert after["turns"] == [] and after["returned"]["text"] == "Please draw a fish."
+    else:
+        assert after["turns"][1]["notes"][-1] == "Stopped."
+        assert after["messages"][-1]["metadata"]["title"].endswith("Stopped.")
+    n_turns = len(session.chat.turns)
     send(session, "Hello")
-    assert len(session.turns) == n_turns + 2
+    assert len(session.chat.turns) == n_turns + 2
 
 
-@pytest.mark.parametrize("updates", [0, 1, 2])
-def test_an_answer_that_is_overtaken_by_undo_leaves_what_undo_shows(session, updates):
-    # A browser that asked for the answer before it knew of Undo applies both, in either order.
-    async def overtaken():
-        session.on_retry()
-        reply = session.reply(*FORCED)
-        for _ in range(updates):
-            await anext(reply)
-        end = session.on_undo()
-        return end, [update async for update in reply]
-
-    send(session, "What is it?")
-    end, late = asyncio.run(overtaken())
-    assert late == [end] and end[2]["value"]["text"] == "What is it?"
-    assert session.turns == [] and session.before is None
+def test_events_of_two_conversations_reach_theirs(session):
+    # An event that was overtaken by a click on another conversation is answered in its own.
+    *_, first = send(session, "One")
+    asyncio.run(session.on_select({"id": "2", "model": "", "turns": []}))
+    *_, late = all_of(session.on_submit({"text": "Two", "files": []}, kept(first), *PLAIN))
+    texts = [turn["parts"][0] for turn in late["turns"] if turn["role"] == "user"]
+    assert (late["id"], texts) == (first["id"], ["One", "Two"])
+    # An older copy of the browser is not read.
+    (same,) = asyncio.run(session.on_select(kept(first)))
+    assert same["turns"] == late["turns"]
 
 
-def test_uploads_are_checked_and_removed_with_the_conversation(session, tmp_path, monkeypatch):
-    # What visitors have shown does not stay on the disk; of many uploads the oldest go before.
+def test_uploads_stay_and_are_read_once(session, tmp_path, monkeypatch):
+    # A visitor's files stay until the visit ends; Gradio's are its own.
     monkeypatch.setattr(chat_session, "MAX_UPLOADS", 2)
-    files = [tmp_path / f"{seed}.png" for seed in range(4)]
+    files = [tmp_path / f"{seed}.png" for seed in range(3)]
     for seed, path in enumerate(files):
         noise(seed).save(path)
-    send(session, "What is it?", str(files[0]))
-    # A file that is no image is named at once, not when the message is sent.
-    chosen = [str(path) for path in files[1:]]
     fake = tmp_path / "fake.jpg"
     fake.write_bytes(b"no picture")
+    message = {"text": "x", "files": [*map(str, files), str(fake)]}
+
+    async def choose():
+        # The browser asks several times at once, with the first image of a visit, too.
+        results = await asyncio.gather(*[session.on_choose(message) for _ in range(3)])
+        return [result["refused"] for result in results]
+
+    with pytest.warns(UserWarning, match=r"fake\.jpg") as warnings:
+        assert asyncio.run(choose()) == [[str(fake)]] * 3
+    assert len(warnings) == 1 and "/" not in str(warnings[0].message)
+    stored = [*session.path_of().glob("*.png")]
+    assert len(stored) == 3
+    send(session, "What is it?", str(files[2]))
+    asyncio.run(session.on_select({"id": "2", "model": "", "turns": []}))
+    assert all(path.is_file() for path in [*files, *stored])
+    # Chosen again, it is refused again.
+    asyncio.run(session.on_choose({"text": "x", "files": []}))
     with pytest.warns(UserWarning, match=r"fake\.jpg"):
-        message = session.on_choose({"text": "x", "files": [*chosen, str(fake)]})
-    assert message == {"text": "x", "files": chosen}
-    assert [path.exists() for path in files] == [False, False, True, True]
-    assert session.turns[0].pictures and len([*tmp_path.rglob("*.png")]) == 5
-    session.reset()
-    assert [*tmp_path.rglob("*.png")] == session.turns == []
+        asyncio.run(session.on_choose(message))
+    session.close()
+    assert not session.path_of().exists() and all(path.is_file() for path in files)
+
+
+def test_another_visitors_session_is_another_one(session, file):
+    send(session, "What is it?", file)
+    other = copy.deepcopy(session)
+    assert other.chat.turns == [] and other.path_of() != session.path_of()
 
 
 # ---- strangers
@@ -297,21 +332,22 @@ def reload_with(session, *parts):
     """The updates of a reload, without a backend, of a message that a browser sends back."""
     session.model.address = "127.0.0.1:9"
     turn = {"role": "user", "parts": [*parts], "notes": []}
-    return asyncio.run(session.on_model(0, {"model": "", "turns": [turn]}))
+    return asyncio.run(session.on_model(0, {"id": "1", "model": "", "turns": [turn]}))
 
 
 @pytest.mark.parametrize("part", [*PARTS.splitlines(), *LONG], ids=lambda part: part[:40])
 def test_a_stored_conversation_that_is_not_the_pages_is_left_out(session, part):
     with pytest.warns(UserWarning, match="copy of the chat cannot be read: (turns.0.parts.0|it)"):
         _, title, *_ = reload_with(session, json.loads(part))
-    assert session.turns == [] and title["value"].startswith("# SEED nano")
+    assert session.chat.turns == [] and title["value"].startswith("<h1>SEED nano")
 
 
 @pytest.mark.filterwarnings("ignore:")
 def test_stored_images_that_cannot_be_drawn_are_not_shown(session):
     damaged = {"url": f"data:image/png;base64,{'A' * 30_000}"}
     updates = reload_with(session, {}, {"codes": [1]}, damaged, "Hi")
-    assert updates[4]["value"] == {"text": "Hi", "files": []}
+    returned = updates[0][0]["returned"]
+    assert (returned["text"], returned["files"]) == ("Hi", [])
 
 
 ANSWERS = """\
@@ -332,14 +368,14 @@ def test_what_a_broken_backend_answers_is_not_shown(session, address, file, answ
     with hostile_backend(answer) as port:
         session.model.address = f"http://127.0.0.1:{port}"
         files = [file] if "codes" in answer else []
-        *_, (stored, chat, box) = send(session, "Hi", *files)
+        *_, end = send(session, "Hi", *files)
         assert asyncio.run(session.on_codes(file)) == ("", [])
         assert asyncio.run(session.on_draw("a fox", 0, None)) == chat_session.NO_UPDATES
-    assert (stored["turns"], chat, box["value"]["text"]) == ([], [], "Hi")
-    assert len(box["value"]["files"]) == len(files)
+    assert (end["turns"], end["messages"], end["returned"]["text"]) == ([], [], "Hi")
+    assert len(end["returned"]["files"]) == len(files)
     session.model.address = address
     send(session, "Hi")
-    assert len(session.turns) == 2
+    assert len(session.chat.turns) == 2
 
 
 # ---- tabs and examples
@@ -348,18 +384,16 @@ def test_what_a_broken_backend_answers_is_not_shown(session, address, file, answ
 def test_an_example_is_answered_and_offers_what_follows(session):
     # Examples without their images are not offered.
     for name, card in model_cards().items():
-        assert session_of("", name).examples == [*card.examples] != []
-    examples = session.examples
+        assert chat.installed_examples(card) == [*card.examples] != [], name
+    examples = chat.installed_examples(session.model.card)
     index = next(n for n, example in enumerate(examples) if example.images and example.then)
-    session.on_example(event(index))
-    all_of(session.reply(*PLAIN))
-    assert len(session.turns) == 2
-    assert len(session.turns[0].pictures) == len(examples[index].images)
-    (option,) = session.displayed()[-1]["options"]
+    *_, end = all_of(session.on_example(event(index), None, *PLAIN))
+    assert len(end["turns"]) == 2
+    assert len(end["turns"][0]["parts"]) == len(examples[index].images) + 1
+    (option,) = end["messages"][-1]["options"]
     assert option["value"] == examples[index].then[0]
-    session.on_option(event(0, **option))
-    all_of(session.reply(*PLAIN))
-    assert len(session.turns) == 4 and "options" not in session.displayed()[-1]
+    *_, end = all_of(session.on_option(event(0, **option), None, *PLAIN))
+    assert len(end["turns"]) == 4 and not end["messages"][-1]["options"]
 
 
 # ---- the log of votes
@@ -369,7 +403,7 @@ def test_votes_and_answers_are_logged(session, file, tmp_path, caplog):
     session.log = chat_session.ConversationLog(tmp_path / "log")
     send(session, "What is it?", file)
     send(session, "And?")
-    session.turns[1].reasoning = "a dog: no"  # a message of its own
+    session.chat.turns[1].reasoning = "a dog: no"  # a message of its own
     for liked in (True, False, ""):
         asyncio.run(session.on_vote(event((2, 0), liked=liked)))
     (log,) = (tmp_path / "log").glob("*-conv.json")
@@ -384,7 +418,7 @@ def test_votes_and_answers_are_logged(session, file, tmp_path, caplog):
         assert "is full" in caplog.text
         with pytest.warns(UserWarning, match="is full"):
             asyncio.run(session.on_vote(event((1, 0), liked=True)))
-    assert len(session.turns) == 6
+    assert len(session.chat.turns) == 6
 
 
 # ---- the page and its connections
@@ -404,13 +438,13 @@ def test_build_opens_no_connection(name, monkeypatch):
     card = session.model.card
     build([session.model])
     updates = asyncio.run(session.on_model(0, None))
-    force, _, beams, _, temperature, _, rounds, shape, _, _, _, *tabs = updates[6:]
+    force, _, beams, _, temperature, _, rounds, shape, _, _, _, *tabs = updates[5:]
     names = ("draw", "edit", "codes", "find")
     shown = [name for name, update in zip(names, tabs, strict=True) if update["visible"]]
     assert shown == [*card.tabs] and shape["visible"] == ("lavit" in name)
     assert [temperature["value"], rounds["value"]] == [card.temperature, card.max_rounds]
     assert not force and beams["visible"] == ("lavit" not in name)
-    assert not updates[5]["visible"], "what a model without known words can draw"
+    assert not updates[4]["visible"], "what a model without known words can draw"
 
 
 def test_known_panel_escapes_what_a_backend_names():
