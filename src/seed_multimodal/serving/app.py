@@ -27,6 +27,7 @@ import waitress
 from flask import Flask, Response, abort, request
 from flask.typing import ResponseReturnValue, RouteCallable
 from flask_cors import CORS
+from waitress.task import ErrorTask
 from werkzeug.exceptions import (
     BadRequest,
     HTTPException,
@@ -44,7 +45,7 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line, short_name
 from seed_multimodal.serving import origin, schema
 from seed_multimodal.serving.backend import Backend, Deadline
-from seed_multimodal.serving.connections import Connection, error_json
+from seed_multimodal.serving.connections import Connection
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -181,9 +182,8 @@ def answer(app: Flask, backend: Backend) -> ResponseReturnValue:
 def read_body() -> Any:
     """The body of a request, of the model of its route."""
     model = schema.POSTED[request.path]
-    encoding = request.content_encoding
-    if encoding:
-        abort(415, f"The body is encoded as {short_name(encoding)}; send it without an encoding.")
+    if request.content_encoding:
+        abort(415, f"The body is encoded as {short_name(request.content_encoding)}; send it plain.")
     if request.path != EDITS:
         if not request.is_json:
             abort(415, "The request body must be JSON, sent with Content-Type: application/json.")
@@ -195,9 +195,7 @@ def read_body() -> Any:
     stream = request.stream  # not of a body that is too large
     parser = FormDataParser(lambda **_: io.BytesIO(), silent=False, max_form_parts=FORM_PARTS)
     try:
-        _, texts, files = parser.parse(
-            stream, request.mimetype, request.content_length, request.mimetype_params
-        )
+        _, texts, files = parser.parse(stream, request.mimetype, None, request.mimetype_params)
         if None in {*texts, *files}:
             raise ValueError
     except RequestEntityTooLarge:
@@ -273,6 +271,42 @@ def http_error(error: Exception) -> HTTPException:
         )
     logger.error("A request failed inside the server", exc_info=error)
     return InternalServerError("The server failed inside; its log has the details.")
+
+
+def error_json(error: HTTPException, field: str = "", path: str = "/v1") -> JsonObject:
+    """The body of an error: OpenAI's below `/v1`, else `error` with the keys of an answer.
+
+    field: of the request that is wrong, if it is one.
+    """
+    sentence = error.description or error.name
+    if not path.startswith("/v1"):
+        return {"error": sentence, **schema.GenerateResponse(error_msg=[sentence]).model_dump()}
+    is_servers = (error.code or 500) >= 500
+    return {
+        "error": {
+            "message": sentence,
+            "type": "server_error" if is_servers else "invalid_request_error",
+            "param": field or None,
+            "code": None,
+        }
+    }
+
+
+class ErrorAnswer(ErrorTask):
+    """The answer to a request that waitress refuses, as JSON."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        error.description = f"{error.reason}: {short_name(error.body.rstrip('.'), 80)}."
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.write(json.dumps(error_json(error, path=self.request.path)).encode())
+
+
+class Channel(Connection):
+    """A connection whose errors are JSON."""
+
+    error_task_class = ErrorAnswer
 
 
 # ---- the server
@@ -375,7 +409,7 @@ def serve(app: Flask, sock: socket.socket) -> None:
         channel_request_lookahead=1,
         outbuf_overflow=sys.maxsize,  # no temporary files
     )
-    server.channel_class = Connection
+    server.channel_class = Channel
     print(f"Init Done... answering at http://{host}:{port}/generate (Ctrl-C stops).")
 
     # 4. `run` ends at KeyboardInterrupt; running drawings end before Python does, which would

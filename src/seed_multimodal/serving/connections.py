@@ -4,7 +4,6 @@ client may close its own half of a connection.
 
 from __future__ import annotations
 
-import json
 import time
 from io import BytesIO
 from typing import Any
@@ -12,12 +11,6 @@ from typing import Any
 from waitress.buffers import BytesIOBasedBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask
-from werkzeug.exceptions import HTTPException, default_exceptions
-
-from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import short_name
-from seed_multimodal.serving.schema import GenerateResponse
 
 MIN_RATE = 4096  # bytes a second of a request that arrives
 MAX_INCOMPLETE = 128  # connections of an address without a complete request
@@ -53,37 +46,6 @@ class RequestParser(HTTPRequestParser):
             self.body_rcv.buf = Body()
 
 
-def error_json(error: HTTPException, field: str = "", path: str = "/v1") -> JsonObject:
-    """The body of an error: OpenAI's below `/v1`, else `error` with the keys of an answer.
-
-    field: of the request that is wrong, if it is one.
-    """
-    sentence = error.description or error.name
-    if not path.startswith("/v1"):
-        return {"error": sentence, **GenerateResponse(error_msg=[sentence]).model_dump()}
-    is_servers = (error.code or 500) >= 500
-    return {
-        "error": {
-            "message": sentence,
-            "type": "server_error" if is_servers else "invalid_request_error",
-            "param": field or None,
-            "code": None,
-        }
-    }
-
-
-class ErrorAnswer(ErrorTask):
-    """The answer to a request that waitress refuses, as JSON."""
-
-    def execute(self) -> None:
-        error = self.request.error
-        sentence = f"{error.reason}: {short_name(error.body.rstrip('.'), 80)}."
-        body = error_json(default_exceptions[error.code](sentence), path=self.request.path)
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.write(json.dumps(body).encode())  # without a length, its end closes the connection
-
-
 class Connection(HTTPChannel):
     """A client that has sent its request and closed its half gets the answer.
 
@@ -92,7 +54,6 @@ class Connection(HTTPChannel):
     """
 
     parser_class = RequestParser
-    error_task_class = ErrorAnswer
     is_half_closed = False
     is_probed = False
     is_stream = False
@@ -120,8 +81,7 @@ class Connection(HTTPChannel):
         if data:
             # The server closes connections some seconds after their last activity. Each byte
             # moves it a little: so there is a deadline for a whole header and a whole body.
-            in_time = self.last_activity + len(data) / MIN_RATE
-            self.last_activity = min(time.time(), in_time)
+            self.last_activity = min(time.time(), self.last_activity + len(data) / MIN_RATE)
             self.received(data)
         elif self.requests:
             self.is_half_closed = True

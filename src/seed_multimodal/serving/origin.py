@@ -40,8 +40,7 @@ def problem(bound_host: str, headers: Mapping[str, str], origins: Collection[str
     origin = headers.get("Origin", "")
     allowed = [item.lower() for item in origins]
     if origin and origin.lower() not in allowed and not is_loopback(_host_of(origin)):
-        page = short_name(origin)
-        return f"The web page {page!r} is not allowed; allow its origin by --allow-origin."
+        return f"The web page {short_name(origin)!r} is not allowed; allow it by --allow-origin."
     allowed_hosts = [_host_of(item) for item in allowed]
     name = _host_of(f"http://{host}")
     if host and not is_loopback(name) and (not name or name not in allowed_hosts):
