@@ -193,7 +193,7 @@ def read_body() -> Any:
     if request.mimetype != "multipart/form-data":
         abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
     stream = request.stream  # not of a body that is too large
-    parser = FormDataParser(lambda **_: io.BytesIO(), silent=False, max_form_parts=FORM_PARTS)
+    parser = FormDataParser(lambda *_, **__: io.BytesIO(), silent=False, max_form_parts=FORM_PARTS)
     try:
         _, texts, files = parser.parse(stream, request.mimetype, None, request.mimetype_params)
         if None in {*texts, *files}:

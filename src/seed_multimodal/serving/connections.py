@@ -1,5 +1,5 @@
-"""Connections of the server: bodies and answers stay in memory, without temporary files, and a
-client may close its own half of a connection.
+"""Connections of the server: bodies and answers stay in memory, without temporary files, a client
+may close its own half of a connection, and slow clients do not keep others out.
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ class Connection(HTTPChannel):
     """
 
     parser_class = RequestParser
+    last_activity: float
     is_half_closed = False
     is_probed = False
     is_stream = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # Slow clients of an address make room for its next one.
+        # The slowest client of an address makes room for its next one. Requests that are complete
+        # are not counted: behind a proxy all have its address.
         incomplete = [
             channel
             for channel in self.server.active_channels.values()
