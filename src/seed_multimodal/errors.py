@@ -83,8 +83,8 @@ class RequestError(SeedError):
     """An invalid request to a server or system; `field`: the wrong one of an HTTP request."""
 
     def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(f"{field}: {message}" if field else message)
-        self.field = field
+        self.field = field and short_name(field, 80)
+        super().__init__(f"{self.field}: {message}" if field else message)
 
 
 class GenerationError(SeedError):

@@ -17,7 +17,8 @@ from seed_multimodal.errors import CodesError
 BOI = "<img>"
 EOI = "</img>"
 PLACEHOLDER = "<image>"  # placeholder of an image in displayed texts; not in the vocabulary
-BLANK = " \t\r\n."  # a text of these characters alone is no request
+# A text of these characters alone is no request. Most of them have no width.
+BLANK = " \t\r\n.\xa0\xad\u200b\u200c\u200d\u200e\u200f\u2060\u3000\ufeff"
 IGNORE_INDEX = -100  # label of tokens without loss (the default of torch's cross-entropy)
 # SEED-X: around one view of an image, and around a box's four locations.
 PATCH = "<patch>"

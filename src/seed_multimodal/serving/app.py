@@ -24,22 +24,25 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import waitress
-from flask import Flask, Request, Response, abort, request
+from flask import Flask, Response, abort, request
 from flask.typing import ResponseReturnValue, RouteCallable
 from flask_cors import CORS
+from waitress.task import ErrorTask
 from werkzeug.exceptions import (
     BadRequest,
     HTTPException,
     InternalServerError,
     MethodNotAllowed,
+    RequestEntityTooLarge,
     ServiceUnavailable,
 )
+from werkzeug.formparser import FormDataParser
 from werkzeug.serving import make_server
 
 from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
-from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
+from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line, short_name
 from seed_multimodal.serving import origin, schema
 from seed_multimodal.serving.backend import Backend, Deadline
 from seed_multimodal.serving.connections import Connection
@@ -52,21 +55,15 @@ EDITS = "/v1/images/edits"  # its body is a form with files
 IMAGE_FIELD = re.compile(r"image(\[\d*\])?")  # of a form; others are fields that nothing follows
 LOADING = "The model is loading; try again later."
 
+FORM_PARTS = 1000
 CONNECTIONS = 512
-IDLE_SECONDS = 20  # after which a silent connection is closed
+IDLE_SECONDS = 20  # of a request that does not arrive, or slower than `connections.MIN_RATE`
 SHUTDOWN_SECONDS = 60
 TRIM_SECONDS = 60  # between two returns of freed memory to the system
 SPARE_THREADS = 8  # for errors and /health while the queue is full
 
 
 # ---- the application
-
-
-class InMemory(Request):
-    """A request whose form's files are not written to a temporary folder."""
-
-    def _get_file_stream(self, *_args: object, **_options: object) -> io.BytesIO:
-        return io.BytesIO()
 
 
 def create_app(
@@ -85,7 +82,7 @@ def create_app(
     check_token(token)
     backend = Backend(system, limits)
     app = Flask("seed_multimodal")
-    app.request_class = InMemory
+    app.url_map.merge_slashes = False  # a redirect would be HTML
     app.config["MAX_CONTENT_LENGTH"] = backend.limits.max_body_bytes
     app.extensions["seed_backend"] = backend
     if origins:
@@ -93,7 +90,7 @@ def create_app(
     max_mib = backend.limits.max_body_bytes / 2**20
     sentences = {
         404: "There is no such route; /openapi.json lists all.",
-        413: f"The request is too large: it may have {max_mib:g} MiB, a form's text field 500 kB.",
+        413: f"The request is too large: it may have {max_mib:g} MiB.",
     }
 
     @app.before_request
@@ -185,21 +182,38 @@ def answer(app: Flask, backend: Backend) -> ResponseReturnValue:
 def read_body() -> Any:
     """The body of a request, of the model of its route."""
     model = schema.POSTED[request.path]
+    if request.content_encoding:
+        abort(415, f"The body is encoded as {short_name(request.content_encoding)}; send it plain.")
     if request.path != EDITS:
         if not request.is_json:
             abort(415, "The request body must be JSON, sent with Content-Type: application/json.")
         return schema.read_request(model, request.get_data(cache=False))
-    if request.is_json:
+
+    # 1. The parts of the form, its files in memory.
+    if request.mimetype != "multipart/form-data":
         abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
-    # What a browser's form left empty is absent: texts, and files without a name.
+    stream = request.stream  # not of a body that is too large
+    parser = FormDataParser(lambda *_, **__: io.BytesIO(), silent=False, max_form_parts=FORM_PARTS)
+    try:
+        _, texts, files = parser.parse(stream, request.mimetype, None, request.mimetype_params)
+        if None in {*texts, *files}:
+            raise ValueError
+    except RequestEntityTooLarge:
+        abort(413, f"The form has too many parts: it may have {FORM_PARTS:,}.")
+    except ValueError:
+        raise RequestError(
+            "The form breaks off, or its boundary or the name of a part is missing."
+        ) from None
+
+    # 2. What a browser's form left empty is absent: texts, and files without a name.
     fields: JsonObject = {}
-    for name, text in request.form.items(multi=True):
+    for name, text in texts.items(multi=True):
         if not text:
             continue
         if IMAGE_FIELD.fullmatch(name) or name in fields:
             raise RequestError("Send a text once, and each image as a file of the form.", name)
         fields[name] = text.strip()
-    for name, file in request.files.items(multi=True):
+    for name, file in files.items(multi=True):
         content = file.read()
         if not content and not file.filename:
             continue
@@ -276,6 +290,23 @@ def error_json(error: HTTPException, field: str = "", path: str = "/v1") -> Json
             "code": None,
         }
     }
+
+
+class ErrorAnswer(ErrorTask):
+    """The answer to a request that waitress refuses, as JSON."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        error.description = f"{error.reason}: {short_name(error.body.rstrip('.'), 80)}."
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.write(json.dumps(error_json(error, path=self.request.path)).encode())
+
+
+class Channel(Connection):
+    """A connection whose errors are JSON."""
+
+    error_task_class = ErrorAnswer
 
 
 # ---- the server
@@ -371,13 +402,14 @@ def serve(app: Flask, sock: socket.socket) -> None:
         threads=limits.max_running + limits.max_waiting + SPARE_THREADS,
         connection_limit=CONNECTIONS,
         channel_timeout=IDLE_SECONDS,
+        cleanup_interval=1,
         log_socket_errors=False,
         ident="SEED Multimodal",
         max_request_body_size=2 * limits.max_body_bytes,  # up to there Flask answers with JSON
         channel_request_lookahead=1,
         outbuf_overflow=sys.maxsize,  # no temporary files
     )
-    server.channel_class = Connection
+    server.channel_class = Channel
     print(f"Init Done... answering at http://{host}:{port}/generate (Ctrl-C stops).")
 
     # 4. `run` ends at KeyboardInterrupt; running drawings end before Python does, which would

@@ -29,7 +29,7 @@ from prometheus_client import (
 from werkzeug.exceptions import NotFound, ServiceUnavailable, TooManyRequests
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import RequestError
+from seed_multimodal.errors import RequestError, short_name
 from seed_multimodal.images.io import ImageLimits, StoredImage, decode_text, image_to_base64
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart, left_out_note
@@ -190,7 +190,9 @@ class Backend:
     def model(self, name: str) -> JsonObject:
         """The served model by its name. Raises NotFound: another one."""
         if name != self.name:
-            raise NotFound(f"There is no model {name!r} here; this server has {self.name!r}.")
+            raise NotFound(
+                f"There is no model {short_name(name)!r}; this server has {self.name!r}."
+            )
         known_words = self.system.config.known_words
         known = read_known_words(known_words).listed if known_words else None
         return {
@@ -208,7 +210,7 @@ class Backend:
         """A note for a request that names another model."""
         if name in (None, "", self.name):
             return []
-        return [f"This server serves {self.name}; the request named {name!r:.80}."]
+        return [f"This server serves {self.name}; the request named {short_name(name)!r}."]
 
     @contextlib.contextmanager
     def slot(

@@ -1,10 +1,10 @@
-"""Connections of the server: bodies and answers stay in memory, without temporary files, and a
-client may close its own half of a connection.
+"""Connections of the server: bodies and answers stay in memory, without temporary files, a client
+may close its own half of a connection, and slow clients do not keep others out.
 """
 
 from __future__ import annotations
 
-import socket
+import time
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +12,8 @@ from waitress.buffers import BytesIOBasedBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 
+MIN_RATE = 4096  # bytes a second of a request that arrives
+MAX_INCOMPLETE = 128  # connections of an address without a complete request
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # which clients skip before an answer
 
 
@@ -36,6 +38,8 @@ class Body(BytesIOBasedBuffer):
 
 
 class RequestParser(HTTPRequestParser):
+    path = ""  # of a header that cannot be read
+
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)
         if self.body_rcv is not None:
@@ -50,22 +54,41 @@ class Connection(HTTPChannel):
     """
 
     parser_class = RequestParser
+    last_activity: float
     is_half_closed = False
     is_probed = False
     is_stream = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # The slowest client of an address makes room for its next one. Requests that are complete
+        # are not counted: behind a proxy all have its address.
+        incomplete = [
+            channel
+            for channel in self.server.active_channels.values()
+            if channel.addr[0] == self.addr[0] and channel.readable() and not channel.requests
+        ]
+        if len(incomplete) > MAX_INCOMPLETE:
+            min(incomplete, key=lambda channel: channel.last_activity).handle_close()
 
     def readable(self) -> bool:
         return super().readable() and not (self.is_half_closed and self.requests)
 
     def handle_read(self) -> None:
         try:
-            is_end = self.requests and not self.socket.recv(1, socket.MSG_PEEK)
+            data = self.socket.recv(self.adj.recv_bytes)
         except OSError:  # a reset
-            is_end = False
-        if is_end:
+            self.handle_close()
+            return
+        if data:
+            # The server closes connections some seconds after their last activity. Each byte
+            # moves it a little: so there is a deadline for a whole header and a whole body.
+            self.last_activity = min(time.time(), self.last_activity + len(data) / MIN_RATE)
+            self.received(data)
+        elif self.requests:
             self.is_half_closed = True
         else:
-            super().handle_read()
+            self.handle_close()
 
     def check_client_disconnected(self) -> bool:
         """Whether the client has left, while its answer is made."""

@@ -10,6 +10,8 @@ import ipaddress
 import re
 from collections.abc import Collection, Mapping
 
+from seed_multimodal.errors import short_name
+
 # A scheme, a host and perhaps its port; browsers send nothing else.
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+?)\.?(:[0-9]*)?")
 
@@ -38,13 +40,13 @@ def problem(bound_host: str, headers: Mapping[str, str], origins: Collection[str
     origin = headers.get("Origin", "")
     allowed = [item.lower() for item in origins]
     if origin and origin.lower() not in allowed and not is_loopback(_host_of(origin)):
-        return f"The web page {origin!r:.99} is not allowed; allow its origin by --allow-origin."
+        return f"The web page {short_name(origin)!r} is not allowed; allow it by --allow-origin."
     allowed_hosts = [_host_of(item) for item in allowed]
     name = _host_of(f"http://{host}")
     if host and not is_loopback(name) and (not name or name not in allowed_hosts):
         return (
-            f"{host!r:.99} is not this machine's own address, on which this program listens: use "
-            f"127.0.0.1, or allow the address by --allow-origin."
+            f"{short_name(host)!r} is not this machine's own address, on which this program "
+            f"listens: use 127.0.0.1, or allow the address by --allow-origin."
         )
     return ""
 

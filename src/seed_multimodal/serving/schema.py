@@ -32,7 +32,7 @@ from seed_multimodal import __version__
 from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import MAX_RUNNING
-from seed_multimodal.errors import RequestError
+from seed_multimodal.errors import RequestError, short_name
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.settings import nearest
 
@@ -41,6 +41,7 @@ VALIDATION: Literal["validation"] = "validation"  # the schemas of requests, not
 MAX_MESSAGES = 4096  # of a request
 MAX_IMAGES = 16  # of a request
 MAX_TEXT = 32_000  # characters of a request
+MAX_FIELDS = 100  # of an object
 MAX_VALUES = 200_000  # of a body: parsing needs fifty times the bytes
 
 JSON: TypeAdapter[Any] = TypeAdapter(Any)  # its values, and models as them
@@ -53,17 +54,18 @@ def no_truth(value: object) -> object:
     return value
 
 
+Model = TypeVar("Model", bound="Fields")
+Value = TypeVar("Value")
 Whole = Annotated[int, BeforeValidator(no_truth)]
 Real = Annotated[float, BeforeValidator(no_truth)]
-Codes = list[Annotated[Whole, Field(ge=0, lt=2**31)]]  # of one image
+Items = Annotated[list[Value], Field(fail_fast=True)]  # an error names the first wrong one
+Codes = Items[Annotated[Whole, Field(ge=0, lt=2**31)]]  # of one image
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[Real, Field(ge=0, le=5, allow_inf_nan=False)]
 Share = Annotated[Real, Field(ge=0, le=1, allow_inf_nan=False)]
 Beams = Annotated[Whole, Field(ge=1, le=8)]
 NewTokens = Annotated[Whole, Field(ge=1)]  # the context's end caps it
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
-Model = TypeVar("Model", bound="Fields")
-Value = TypeVar("Value")
 # A field that the server reads. The dump of a request for an answer holds the others: settings,
 # which are keyword arguments of `MultimodalSystem.chat`.
 NotSetting = Annotated[Value, Field(exclude=True)]
@@ -135,7 +137,11 @@ class Fields(BaseModel):
     def _drop_ignored(cls, body: object) -> object:
         if not isinstance(body, Mapping):
             return body
-        # 1. Fields without effect.
+        # 1. An error for each of many unknown fields would take longer than reading the body.
+        if len(body) > MAX_FIELDS:
+            raise ValueError(f"an object has at most {MAX_FIELDS} fields")
+
+        # 2. Fields without effect.
         ignored = cls.ignored()
         kept: dict[str, object] = {}
         for name, value in body.items():
@@ -148,7 +154,7 @@ class Fields(BaseModel):
             if value is not None and not is_harmless:
                 kept[name] = value
 
-        # 2. Further names of a field that is sent.
+        # 3. Further names of a field that is sent.
         for names in cls.names():
             sent = [name for name in names if name in kept]
             for name in sent[1:]:
@@ -193,7 +199,7 @@ class GenerateRequest(Fields):
     stream: ClassVar[bool] = False
 
     text: NotSetting[str]
-    images: NotSetting[list[str | Codes]]
+    images: NotSetting[Items[str | Codes]]
     temperature: Temperature = 0.7
     num_beams: Beams = 1
     max_new_tokens: NewTokens = 256
@@ -284,8 +290,8 @@ class ChatMessage(Fields):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] = ""
-    images: list[Part] = []
+    content: str | Items[Part] = ""
+    images: Items[Part] = []
     reasoning: str = Field(
         default="", validation_alias=AliasChoices("reasoning_content", "reasoning")
     )
@@ -344,7 +350,7 @@ class ReasoningItem(Fields):
     parts: ClassVar[Sequence[MessagePart]] = ()
 
     type: Literal["reasoning"]
-    content: list[ReasoningText] = []
+    content: Items[ReasoningText] = []
 
     @property
     def reasoning(self) -> str:
@@ -415,7 +421,7 @@ class ChatRequest(AnswerRequest):
 
     groups = ("every request", "answers", "/v1/chat/completions")
 
-    messages: NotSetting[list[ChatMessage]]
+    messages: NotSetting[Items[ChatMessage]]
     max_new_tokens: NewTokens | None = Field(
         None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
@@ -448,7 +454,7 @@ class ResponsesRequest(AnswerRequest):
     groups = ("every request", "answers", "/v1/responses")
     usage_names = ("input", "output")
 
-    input: NotSetting[str | list[InputItem]]
+    input: NotSetting[str | Items[InputItem]]
     instructions: NotSetting[str] = ""
     max_new_tokens: NewTokens | None = Field(
         None, validation_alias=AliasChoices("max_output_tokens")
@@ -506,8 +512,8 @@ class TokensRequest(Fields):
     groups = ("every request",)
     stream: ClassVar[bool] = False
 
-    images: list[str] = []
-    codes: list[Codes] = Field([], max_length=MAX_IMAGES)
+    images: Items[str] = []
+    codes: Items[Codes] = Field([], max_length=MAX_IMAGES)
     seed: Seed = 0
     first: Whole | None = Field(None, ge=1)
 
@@ -529,9 +535,16 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
     Raises:
         RequestError: a missing field, or one of the wrong type or out of range.
     """
-    # Parsed values need much more memory than their text.
-    if isinstance(body, bytes) and body.count(b",") > MAX_VALUES:
-        raise RequestError("The request body holds too many values.")
+    if isinstance(body, bytes):
+        # 1. JSON is UTF-8; some editors put a byte order mark before it.
+        encoding = json.detect_encoding(body)
+        if "utf-8" not in encoding:
+            raise RequestError(f"The request body is {encoding.upper()}; send it as UTF-8.")
+        body = body.removeprefix(b"\xef\xbb\xbf")
+
+        # 2. Parsed values need much more memory than their text.
+        if body.count(b",") > MAX_VALUES:
+            raise RequestError("The request body holds too many values.")
     try:
         if isinstance(body, bytes):
             return model.model_validate_json(body)
@@ -540,7 +553,7 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
         # Of the alternatives of a union, the one that matches best fails at the deepest field.
         details = sorted(error.errors(), key=lambda details: len(details["loc"]))[-1]
         names = sent_names(body, details["loc"])
-        message = f"{details['msg']}."
+        message = f"{details['msg']}.".replace("unexpected end of hex", "lone surrogate in hex")
         if names[-1:] == ["size"]:
             message = "It must be WIDTHxHEIGHT, as 1024x1024, or auto."
         if details["type"] == "missing" and names[-1:] != [str(details["loc"][-1])]:
@@ -574,7 +587,7 @@ def unknown_field(model: type[Fields], names: Sequence[str]) -> str:
         document = model.model_json_schema()
         parts = [document, *document.get("$defs", {}).values()]
         known = [name for part in parts for name in part["properties"] if name not in names]
-        similar = nearest(names[-1].lower(), known, 0.7)
+        similar = nearest(short_name(names[-1]).lower(), known, 0.7)
     return f"This server does not support it{exception}{similar}. {advice}".rstrip()
 
 

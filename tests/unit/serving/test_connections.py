@@ -2,9 +2,12 @@
 without a temporary folder, clients that close a half of their connection.
 """
 
+import contextlib
+import http.client
 import json
 import socket
 import tempfile
+import time
 
 import pytest
 import requests
@@ -21,6 +24,7 @@ HEAD = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r
 POST = HEAD + b"Content-Length: %d\r\n\r\n%b"
 OLD = POST.replace(b"1.1", b"1.0")
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+CHUNKS = HEAD + b"Transfer-Encoding: %b\r\n\r\nzz\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -50,11 +54,66 @@ def test_clients_that_close_their_half_get_the_answers(running, sent, answers, e
     assert b"HTTP/1.0" not in sent or received.startswith(b"HTTP/1.0 200")
 
 
-def test_bodies_that_are_too_large_are_refused_before_they_are_sent(running):
-    expect = GET[:-2] + b"Expect: 100-continue\r\nContent-Length: 1000000000000\r\n\r\n"
+LONG = b"Expect: 100-continue\r\nContent-Length: 1000000000000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent, status",
+    [
+        (GET[:-2] + LONG, 413),  # before the body is sent
+        (HEAD % CHAT.encode() + LONG, 413),
+        (HEAD % CHAT.encode() + b"Content-Length: -1\r\n\r\n", 400),
+        (HEAD % CHAT.encode() + b"no header\r\n\r\n", 400),
+        (HEAD % b"/generate" + b" folded" * 9000 + b"\nx\r\n\r\n", 400),
+        ((HEAD % b"/generate" + b"X: ").ljust(1 << 18, b"x"), 431),
+        (CHUNKS % (CHAT.encode(), b"gzip"), 501),
+        (CHUNKS % (CHAT.encode(), b"chunked"), 400),
+        (b"no request\r\n\r\n", 400),
+        (GET.replace(b"/health", b"/v1//models"), 404),
+    ],
+)
+def test_errors_below_flask_are_json_with_a_sentence(running, sent, status):
     with running.connect() as sock:
-        sock.sendall(expect)
-        assert sock.recv(12) == b"HTTP/1.1 413"
+        sock.sendall(sent)
+        sock.shutdown(socket.SHUT_WR)
+        answer = http.client.HTTPResponse(sock)
+        answer.begin()
+        error = json.load(answer)["error"]
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json")
+    sentence = error if isinstance(error, str) else error["message"]
+    assert sentence.endswith(".") and len(sentence) < 200
+
+
+def test_clients_that_trickle_leave_the_server_to_others(tiny, monkeypatch):
+    # 520 of them were all connections that the server has, for as long as they liked.
+    monkeypatch.setattr("seed_multimodal.serving.app.IDLE_SECONDS", 2)
+    running = Running(tiny)
+    beginnings = [GET[:-4], POST % (b"/generate", 50_000, b""), b""]
+    with contextlib.ExitStack() as stack:
+        # 1. 600 clients that never finish a header or a body, or never begin.
+        sockets = [stack.enter_context(running.connect()) for _ in range(600)]
+        for index, sock in enumerate(sockets):
+            with contextlib.suppress(OSError):
+                sock.sendall(beginnings[index % 3])
+        slow = stack.enter_context(running.connect())
+        slow.sendall(POST % (b"/generate", 60_000 + len(ASK), ASK))
+
+        # 2. Others are answered, also one whose body takes longer than the silence of a client.
+        for _ in range(12):
+            start = time.monotonic()
+            assert running.health()["status"] == "ok" and time.monotonic() - start < 1
+            slow.sendall(b" " * 5000)
+            for index, sock in enumerate(sockets):
+                with contextlib.suppress(OSError):
+                    sock.sendall(b"a" if index % 3 < 2 else b"")
+            time.sleep(0.3)
+        assert slow.recv(12) == b"HTTP/1.1 200"
+
+        # 3. All of the 600 are closed.
+        for sock in sockets:
+            sock.settimeout(0.1)
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(1) == b""
 
 
 def test_large_requests_and_answers_need_no_temporary_folder(running, monkeypatch):

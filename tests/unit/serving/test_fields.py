@@ -393,6 +393,8 @@ REFUSED = r"""
 /v1/chat/completions {"frequency_penalty": false} -> frequency_penalty:
 /v1/responses {"top_logprobs": false} -> top_logprobs:
 /v1/images/generations {"prompt": " "} -> prompt:
+/v1/images/generations {"prompt": "\u200b \u200d"} -> empty
+/v1/chat/completions {"messages": [{"role": "user", "content": "\ufeff"}]} -> Message 0
 /v1/images/generations {"n": 99} -> n:
 /v1/images/generations {"ratio": "3:2"} -> ratio:
 /v1/images/generations {"ratio": "1:1"} -> ratio:
@@ -512,6 +514,10 @@ REQUESTS = {
     "no image of an edit": (EDIT, {"image": [b"no image"]}, "image 0"),
     "a mask": (EDIT, {"mask": [b"a file"]}, "mask:"),
     "markup": (EDIT, {"markup": [b"a file"]}, "markup:"),
+    "a long name": (EDIT, {"n" * 1000: "a"}, f"{'n' * 40}…{'n' * 40}:"),
+    "a long name twice": (EDIT, {"n" * 1000: ["a", "b"]}, f"{'n' * 40}…{'n' * 40}:"),
+    "many names": (CHAT, {f"k{index}": 1 for index in range(190_000)}, "100 fields"),
+    "a long prompt": (EDIT, {"prompt": "x" * 600_000}, "prompt:"),
     "a prompt's file": (EDIT, {"prompt": [b"a fish"]}, "prompt:"),
     "a picture of the system": (RESPONSES, {"instructions": f"![]({URL})"}, "Message 0"),
     "pictures in Markdown": (CHAT, {"messages": [user(f"![a]({URL})" * 17)]}, "17 images"),
@@ -562,6 +568,50 @@ def test_bodies_that_are_no_requests_are_refused(client, route, body):
     refusal(client.post(route, data=body, content_type="application/json"))
 
 
+@pytest.mark.parametrize(
+    "body, named",
+    [
+        ("{}".encode("utf-16"), "UTF-16"),
+        ("{}".encode("utf-32-be"), "UTF-32"),
+        (b'{"messages": "\\ud800"}', "surrogate"),
+        (b'{"messages": [1,]}', "column 17"),
+        (b'{"messages": [' + b'{"a": 1},' * 190_000 + b"1]}", "messages.0.a"),
+        (b'{"' + b"a" * (8 << 20) + b'": 1}', "aaa…aaa"),
+    ],
+    ids=["UTF-16", "UTF-32", "surrogate", "comma", "many errors", "8 MiB"],
+)
+def test_refusing_a_body_names_its_fault_at_once(client, body, named):
+    before = time.process_time()
+    assert named in refusal(client.post(CHAT, data=body, content_type="application/json"))
+    assert time.process_time() - before < 2
+
+
+def test_bodies_with_a_byte_order_mark_are_read(client):
+    body = json.dumps(BODIES[CHAT]).encode("utf-8-sig")
+    answer_of(client.post(CHAT, data=body, content_type="application/json"))
+
+
+PART = b'--b\r\nContent-Disposition: form-data; name="%b"\r\n\r\na\r\n'
+FORM = (PART % b"prompt") + (PART % b'image"; filename="').replace(b"\na\r", b"\n%b\r" % IMAGE)
+
+
+@pytest.mark.parametrize(
+    "body, boundary, status, named",
+    [
+        (FORM + b"--b--", "; boundary=b", 200, ""),  # a file without a name
+        (FORM[:-9], "; boundary=b", 400, "breaks off"),
+        (FORM + b"--b--", "", 400, "boundary"),
+        (FORM.replace(b' name="image";', b"") + b"--b--", "; boundary=b", 400, "name of a part"),
+        (PART % b"a" * 20_000 + b"--b--", "; boundary=b", 413, "1,000"),
+    ],
+    ids=["empty file name", "breaks off", "no boundary", "no name", "parts"],
+)
+def test_forms_that_cannot_be_read_say_why(client, body, boundary, status, named):
+    answer = client.post(EDIT, data=body, content_type=f"multipart/form-data{boundary}")
+    assert answer.status_code == status
+    assert status == 200 or named in refusal(answer, status)
+
+
 # ---- routes
 
 
@@ -569,6 +619,8 @@ def test_bodies_that_are_no_requests_are_refused(client, route, body):
 def test_bodies_of_another_type_are_refused(client, route):
     refusal(client.post(route, data="x"), status=415)
     refusal(client.post(EDIT, json={"prompt": "x"}), status=415)
+    encoded = client.post(route, json=BODIES[route], headers={"Content-Encoding": "gzip"})
+    assert "gzip" in refusal(encoded, status=415)
 
 
 def test_wrong_routes_and_methods_are_named(client):
@@ -585,6 +637,7 @@ def test_models_lists_the_system_by_its_name(client, tiny):
     (listed,) = client.get("/v1/models").json["data"]
     assert client.get(f"/v1/models/{listed['id']}").json == listed
     assert tiny.config.name.endswith(listed["id"])
+    refusal(client.get(f"/v1/models/{'x' * 1000}"), status=404)
     for name in ("gpt-4o", "AILab-CVC/SEED"):
         sentence = refusal(client.get(f"/v1/models/{name}"), status=404)
         assert name in sentence and listed["id"] in sentence
