@@ -147,10 +147,9 @@ class ChatSession:
 
     def store_upload(self, model: ModelClient, upload: str) -> Picture:
         """Check an uploaded image and store it in the model's size."""
-        file = Path(upload)
-        if not file.is_file():  # without the machine's path
-            raise RequestError(f"{short_name(file.name)} is gone: choose it again.")
-        image = io.open_image(file, limits=UPLOADS, at_least=LONGEST_SIDE).image
+        if not Path(upload).is_file():  # a sentence without the machine's path
+            raise RequestError(f"{short_name(Path(upload).name)} is gone: choose it again.")
+        image = io.open_image(Path(upload), limits=UPLOADS, at_least=LONGEST_SIDE).image
         # The page shows what the model sees: the image, or a square of it.
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         sent = image
@@ -370,6 +369,7 @@ class ChatSession:
                 yield self.updates(chat)
                 await chat.changed.wait()
             yield self.updates(chat)
+            await asyncio.wait([work])  # for the log
         finally:
             if chat.work is work:  # the tab was closed
                 chat.stop()

@@ -11,16 +11,15 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi.datastructures import Headers
+from fastapi.middleware import Middleware
+from fastapi.responses import JSONResponse
 from gradio.utils import get_upload_folder, is_in_or_equal
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
@@ -39,6 +38,8 @@ from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
 from seed_multimodal.serving.origin import problem
 
+App = Callable[..., Awaitable[None]]  # of ASGI
+
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent  # of the page's styles and scripts
@@ -52,7 +53,7 @@ ROUTES = re.compile(
     r"|cancel|reset|startup-events|theme\.css)/?)"
 )
 # Gradio's own scripts and styles are inline, and compile templates.
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; img-src 'self' data: blob:"
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; img-src 'self' data: blob:"
 LIST = """<input type="search" placeholder="Search chats" aria-label="Search chats">
 <p role="status"></p><ul aria-label="Chats"></ul>"""
 BROWSER = "(...values) => document.querySelector('#conversations').page.{}(...values)"
@@ -91,12 +92,12 @@ class Door:
     """ASGI middleware: requests of other hosts and web pages, and for what no visitor needs, are
     refused, and browsers load nothing from other hosts."""
 
-    def __init__(self, app: ASGIApp, bound_host: str, origins: Collection[str]) -> None:
+    def __init__(self, app: App, bound_host: str, origins: Collection[str]) -> None:
         self.app = app
         self.bound_host = bound_host
         self.origins = origins
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: App) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -111,9 +112,9 @@ class Door:
             return
 
         # 2. Its answer.
-        async def send_with_policy(message: Message) -> None:
+        async def send_with_policy(message: JsonObject) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
+                message["headers"].append((b"content-security-policy", POLICY))
             await send(message)
 
         try:
