@@ -23,8 +23,10 @@ const notice = element.querySelector('p')
 const search = element.querySelector('input')
 let open = {} // the newest snapshot of the open conversation
 let returned = 0 // the last message that returned to the box
+let isTaken = false
 let shown = ''
 
+const EMPTY = { text: '', files: [] }
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2)
 const storedId = (id) => copies[id] ?? id
 
@@ -73,7 +75,10 @@ const page = {
     take(box) {
         document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)
         const isEmpty = !box?.text.trim() && !box?.files.length
-        return isEmpty ? [null, box] : [box, { text: '', files: [] }]
+        if (isEmpty || isTaken) return [null, isEmpty ? box : EMPTY] // a double click takes once
+        isTaken = true
+        setTimeout(() => { isTaken = false })
+        return [box, EMPTY]
     },
 
     // The conversation and the box, to which a message returns in front of what was typed since.

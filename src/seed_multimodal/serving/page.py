@@ -248,7 +248,7 @@ def chat_tab(
         force_image = gr.Checkbox(label="Answer with an image", container=False)
     settings = [force_image, *generation_inputs()]
     outgoing = gr.MultimodalTextbox(visible=False)
-    refused = gr.JSON(visible=False)
+    refused = gr.HTML(visible=False)
 
     # 2. What the browser does by itself (`conversations.js`): a message leaves its box, the open
     #    conversation of an update is shown, and refused files leave the box.
@@ -477,7 +477,6 @@ def launch(
             block_title_background_fill="transparent",
             block_title_text_color="*body_text_color",
             button_primary_background_fill="*primary_600",
-            color_accent="*primary_600",
         )
         try:
             # Gradio asks its own server whether it has started.
