@@ -545,7 +545,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
             for task, seed in zip(tasks, seed_per_image(seeds, len(tasks)), strict=True):
                 task.generation = replace(settings, seed=seed)
         for task, conversation in zip(tasks, conversations, strict=True):
-            task.request = self.read_words(conversation, task.notes)
+            task.request = self.family.read_words(conversation, task.notes)
         return tasks
 
     def _draw(
@@ -592,7 +592,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         tasks: list[Task] = []
         for conversation, first_seed, negative in zip(conversations, seeds, negatives, strict=True):
             notes = Notes()
-            conversation = self.read_words(conversation, notes, drawing=True)
+            conversation = self.family.read_words(conversation, notes, drawing=True)
             image_seeds = [(first_seed + index) % 2**63 for index in range(num_images)]
             for index in range(num_images if can_vary else 1):
                 base = varied if index else settings

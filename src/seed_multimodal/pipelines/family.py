@@ -266,20 +266,27 @@ class Family:
 
     # ---- prompts
 
-    def read_words(self, conversation: Sequence[Message]) -> Sequence[Message]:
+    def read_words(
+        self, conversation: Sequence[Message], notes: Notes | None = None, drawing: bool = False
+    ) -> Sequence[Message]:
         """A conversation whose user writes the words that the system learned, and whose answers
         are the model's. What was read stays.
 
+        notes: which get words of the last message that are read otherwise, or were not learned.
+        drawing: words count that the system can say, but not draw.
         Raises RequestError: it cannot fit the context. Nothing else reads a text before.
         """
+        # 1. The length.
         n_characters = sum(len(message.text) for message in conversation)
         if n_characters > self.max_characters:
             raise RequestError(
-                f"The text has {n_characters} characters, but {self.max_characters} at most fit "
+                f"The prompt has {n_characters} characters, but at most {self.max_characters} fit "
                 "into the model's context; make it shorter."
             )
         if self.config.known_words is None:
             return conversation
+
+        # 2. The words.
         known = read_known_words(self.config.known_words)
         turns: list[Message] = []
         for message in conversation:
@@ -291,6 +298,17 @@ class Family:
                     part.removeprefix(PREFACE) if type(part) is str else part for part in parts
                 ]
             turns.append(replace(message, content=tuple(parts)))
+
+        # 3. The notes.
+        last = turns[-1]
+        if notes is not None and last.text != self.tasks.describe:
+            text = last.text.lower()
+            for word in self.template_words:  # which a user may write himself
+                text = text.replace(word, " ")
+            changed: dict[str, str] = {}
+            for part in last.content:
+                changed |= getattr(part, "changed", {})
+            notes.add(*known.notes(text, changed, drawing))
         return turns
 
     def prompts(

@@ -106,27 +106,6 @@ class TaskRunner:
         """The settings of a task's tokens, see `Family.generation_settings`."""
         return self.family.generation_settings(task, options)
 
-    def read_words(
-        self, conversation: Sequence[Message], notes: Notes, drawing: bool = False
-    ) -> Sequence[Message]:
-        """As `Family.read_words`, with notes of words of the last message that are read otherwise,
-        or that the system did not learn.
-
-        drawing: words count that it can say, but not draw.
-        """
-        conversation = self.family.read_words(conversation)
-        file = self.config.known_words
-        last = conversation[-1]
-        if file is not None and last.text != self.tasks.describe:
-            text = last.text.lower()
-            for word in self.family.template_words:  # which a user may write himself
-                text = text.replace(word, " ")
-            changed: dict[str, str] = {}
-            for part in last.content:
-                changed |= getattr(part, "changed", {})
-            notes.add(*read_known_words(file).notes(text, changed, drawing))
-        return conversation
-
     def image_task(
         self,
         kind: TaskKind,
@@ -271,7 +250,7 @@ class TaskRunner:
         draws = task.generation.images == "forced"
         notes = Notes()
         conversation = newest_turns(request, context, context, self.family.max_characters)
-        conversation = self.read_words(conversation, notes, draws)
+        conversation = self.family.read_words(conversation, notes, draws)
         should_stop = task.generation.should_stop
         opening = self.tokenizer.encode_parts([task.opening])
 
