@@ -32,9 +32,10 @@ def corrected(word: str, known: Mapping[str, str]) -> str:
     nearest: list[str] = []
     least = (limit + 1, 0)
     folded = fold(word)
+    own = letters(word)
     for candidate in known:
-        own, other = letters(word), letters(candidate)
-        if max((own & ~other).bit_count(), (other & ~own).bit_count()) > limit:
+        other = letters(candidate)
+        if (own & ~other).bit_count() > limit or (other & ~own).bit_count() > limit:
             continue  # a fault takes a letter, adds one, or both
         is_exchanged = sorted(candidate) == sorted(word)
         if len(word) == SHORTEST and not is_exchanged and len(candidate) <= len(word):
