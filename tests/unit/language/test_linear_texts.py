@@ -37,7 +37,7 @@ from seed_multimodal.language.vocabulary import SeedXVocabulary
 
 NEW = itertools.count()
 SECONDS = 0.2  # of a processor, at most
-NOISE = 0.03  # seconds: less is not compared
+NOISE = 0.05  # seconds: less is not compared
 LENGTH = 32_000  # characters, as the server allows
 
 # Packages that read files of the owner, and no texts of users.
@@ -240,7 +240,7 @@ def slow_shapes(call: Callable[[str], object]) -> dict[str, list[float]]:
         costs = [seconds(call, text_of(LENGTH // 8))]
         if costs[0] < SECONDS:
             costs = [math.inf] * 2
-            for _ in range(3):  # the least of three tries
+            for _ in range(5):  # the least of some tries
                 for index, length in enumerate((LENGTH // 2, LENGTH)):
                     costs[index] = min(costs[index], seconds(call, text_of(length)))
                 if costs[1] < max(min(2.5 * costs[0], SECONDS), NOISE):
