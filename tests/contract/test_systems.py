@@ -364,8 +364,10 @@ def test_chat_of_several_turns(system, family):
     pair = (*user("Tell me about the tall tree."), {"role": "assistant", "content": "It is tall."})
     answer = system.chat([*pair * 40, *user("And now?")])
     assert "left out" in answer.note
-    with pytest.raises(GenerationError):
+    with pytest.raises(RequestError, match="characters"):
         system.chat(user("a tree " * 2000))
+    with pytest.raises(GenerationError, match="tokens"):
+        system.chat(user("a " * (system.family.max_characters // 2 - 10)))
 
 
 @pytest.mark.slow

@@ -65,9 +65,9 @@ _IMAGE_START = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp|\0\0\0\x0cJXL |\xff\x0a",
     re.DOTALL,
 )
-_DATA_URL = re.compile(r"\s*data:", re.IGNORECASE)
-_URL = re.compile(r"\s*\w{2,}:/")  # more letters than a drive of Windows
-_FILE_URL = re.compile(r"\s*file:(//(localhost)?)?(?=/)", re.IGNORECASE)
+_DATA_URL = re.compile(r"\A\s*+data:", re.IGNORECASE)
+_URL = re.compile(r"\A\s*+\w{2,}+:/")  # more letters than a drive of Windows
+_FILE_URL = re.compile(r"\A\s*+file:(//(localhost)?)?(?=/)", re.IGNORECASE)
 # What unseekable files held: conversations read their images again at each turn.
 _read_before: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 # Of images and open files that are being read, by their ids.
@@ -360,7 +360,7 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
     if _DATA_URL.match(text):
         head, _, body = text.partition(",")
         content = unquote_to_bytes(body)
-        if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
+        if not re.search(r";\s*+base64\s*+$", head, re.IGNORECASE):
             return content
         body = content.decode("latin-1")
     elif _URL.match(text):

@@ -24,7 +24,7 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageGrammar, ImageVocabulary
 
 _NOT_BLANK = re.compile(r"\S")
-LEFT_OUT = re.compile(r"The first \d+ messages were left out: [^.]*\. ?")
+LEFT_OUT = re.compile(r"The first \d+ messages were left out: [^.:]*+\. ?")
 
 
 def left_out_note(n_messages: int, limit: str) -> str:
@@ -222,13 +222,10 @@ class AnswerReader:
         self._sent = 0  # characters of the run's text that were events already
 
         stops = [stop for stop in stops if stop]
-        prefixes: list[str] = []
+        self._prefixes = [""]
         for stop in stops:
-            prefixes += [stop[:length] for length in range(len(stop), 0, -1)]
-        any_stop = "|".join(map(re.escape, stops)) or "(?!)"  # without stops nothing matches
-        any_prefix = "|".join(map(re.escape, prefixes))
-        self._stop = re.compile(f" *(?:{any_stop})")
-        self._incomplete_end = re.compile(rf" *(?:{any_prefix})?\ufffd*\Z")
+            self._prefixes += [stop[:length] for length in range(1, len(stop) + 1)]
+        self._stop = re.compile("|".join(map(re.escape, stops)) or "(?!)")  # nothing matches
 
     def read(self, token: int) -> list[Event]:
         """Add one token and return the events it completes; an image's has its `ImagePart`."""
@@ -357,14 +354,14 @@ class AnswerReader:
         stop = self._find_stop(text, start, stops_from)
         end = len(text)
         if stop is not None:
-            end = stop.start()
+            end = stops_from + len(text[stops_from : stop.start()].rstrip(" "))
             self._drop_run_after(end)
             self.found_stop = True
             self.finished = True
         elif not final:
-            incomplete = self._incomplete_end.search(text, stops_from)
-            assert incomplete is not None  # at least the empty end
-            end = incomplete.start()
+            certain = text[stops_from:].rstrip("\ufffd")
+            prefix = max(filter(certain.endswith, self._prefixes), key=len)
+            end = stops_from + len(certain.removesuffix(prefix).rstrip(" "))
 
         # 3. What of it was no event yet.
         self._sent = max(unsent, end)

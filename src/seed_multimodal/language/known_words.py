@@ -13,39 +13,44 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.phrases import ByValue, Phrases
+from seed_multimodal.language.phrases import ByValue, Phrases, any_of
 from seed_multimodal.language.spelling import corrected
 from seed_multimodal.settings import read_settings
 
+# Anybody's texts: each repetition begins at a boundary, keeps what it matched (`+` behind it), and
+# ends at the next beginning, so that the time grows with the length, not with its square.
 # A word in any alphabet (not the end of `2nd`), a number, or an emoji.
 _WORD = re.compile(
-    r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]"
+    r"(?<!\w)[^\W\d]++(?:'[^\W\d]++)*+|(?<![\w.])\d++(?!\w|\.\d)"
+    r"|[\u2600-\u27bf\U0001f000-\U0001faff]"
 )
 # What is read as it stands: quotations, image tokens, names of files and addresses.
 _LITERAL = re.compile(
-    r"(\"[^\"]*\"|“[^”]*”|(?<!\w)'[^']*'(?!\w)|<[^>]*>|\S*[/\\@]\S*|\w+(?:\.\w+)+)", re.ASCII
+    r"(\"[^\"]*+\"|“[^“”]*+”|(?<!\w)'[^']*+'(?!\w)|<[^<>]*+>"
+    r"|(?:(?<!\S)[^\s/\\@]++)?+[/\\@]\S*+|(?<!\w)\w++(?:\.\w++)++)",
+    re.ASCII,
 )
 # A name that the user tells, which is no misspelt word.
-_INTRODUCED = re.compile(r"\b(?:my name is|call me|i am|i'm|im)\s+(\w+)", re.IGNORECASE)
+_INTRODUCED = re.compile(r"\b(?:my name is|call me|i am|i'm|im)\s++(\w++)", re.IGNORECASE)
 _ARTICLE = r"(?i:\ban?(?= (?:([aeio]|u[^fn])|\w)))"
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
 MAX_CORRECTED = 20  # words of a text that may be misspelt
 N_NEAREST = 3  # known things in a note
+LONGEST = 40  # letters of a word in it
 
 
-class Reading(NamedTuple):
-    """A text as a system reads it.
+class Reading(str):
+    """A text as a system reads it, which is not read again.
 
     changed: what was written and how it is read, as far as a user should know it.
     """
 
-    text: str
     changed: Mapping[str, str]
 
 
@@ -97,45 +102,48 @@ class KnownWords:
         """Names and styles, also in capitals, and all other words in capitals: systems learned them
         in lower case."""
         words = _WORD.findall(" ".join([*self.names, *self.phrases.get("style", ())]))
-        return re.compile(rf"\b(?:(?i:{'|'.join(map(re.escape, words))})|[A-Z]{{2,}})\b")
+        return re.compile(rf"\b(?:(?i:{any_of(words)})|[A-Z]{{2,}}+)\b")
 
     # ---- reading
 
     def read(self, text: str) -> Reading:
         """A user's text in the words that the system learned."""
         changed: dict[str, str] = {}
+        tried: list[str] = []
         introduced = {match[1].lower() for match in _INTRODUCED.finditer(text)}
+
+        def right(word: re.Match[str]) -> str:
+            written = word[0].lower()
+            is_name = word.start() > 0 and word[0][0].isupper()  # inside of a sentence
+            is_known = written in self._spelt or written in introduced
+            if is_name or is_known or not written.isalpha() or len(tried) == MAX_CORRECTED:
+                return word[0]
+            tried.append(written)
+            read = self._corrected(written)
+            if read == written:
+                return word[0]
+            changed[word[0]] = read
+            return read
+
         parts = _LITERAL.split(text)
         for index in range(0, len(parts), 2):  # the others are literals
             part = parts[index]
 
-            # 1. Names, styles and words in capitals, which systems learned in lower case.
+            # 1. Names, styles and words in capitals, which systems learned in lower case, and
+            #    misspelt words.
             part = self.in_capitals.sub(lambda word: word[0].lower(), part)
+            part = _WORD.sub(right, part)
 
-            # 2. Misspelt words, but not names, which have a capital inside of a sentence.
-            words = [
-                word
-                for word in _WORD.finditer(part)
-                if word[0].lower() not in self._spelt
-                and not (word.start() > 0 and word[0][0].isupper())
-                and word[0].isalpha()
-                and word[0].lower() not in introduced
-            ]
-            right = [self._corrected(word[0].lower()) for word in words[:MAX_CORRECTED]]
-            for word, read in zip(words, right, strict=False):
-                if read != word[0].lower():
-                    changed[word[0]] = read
-            for word, read in reversed([*zip(words, right, strict=False)]):
-                if word[0] in changed:
-                    part = part[: word.start()] + read + part[word.end() :]
+            # 2. Other words for known ones.
+            parts[index] = self._written_otherwise.sub(partial(self._replaced, changed), part)
 
-            # 3. Other words for known ones, and the articles before what was changed.
-            part = self._written_otherwise.sub(partial(self._replaced, changed), part)
-            if changed:
-                read = "|".join(map(re.escape, changed.values()))
-                part = re.sub(rf"(?=\w+ (?:{read})\b){_ARTICLE}", _right_article, part)
-            parts[index] = part
-        return Reading("".join(parts), changed)
+        # 3. The articles before what was changed.
+        if changed:
+            article = re.compile(rf"{_ARTICLE}(?= {any_of(changed.values())}\b)")
+            parts[::2] = [article.sub(_right_article, part) for part in parts[::2]]
+        reading = Reading("".join(parts))
+        reading.changed = changed
+        return reading
 
     def _replaced(self, changed: dict[str, str], match: re.Match[str]) -> str:
         """How a word or phrase is read; adds to `changed` what the user should know."""
@@ -175,11 +183,9 @@ class KnownWords:
 
     @cached_property
     def _written_otherwise(self) -> re.Pattern[str]:
-        """All of them, the longest first."""
-        written = sorted(self._otherwise, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, written))
-        pattern = pattern.replace("'", "['\u2019]").replace(r"\ ", r"\s+")
-        return re.compile(rf"(?<![\w'+*/.-])(?:{pattern})(?![\w'+*/-]|\.\w)", re.IGNORECASE)
+        """All of them."""
+        pattern = any_of(self._otherwise).replace("'", "['\u2019]").replace(r"\ ", r"\s++")
+        return re.compile(rf"(?<![\w'+*/.-]){pattern}(?![\w'+*/-]|\.\w)", re.IGNORECASE)
 
     # ---- unknown words
 
@@ -196,31 +202,27 @@ class KnownWords:
         if not drawing:
             vocabulary.update(self.said)
         words = _WORD.findall(text)
-        unknown: list[str] = []
-        for word in dict.fromkeys(words):
+        unknown: dict[str, None] = {}
+        for word in words:
             is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
             if word not in vocabulary and not is_letter:
-                unknown.append(word)
+                unknown[word] = None
 
         # 2. Colours are those of a background.
         if drawing and "background" not in words:
             for word in _WORD.findall(self.compared.pattern.sub(" ", text)):
-                if word in self.colours and word not in unknown:
-                    unknown.append(word)
+                if word in self.colours:
+                    unknown[word] = None
 
         # 3. A word in front of a name or of another unknown word says something about it.
         nouns = {*names, *unknown}
-        modifiers = set()
-        for word, next_word in zip(words, words[1:], strict=False):
-            if next_word in nouns:
-                modifiers.add(word)
+        modifiers = {word for word, next_word in pairwise(words) if next_word in nouns}
         return sorted(unknown, key=lambda word: word in modifiers)
 
-    def notes(self, text: str, drawing: bool = False) -> list[str]:
-        """A note of words that are read otherwise, and one of unknown words, as far as there are
-        such; drawing: as of `unknown`."""
+    def notes(self, text: str, changed: Mapping[str, str], drawing: bool = False) -> list[str]:
+        """A note of words that are read otherwise, and one of unknown words of a text that was
+        read, as far as there are such; drawing: as of `unknown`."""
         notes: list[str] = []
-        text, changed = self.read(text)
         if changed:
             pairs = [f"{written!r} as {read!r}" for written, read in changed.items()]
             notes.append(f"Read {', '.join(pairs)}.")
@@ -229,11 +231,11 @@ class KnownWords:
             return notes
         named = []
         for word in unknown:
-            named.append(f"{word!r} of things" if word in self.colours else f"{word[:40]!r}")
+            named.append(f"{word!r} of things" if word in self.colours else f"{word[:LONGEST]!r}")
         note = f"This system does not know {', '.join(named)}: it learned {self.about}"
         if unknown[0] not in self.colours:
             nearest = self.nearest.get(unknown[0]) or get_close_matches(
-                unknown[0], self.listed["things"], N_NEAREST, cutoff=0
+                unknown[0][:LONGEST], self.listed["things"], N_NEAREST, cutoff=0
             )
             note += f", such as {', '.join(nearest)}"
         return [*notes, f"{note}."]

@@ -10,6 +10,7 @@ text: pass file names as `Path`, or in the format of transformers and OpenAI: `{
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ IMAGE_KEYS = ("image", "image_url", "url", "bytes", "path", "base64")  # also in
 MISSING_IMAGE = Image.new("RGB", (1, 1))  # of {"type": "image"}
 # A picture that is there; `a picture`, `the picture of a dog` ask for one.
 _SHOWN_IMAGE = re.compile(
-    r"\b(?:this|that|the|my|given)\s+(?:picture|image|photo|photograph|drawing)\b(?!\s+of\b)", re.I
+    r"\b(?:this|that|the|my|given)\s++(?:picture|image|photo|photograph|drawing)\b(?!\s+of\b)", re.I
 )
 Codes: TypeAlias = Sequence[int] | np.ndarray | Tensor
 ContentPart: TypeAlias = str | ImageSource | Codes | ImagePart  # of a message
@@ -131,6 +132,24 @@ def without_oldest_rounds(conversation: Sequence[Message], count: int) -> list[M
     roles = [message.role for message in conversation]
     n_system = next(index for index, role in enumerate(roles) if role != "system")
     return [*conversation[:n_system], *conversation[users[count] :]]
+
+
+def newest_turns(
+    turns: Sequence[Message], max_messages: int, max_images: int, max_characters: int
+) -> Sequence[Message]:
+    """A conversation without as many of its oldest rounds as are above one of the limits."""
+    # The messages that stay anyway, then the newest ones.
+    system = [*itertools.takewhile(lambda turn: turn.role == "system", turns)]
+    n_images = n_characters = n_rounds = 0
+    for index, turn in enumerate([*system, *reversed(turns[len(system) :])]):
+        texts = [part for part in turn.content if isinstance(part, str)]
+        n_images += len(turn.content) - len(texts)
+        n_characters += sum(map(len, texts))
+        if index == max_messages or n_images > max_images or n_characters > max_characters:
+            n_users = sum(turn.role == "user" for turn in turns)
+            return without_oldest_rounds(turns, max(n_users - n_rounds, 1))
+        n_rounds += turn.role == "user"
+    return turns
 
 
 def speaks_of_missing_image(conversation: Sequence[Message]) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 BACKGROUND, STYLE = "background", "style"  # tables of attributes
 # Of requests: what they remove; put in place of what they name, or of "it"; and how they speak of
@@ -16,12 +18,28 @@ _REMOVES = re.compile(r"\b(?:remove|delete|erase|rid of|take away)\b", re.I)
 _REPLACES = re.compile(r"\b(?:replace|exchange|turn|change|make|become|into)\b", re.I)
 _UNNAMED = re.compile(r"\b(?:it|them|this|that|these|those|everything|all|both|one)\b", re.I)
 _BACKGROUNDS = {BACKGROUND, "scene", "place", "colour", "color"}
-_NOT = re.compile(r"(?:\b(?:not|anywhere but|everywhere but)|n't)(?: be)? $")  # before a phrase
+# Before a phrase.
+_NOT = re.compile(
+    r"(?<=\bnot )|(?<=n't )|(?<=\banywhere but )|(?<=\beverywhere but )"
+    r"|(?<=\bnot be )|(?<=n't be )|(?<=\banywhere but be )|(?<=\beverywhere but be )"
+)
 # Before a thing of which there should be more.
-_ADDS = re.compile(r"\b(?:add|another|more) (?:(?:an?|one|two|three|some|another|more|\d+) )*$")
+_ADDS = re.compile(r"\b(?:add|another|more) (?:(?:an?|one|two|three|some|another|more|\d++) )*+")
 _WORDS = re.compile(r"[a-z]+")
 
 ByValue = Mapping[str, Sequence[str]]  # a value → the phrases that mean it
+
+
+def any_of(phrases: Collection[str]) -> str:
+    """A pattern of some phrases, of which the longest one matches; none matches nothing.
+
+    Phrases share their beginnings, so that the number of phrases hardly changes the time.
+    """
+    branches: list[str] = []
+    for letter, group in groupby(sorted(filter(None, phrases)), itemgetter(0)):
+        branches.append(re.escape(letter) + any_of([phrase[1:] for phrase in group]))
+    may_end = "?" if "" in phrases else ""
+    return f"(?:{'|'.join(branches) or '(?!)'}){may_end}"
 
 
 class Phrases:
@@ -40,9 +58,7 @@ class Phrases:
         self.single = {phrases[0] for phrases in tables.get("things", {}).values()}
         self.backgrounds = tables.get(BACKGROUND, {})
         # The longest phrase matches: a hot dog is no dog.
-        longest_first = sorted(self.meanings, key=len, reverse=True)
-        any_phrase = "|".join(map(re.escape, longest_first)) or "(?!)"  # none matches nothing
-        self.pattern = re.compile(rf"(?<!\w)({any_phrase})(?!\w)")
+        self.pattern = re.compile(rf"(?<!\w){any_of(self.meanings)}(?!\w)")
 
     def read(self, text: str) -> tuple[list[str], dict[str, str]]:
         """The things that a text names, and its facts: the number of each thing, the relation of
@@ -59,19 +75,19 @@ class Phrases:
                 number = value
             elif table in ("relations", "opposites"):
                 relation = (table, value) if len(things) == 1 else None
-            elif table != "things" and _NOT.search(text[: match.start()]):
+            elif table != "things" and _NOT.match(text, match.start()):
                 facts[f"not {table}"] = value
             elif table != "things":
                 facts[table] = value if facts.get(table, value) == value else ""
             else:
                 is_one = phrase in self.single and number != "0"
-                facts[value] = "" if value in things else "1" if is_one else number
+                facts[value] = "" if value in facts else "1" if is_one else number
                 things.append(value)
                 number = ""
         if relation and len(things) == 2:
             first, second = things if relation[0] == "relations" else things[::-1]
             facts["relation"] = f"{first} {relation[1]} {second}"
-        return [thing for thing in things if facts[thing] != "0"], facts
+        return [thing for thing in dict.fromkeys(things) if facts[thing] != "0"], facts
 
     def asked_backgrounds(self, request: str) -> list[str]:
         """Backgrounds of which a request has a word that is of no other one's phrases."""
@@ -89,9 +105,10 @@ class Phrases:
         """Things of which a request asks for more."""
         text = " ".join(request.lower().split())
         added: list[str] = []
-        for match in self.pattern.finditer(text):
-            table, thing = self.meanings[match[0]]
-            if table == "things" and _ADDS.search(text[: match.start()]):
+        for before in _ADDS.finditer(text):
+            match = self.pattern.match(text, before.end())
+            table, thing = self.meanings[match[0]] if match else ("", "")
+            if table == "things":
                 added.append(thing)
         return added
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache, reduce
-from operator import or_
+from functools import lru_cache
 
 SHORTEST = 3  # letters of a word that may be misspelt
 TWO_FAULTS = 6  # letters from which two faults are allowed
@@ -33,15 +32,15 @@ def corrected(word: str, known: Mapping[str, str]) -> str:
     nearest: list[str] = []
     least = (limit + 1, 0)
     folded = fold(word)
-    own_letters = letters(word)
+    own = letters(word)
     for candidate in known:
-        is_too_long = abs(len(candidate) - len(word)) > limit
-        if is_too_long or (letters(candidate) ^ own_letters).bit_count() > 2 * limit:
-            continue  # a fault changes two letters at most
+        other = letters(candidate)
+        if (own & ~other).bit_count() > limit or (other & ~own).bit_count() > limit:
+            continue  # a fault takes a letter, adds one, or both
         is_exchanged = sorted(candidate) == sorted(word)
         if len(word) == SHORTEST and not is_exchanged and len(candidate) <= len(word):
             continue  # other or fewer letters of so few make another word
-        faults = n_faults(word, candidate)
+        faults = n_faults(word, candidate, limit)
         if faults <= limit and fold(candidate) == folded:
             faults = 0
         distance = (faults, 0 if is_exchanged else 1)
@@ -61,8 +60,9 @@ def corrected(word: str, known: Mapping[str, str]) -> str:
 
 @lru_cache(maxsize=1 << 15)
 def letters(word: str) -> int:
-    """The set of a word's letters, a bit each; those of other alphabets share them."""
-    return reduce(or_, (1 << ord(letter) % 32 for letter in word), 0)
+    """The letters of a word, a bit for each time; those of other alphabets share them."""
+    bits = {ord(letter) % 32 + 32 * word.count(letter, 0, i) for i, letter in enumerate(word)}
+    return sum(1 << bit for bit in bits)
 
 
 def fold(word: str) -> str:
@@ -70,8 +70,8 @@ def fold(word: str) -> str:
     return re.sub(r"(.)\1+", r"\1", word.replace("ph", "f"))
 
 
-def n_faults(written: str, word: str) -> int:
-    """Edits of letters from one word to another."""
+def n_faults(written: str, word: str, limit: int) -> int:
+    """Edits of letters from one word to another; of more than the limit not all are counted."""
     before: list[int] = []
     last = list(range(len(word) + 1))
     for i, letter in enumerate(written, 1):
@@ -84,4 +84,6 @@ def n_faults(written: str, word: str) -> int:
             row.append(faults)
         before = last
         last = row
+        if min(row) > limit:
+            break
     return last[-1]

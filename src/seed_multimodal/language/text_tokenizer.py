@@ -110,6 +110,11 @@ class TextTokenizer(ABC):
 
     # ---- text ⇄ ids
 
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest text token."""
+        return max(map(len, self.tokens(range(self._n_text))))
+
     def __len__(self) -> int:
         return self.vocabulary.size
 

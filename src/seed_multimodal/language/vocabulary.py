@@ -25,7 +25,7 @@ PATCH = "<patch>"
 PATCH_END = "</patch>"
 BOX = "<box_start>"
 BOX_END = "<box_end>"
-BOX_WORDS = re.compile(r"(?:<(?:loc-\d+|box_start|box_end)>\s*)+")
+BOX_WORDS = re.compile(r"(?:<(?:loc-\d++|box_start|box_end)>\s*+)++")
 
 
 class Ids(tuple[int, ...]):

@@ -101,6 +101,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         for task in ("describe", "draw", "chat") if self.abilities.writes else ("draw",):
             self.settings(task)
         self.engine = self._open_engine(engine) if isinstance(engine, EngineOptions) else engine
+        family.max_characters = self.engine.capacity * self.tokenizer.longest_token
 
     def _open_engine(self, options: EngineOptions) -> BaseEngine:
         if self.llm is None:
@@ -480,13 +481,14 @@ class MultimodalSystem(TaskRunner, HubUpload):
         lengths = self._preview_lengths(previews, stream)
         conversation = read_messages(messages, images_first=self.config.tuned)
         kind, conversation = self.family.read_chat(conversation, images == "forced")
+        *earlier, last = conversation
+        conversation = [*earlier, *self.family.read_words([last])]
         drawing_options, reads_back = self._pop_drawing_options(options)
         # A model of a small world may draw where it is asked a question; unconstrained it may.
         is_small = self.config.known_words is not None
-        if is_small and images == "auto" and options.get("constrain", True):
-            *earlier, last = conversation
-            if asks_about_picture([*earlier, *self.family.read_words([last])]):
-                images = "never"
+        may_draw = images == "auto" and options.get("constrain", True)
+        if is_small and may_draw and asks_about_picture(conversation):
+            images = "never"
         if stream:
             options.setdefault("num_beams", 1)
         settings = self.family.generation_settings(kind, {"images": images, **options})
@@ -543,7 +545,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
             for task, seed in zip(tasks, seed_per_image(seeds, len(tasks)), strict=True):
                 task.generation = replace(settings, seed=seed)
         for task, conversation in zip(tasks, conversations, strict=True):
-            task.notes.add(*self.word_notes(conversation[-1]))
+            task.request = self.family.read_words(conversation, task.notes)
         return tasks
 
     def _draw(
@@ -590,7 +592,7 @@ class MultimodalSystem(TaskRunner, HubUpload):
         tasks: list[Task] = []
         for conversation, first_seed, negative in zip(conversations, seeds, negatives, strict=True):
             notes = Notes()
-            notes.add(*self.word_notes(conversation[-1], drawing=True))
+            conversation = self.family.read_words(conversation, notes, drawing=True)
             image_seeds = [(first_seed + index) % 2**63 for index in range(num_images)]
             for index in range(num_images if can_vary else 1):
                 base = varied if index else settings

@@ -5,6 +5,7 @@ images ─► codes ─► prompt ids ─► language model ─► answer ids �
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import embed_prompt, joined
 from seed_multimodal.inference.base_engine import GeneratedSequence
@@ -55,6 +56,7 @@ class Family:
 
     llm: None: the engine has it, outside of torch.
     embeddings: of a language model without layers, for prompts of an engine outside of torch.
+    max_characters: of a conversation that may fit the engine's context.
     template: of conversations; None: the system answers single messages.
     tasks: sentences of its prompts.
     """
@@ -75,6 +77,7 @@ class Family:
         self.config = config
         self.tokenizer = tokenizer
         self.llm = llm
+        self.max_characters = sys.maxsize
         self.embeddings: nn.Module | None = None
         if llm is not None and getattr(llm.config, "num_hidden_layers", None) == 0:
             self.llm = None
@@ -87,8 +90,8 @@ class Family:
         """Write conversations in a template, whose texts then end answers."""
         self.template = template
         self.stops = template.stop_sequences if template else ()
-        words = (template.user_prefix.strip(), template.user_suffix.strip()) if template else ()
-        self.template_words = [word for word in words if word]
+        words = (template.user_prefix, template.user_suffix) if template else ()
+        self.template_words = [word.strip().lower() for word in words if word.strip()]
 
     # ---- loading
 
@@ -263,22 +266,49 @@ class Family:
 
     # ---- prompts
 
-    def read_words(self, conversation: Sequence[Message]) -> Sequence[Message]:
+    def read_words(
+        self, conversation: Sequence[Message], notes: Notes | None = None, drawing: bool = False
+    ) -> Sequence[Message]:
         """A conversation whose user writes the words that the system learned, and whose answers
-        are the model's."""
+        are the model's. What was read stays.
+
+        notes: which get words of the last message that are read otherwise, or were not learned.
+        drawing: words count that the system can say, but not draw.
+        Raises RequestError: it cannot fit the context. Nothing else reads a text before.
+        """
+        # 1. The length.
+        n_characters = sum(len(message.text) for message in conversation)
+        if n_characters > self.max_characters:
+            raise RequestError(
+                f"The prompt has {n_characters} characters, but at most {self.max_characters} fit "
+                "into the model's context; make it shorter."
+            )
         if self.config.known_words is None:
             return conversation
+
+        # 2. The words.
         known = read_known_words(self.config.known_words)
         turns: list[Message] = []
         for message in conversation:
             parts: Sequence[Any] = message.content
             if message.role == "user":
-                parts = [known.read(part).text if type(part) is str else part for part in parts]
+                parts = [known.read(part) if type(part) is str else part for part in parts]
             elif message.role == "assistant":
                 parts = [
                     part.removeprefix(PREFACE) if type(part) is str else part for part in parts
                 ]
             turns.append(replace(message, content=tuple(parts)))
+
+        # 3. The notes.
+        last = turns[-1]
+        if notes is not None and last.text != self.tasks.describe:
+            text = last.text.lower()
+            for word in self.template_words:  # which a user may write himself
+                text = text.replace(word, " ")
+            changed: dict[str, str] = {}
+            for part in last.content:
+                changed |= getattr(part, "changed", {})
+            notes.add(*known.notes(text, changed, drawing))
         return turns
 
     def prompts(

@@ -17,7 +17,7 @@ NO_CHANGE = "Nothing has changed."
 # Requests that change the picture of an earlier message, those that ask for a new one, what shows
 # that they speak of the old one, and questions.
 _CHANGES = re.compile(
-    r"^\W*(?:and|also)\b(?! now)|\b(?:add|remove|delete|erase|put|place|move|shift|make|turn|"
+    r"^\W*+(?:and|also)\b(?! now)|\b(?:add|remove|delete|erase|put|place|move|shift|make|turn|"
     r"change|replace|swap|exchange|take|get rid|without|another|more|less|fewer|bigger|larger|"
     r"smaller|it|them|its|their)\b",
     re.I,
@@ -26,9 +26,9 @@ _DRAWS = re.compile(
     r"\b(?:draw|paint|sketch|generate|create|make me|(?:picture|image|drawing) of)\b", re.I
 )
 _SPEAKS_OF_IT = re.compile(r"\b(?:it|them|its|their)\b", re.I)
-_ASKS = re.compile(r"^(?!.*\b(?:can|could|would|will) you\b).*\?\s*$", re.I | re.S)
+_ASKS = re.compile(r"^(?!.*\b(?:can|could|would|will) you\b).*\?\s*+$", re.I | re.S)
 _ABOUT_PICTURE = re.compile(
-    r"^\W*(?:(?:ok|okay|so|and|well|hey|hi|hello|now|please|great|thanks|sorry)\W+)*(?:"
+    r"^\W*+(?:(?:ok|okay|so|and|well|hey|hi|hello|now|please|great|thanks|sorry)\W++)*+(?:"
     r"(?:what|how)(?! about\b)|where|which|who|why|is|isn't|are(?! you)|does|did|"
     r"do you (?:see|find)|can you see|count|name|list|describe)\b",
     re.I,

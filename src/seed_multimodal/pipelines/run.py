@@ -27,6 +27,7 @@ from seed_multimodal.language.answer import Answer, Event, ImagePart, left_out_n
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Message,
+    newest_turns,
     speaks_of_missing_image,
     user_message,
     without_oldest_rounds,
@@ -104,19 +105,6 @@ class TaskRunner:
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
         """The settings of a task's tokens, see `Family.generation_settings`."""
         return self.family.generation_settings(task, options)
-
-    def word_notes(self, message: Message, drawing: bool = False) -> list[str]:
-        """Notes of words of a message that are read otherwise, or that the system did not learn.
-
-        drawing: words count that it can say, but not draw.
-        """
-        file = self.config.known_words
-        text = message.text
-        if file is None or text == self.tasks.describe:
-            return []
-        for word in self.family.template_words:  # which a user may write himself
-            text = text.replace(word, " ")
-        return read_known_words(file).notes(text, drawing)
 
     def image_task(
         self,
@@ -257,10 +245,14 @@ class TaskRunner:
         context = self.engine.capacity
         reserved = max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
         reserved = min(task.generation.max_new_tokens, reserved)
-        conversation: Any = task.request
+        request: Any = task.request
+        # Rounds that cannot fit are not read: each message and image has a token.
+        draws = task.generation.images == "forced"
+        notes = Notes()
+        conversation = newest_turns(request, context, context, self.family.max_characters)
+        conversation = self.family.read_words(conversation, notes, draws)
         should_stop = task.generation.should_stop
         opening = self.tokenizer.encode_parts([task.opening])
-        image_notes = Notes()
 
         @functools.cache
         def prompt_without(n_rounds: int) -> Prompt:
@@ -268,27 +260,26 @@ class TaskRunner:
             if n_rounds and should_stop and should_stop():
                 raise Stopped
             turns = without_oldest_rounds(conversation, n_rounds)
-            (prompt,) = self._prompts([replace(task, request=turns, notes=image_notes)])
+            (prompt,) = self._prompts([replace(task, request=turns, notes=notes)])
             return prompt.answered_with(opening)
 
         def fits(n_rounds: int) -> bool:
             return len(prompt_without(n_rounds)) + reserved <= context
 
-        # 2. As few rounds less as possible, by bisection; the last one stays. Each has a token.
+        # 2. As few rounds less as possible, by bisection; the last one stays.
         last = sum(message.role == "user" for message in conversation) - 1
-        n_rounds = max(last - context, 0)
+        n_rounds = 0
         if not fits(n_rounds):
-            n_rounds = min(bisect_left(range(last), True, n_rounds + 1, key=fits), last)
+            n_rounds = min(bisect_left(range(last), True, 1, key=fits), last)
 
         # 3. What the user should know.
-        n_messages = len(conversation) - len(without_oldest_rounds(conversation, n_rounds))
+        n_messages = len(request) - len(without_oldest_rounds(conversation, n_rounds))
         if n_messages:
             task.notes.add(left_out_note(n_messages, f"{context} tokens"))
-        draws = task.generation.images == "forced"
         if not draws and speaks_of_missing_image(conversation):
             task.notes.add("The message speaks of a picture, but the conversation has none.")
-        task.notes.add(*self.word_notes(conversation[-1], draws), *image_notes)
-        task.notes.preface = image_notes.preface
+        task.notes.add(*notes)
+        task.notes.preface = notes.preface
         return prompt_without(n_rounds)
 
     # ---- a live answer
@@ -402,8 +393,7 @@ class TaskRunner:
         pictures that they had to change; note what contradicts the requests."""
         # 1. What is described: each picture once.
         reads_codes = self.config.abilities.reads_codes
-        requests: list[Any] = [row.task.request for row in rows]
-        conversations = [*map(self.family.read_words, requests)]
+        conversations: list[Any] = [row.task.request for row in rows]  # the last message was read
         changed = [picture_to_change(turns, reads_codes) for turns in conversations]
         distinct = {id(picture): picture for picture in changed if picture is not None}
         drawn: list[Any] = [row.input for row in rows] if reads_codes else [*pictures]

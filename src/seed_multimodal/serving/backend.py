@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from seed_multimodal.images.io import ImageLimits, StoredImage, decode_text, ima
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart, left_out_note
 from seed_multimodal.language.known_words import read_known_words
-from seed_multimodal.language.messages import Message, images_before_question, without_oldest_rounds
+from seed_multimodal.language.messages import Message, images_before_question, newest_turns
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
@@ -238,6 +238,7 @@ class Backend:
                 deadline.hold(self._slots),
                 deadline.hold(self._large, n_bytes > LARGE_BODY_BYTES),
             ):
+                deadline.raise_if_cancelled()
                 yield deadline
                 self.answered += 1
         except Stopped:
@@ -323,7 +324,7 @@ class Backend:
         """
         # 1. The images of the newest turns that are not too much for a request.
         notes: list[str] = []
-        newest = newest_turns(turns)
+        newest = newest_turns(turns, MAX_MESSAGES, MAX_IMAGES, MAX_TEXT)
         if len(newest) < len(turns):
             limit = f"{MAX_MESSAGES} messages, {MAX_IMAGES} images and {MAX_TEXT} characters"
             notes.append(left_out_note(len(turns) - len(newest), limit))
@@ -641,22 +642,6 @@ class Backend:
                 rows = self.system.images.encode(rows, seed=request.seed)
             data = [{"codes": [int(code) for code in row]} for row in rows]
         yield {"created": int(time.time()), "data": data}
-
-
-def newest_turns(turns: Sequence[Message]) -> Sequence[Message]:
-    """A conversation without as many of its oldest rounds as are too much for a request."""
-    # The messages that stay anyway, then the newest ones.
-    system = [*takewhile(lambda turn: turn.role == "system", turns)]
-    n_images = n_characters = n_rounds = 0
-    for index, turn in enumerate([*system, *reversed(turns[len(system) :])]):
-        texts = [part for part in turn.content if isinstance(part, str)]
-        n_images += len(turn.content) - len(texts)
-        n_characters += sum(map(len, texts))
-        if index == MAX_MESSAGES or n_images > MAX_IMAGES or n_characters > MAX_TEXT:
-            n_users = sum(turn.role == "user" for turn in turns)
-            return without_oldest_rounds(turns, max(n_users - n_rounds, 1))
-        n_rounds += turn.role == "user"
-    return turns
 
 
 def encoded(image: Image.Image, options: ImageOptions) -> str:

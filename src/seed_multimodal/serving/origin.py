@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from seed_multimodal.errors import short_name
 
 # A scheme, a host and perhaps its port; browsers send nothing else.
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+?)\.?(:[0-9]*)?")
+ORIGIN = re.compile(r"\A[a-z][a-z0-9+.-]*+://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+?)\.?(:[0-9]*)?")
 
 
 def is_loopback(host: str) -> bool:

@@ -18,8 +18,7 @@ from random_images import noise
 from served import CHAT, PROMPTS, chat, events, figures, read, user
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
-from seed_multimodal.language.messages import Message, without_oldest_rounds
-from seed_multimodal.serving import backend
+from seed_multimodal.language.messages import Message, newest_turns, without_oldest_rounds
 from seed_multimodal.serving.schema import POSTED
 
 DRAW = "/v1/images/generations"
@@ -646,10 +645,7 @@ def test_models_lists_the_system_by_its_name(client, tiny):
 # ---- limits
 
 
-def test_long_conversations_lose_as_few_rounds_as_possible(monkeypatch):
-    monkeypatch.setattr(backend, "MAX_IMAGES", 4)
-    monkeypatch.setattr(backend, "MAX_TEXT", 30)
-
+def test_long_conversations_lose_as_few_rounds_as_possible():
     def fits(turns) -> bool:
         n_images = sum(not turn.is_text for turn in turns)
         return n_images <= 4 and sum(len(turn.text) for turn in turns) <= 30
@@ -660,7 +656,7 @@ def test_long_conversations_lose_as_few_rounds_as_possible(monkeypatch):
         for role in rng.choices("user assistant system".split(), k=rng.randrange(30)):
             turns.append(Message(role, (rng.choice(["", "a", "a text", [1]]),)))
         shorter = [without_oldest_rounds(turns, n_rounds) for n_rounds in range(30)]
-        assert [*backend.newest_turns(turns)] == next(filter(fits, shorter), shorter[-1])
+        assert [*newest_turns(turns, 30, 4, 30)] == next(filter(fits, shorter), shorter[-1])
 
 
 def test_40_000_messages_are_cut_at_once(client):

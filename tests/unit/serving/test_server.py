@@ -146,6 +146,33 @@ def test_half_sent_and_oversized_requests_do_not_block_others(tiny):
         sock.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fits", [False, True])
+def test_health_answers_while_hostile_texts_are_read(fits):
+    # One message of 32,000 letters held the whole server for two minutes.
+    system = load("nano", load_decoder=False)
+    if fits:  # as by a model with a longer context
+        system.family.max_characters = sys.maxsize
+    running = Running(system)
+    pieces = ("x", "\u0301", "“", "</", "a ")
+    texts = [f"a fox {(piece * 31_000)[:31_000]} and a dog" for piece in pieces]
+    waits = []
+    before = time.process_time()
+    with ThreadPoolExecutor(1) as pool:
+        bodies = [{"messages": [user(text)]} for text in texts]
+        posts = [pool.submit(requests.post, running.root + CHAT, json=body) for body in bodies]
+        while not all(post.done() for post in posts) or len(waits) < 20:
+            start = time.monotonic()
+            running.health()
+            waits.append(time.monotonic() - start)
+    assert time.process_time() - before < 2 * len(posts)
+    assert sum(wait > 0.2 for wait in waits) <= len(waits) / 10
+    for post in posts:
+        answer = post.result()
+        unit = "tokens" if fits else "characters"
+        assert answer.status_code == 400 and unit in answer.json()["error"]["message"]
+
+
 # ---- answers that take too long, or fail
 
 

@@ -28,8 +28,8 @@ from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import BOX, BOX_END, BOX_WORDS, Ids, SeedXVocabulary
 
 GRID = SeedXVocabulary.n_locations
-_LOCATION = re.compile(r"<loc-(\d+)>")
-_TAG = re.compile(r"<[^>]*>")
+_LOCATION = re.compile(r"<loc-(\d{1,9})>")
+_TAG = re.compile(r"(?s)<[^>]*+>|(<.*)")  # what does not end is no tag
 
 
 class InputImage(Ids):
@@ -128,11 +128,11 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
         RequestError: a location outside the grid.
     """
     parts: list[str | Ids] = []
+    token_ids = vocabulary.added_tokens
     for index, piece in enumerate(re.split(f"({BOX_WORDS.pattern})", text)):
         if index % 2 == 0:  # between boxes
             parts.append(piece)
             continue
-        token_ids = vocabulary.added_tokens
         names = re.findall("<[^>]+>", piece)
         for name in names:
             if name not in token_ids:
@@ -172,7 +172,7 @@ def answer_text(ids: Iterable[int], tokenizer: TextTokenizer) -> str:
 
 def without_tags(text: str) -> str:
     """The displayed answer, as in the original scripts: without anything of the form `<…>`."""
-    return _TAG.sub("", text)
+    return _TAG.sub(r"\1", text)
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,12 @@ def test_read_known_words_of_the_shipped_systems(name, known):
 def test_unknown_of_requests(row, known):
     assert known.unknown(row["request"]) == row["unknown"]
     assert known.unknown(row["request"], drawing=True) == row["undrawable"]
-    assert known.notes("A pengiun.") == ["Read 'pengiun' as 'penguin'."]
+    reading = known.read("A pengiun.")
+    assert known.notes(reading, reading.changed) == ["Read 'pengiun' as 'penguin'."]
     # A reader of the note has no file of known words: it ends with things, not of a colour's word.
-    assert "it learned 150 things, such as planet, " in known.notes("A planetarium.")[0]
-    assert "such as palm tree, sun, sailboat." in known.notes("a fox on the beaches")[0]
-    (note,) = known.notes("make it green", drawing=True)
+    assert "it learned 150 things, such as planet, " in known.notes("A planetarium.", {})[0]
+    assert "such as palm tree, sun, sailboat." in known.notes("a fox on the beach", {})[0]
+    (note,) = known.notes("make it green", {}, drawing=True)
     assert note == "This system does not know 'green' of things: it learned 150 things."
 
 
@@ -68,10 +69,11 @@ def test_listed_are_phrases_of_captions(known):
 
 @pytest.mark.parametrize("row", TABLES["readings"], ids=str)
 def test_read_of_everyday_words(row, known):
-    text, changed = known.read(row["written"])
-    assert text == row["read"]
-    assert [*changed] == row.get("told", [])
-    assert known.read(text) == (text, {})
+    reading = known.read(row["written"])
+    assert reading == row["read"]
+    assert [*reading.changed] == row.get("told", [])
+    again = known.read(reading)
+    assert (again, again.changed) == (reading, {})
 
 
 def test_typing_errors_of_names(known):
@@ -83,7 +85,7 @@ def test_typing_errors_of_names(known):
         at = rng.randrange(1, len(name) - 1)
         exchanged = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
         for written in (name[:at] + name[at + 1 :], name[:at] + name[at] + name[at:], exchanged):
-            read = known.read(f"draw {written}").text.removeprefix("draw ")
+            read = known.read(f"draw {written}").removeprefix("draw ")
             n_right += read == name
             n_wrong += read not in (name, written)
     assert n_right >= 0.9 * 3 * len(names)
