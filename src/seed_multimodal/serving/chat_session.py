@@ -1,8 +1,8 @@
 """The page's chat session: what a visitor's events do.
 
 The browser owns the list of conversations (texts and codes of images, else small images), which of
-them is open, and the message box. An event names its conversation; an update is a list of snapshots
-(`Chat.snapshot`), of which the browser shows the open conversation's and keeps them all.
+them is open, and the message box. An event names its conversation; an update is a snapshot of one
+(`Chat.snapshot`), which the browser keeps, and shows if that conversation is open.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ TABS = ("draw", "edit", "codes", "find")
 
 Stored = JsonObject | None  # the browser's copy of a conversation, which `turns.restored` checks
 Update = Any  # what a handler returns for a component: a value, `gr.update(…)` or `gr.skip()`
-Snapshots = list[JsonObject]
 
 NO_UPDATES = (gr.skip(), gr.skip())
 
@@ -98,7 +97,6 @@ class ChatSession:
         models: those that can be chosen. model: the chosen one.
         log: of conversations and votes; None: nothing is logged.
         chat: the conversation that the last event was about.
-        left: the last snapshot of the one before, until the browser gets it.
         uploads: images of the newest uploaded files, by their model and path.
         refused: chosen files that are no images and that the browser still has.
         folder: of the visitor's images, which stay as long as the visit.
@@ -108,7 +106,6 @@ class ChatSession:
     model: ModelClient
     log: ConversationLog | None = None
     chat: Chat = field(init=False)
-    left: Snapshots = field(default_factory=list, init=False)
     uploads: dict[tuple[str, str], asyncio.Future[Picture]] = field(
         default_factory=dict, init=False
     )
@@ -227,7 +224,7 @@ class ChatSession:
             models = [model for model in self.models if conversation.model in ("", model.name)]
             if conversation.turns and not models:
                 raise RequestError(f"No backend serves {conversation.model}, so its chat waits.")
-            self.leave()
+            self.chat.stop(returns=False)
             chat = Chat((models or [self.model])[0], conversation.id, conversation.turns)
             self.chat = chat
             # A message whose answer a reload ended returns to its box.
@@ -236,24 +233,13 @@ class ChatSession:
             await self.draw_again(chat.model, [*chat.turns, *unanswered])
             chat.give_back(unanswered)
             return chat
-        self.leave()
+        self.chat.stop(returns=False)
         self.chat = Chat(self.model, replaces=named)
         return self.chat
 
     def has(self, sent: Conversation) -> bool:
         """Whether the session's conversation is the browser's, and as new."""
         return sent.id == self.chat.id and sent.revision <= self.chat.revision
-
-    def leave(self) -> None:
-        """End the answer of the conversation that is left; the browser keeps what there is."""
-        if self.chat.before is not None:
-            self.chat.stop(returns=False)
-            self.left = [self.chat.snapshot()]
-
-    def updates(self, chat: Chat) -> Snapshots:
-        """A conversation as it is now, and one that was left."""
-        left, self.left = self.left, []
-        return [*left, chat.snapshot()]
 
     async def load_cards(self) -> None:
         """Ask the backends for their models."""
@@ -277,15 +263,15 @@ class ChatSession:
                 for path, picture in drawings:
                     picture.path = path
 
-    async def on_select(self, sent: Stored) -> Snapshots:
+    async def on_select(self, sent: Stored) -> JsonObject:
         """Show a conversation of the browser's list, or a new one."""
-        return self.updates(await self.chat_of(sent))
+        return (await self.chat_of(sent)).snapshot()
 
     # ---- what is to be answered
 
     async def on_submit(
         self, message: JsonObject | None, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[Snapshots]:
+    ) -> AsyncIterator[JsonObject]:
         """Answer a message; one that cannot be sent returns to its box. None: an empty one.
 
         settings: as of `Chat.request`.
@@ -301,11 +287,11 @@ class ChatSession:
             return
         chat.returned = returned_message(text, message["files"])
         chat.change()
-        yield self.updates(chat)
+        yield chat.snapshot()
 
     async def on_example(
         self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[Snapshots]:
+    ) -> AsyncIterator[JsonObject]:
         example = installed_examples(self.model.card)[int(chosen.index)]
         pictures = [unread(file) for file in example_files(example)]
         chat = await self.chat_of(sent)
@@ -315,20 +301,20 @@ class ChatSession:
 
     async def on_option(
         self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[Snapshots]:
+    ) -> AsyncIterator[JsonObject]:
         chat = await self.chat_of(sent)
         turns = [*chat.turns, Turn("user", [str(chosen.value)])]
         async for update in self.answered(chat, turns, settings):
             yield update
 
-    async def on_retry(self, sent: Stored = None, *settings: Any) -> AsyncIterator[Snapshots]:
+    async def on_retry(self, sent: Stored = None, *settings: Any) -> AsyncIterator[JsonObject]:
         chat = await self.chat_of(sent)
         async for update in self.answered(chat, chat.turns[:-1], settings):
             yield update
 
     async def on_edit(
         self, edited: gr.EditData, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[Snapshots]:
+    ) -> AsyncIterator[JsonObject]:
         """An earlier message with another text; its images stay, what followed it is dropped."""
         chat = await self.chat_of(sent)
         with warn_about_errors("Not sent"):
@@ -337,21 +323,21 @@ class ChatSession:
             async for update in self.answered(chat, [*chat.turns[:index], turn], settings):
                 yield update
 
-    async def on_stop(self, sent: Stored = None) -> Snapshots:
+    async def on_stop(self, sent: Stored = None) -> JsonObject:
         chat = await self.chat_of(sent)
         chat.stop()
-        return self.updates(chat)
+        return chat.snapshot()
 
-    async def on_undo(self, sent: Stored = None) -> Snapshots:
+    async def on_undo(self, sent: Stored = None) -> JsonObject:
         chat = await self.chat_of(sent)
         chat.undo()
-        return self.updates(chat)
+        return chat.snapshot()
 
     # ---- the answer
 
     async def answered(
         self, chat: Chat, turns: Sequence[Turn], settings: Sequence[Any]
-    ) -> AsyncIterator[Snapshots]:
+    ) -> AsyncIterator[JsonObject]:
         """Updates while turns are answered. A warning says that another answer is being made.
 
         settings: as of `Chat.request`.
@@ -366,9 +352,9 @@ class ChatSession:
             # Whoever ends the answer takes the work away.
             while chat.work is work:
                 chat.changed.clear()
-                yield self.updates(chat)
+                yield chat.snapshot()
                 await chat.changed.wait()
-            yield self.updates(chat)
+            yield chat.snapshot()
             await asyncio.wait([work])  # for the log
         finally:
             if chat.work is work:  # the tab was closed
@@ -465,7 +451,7 @@ class ChatSession:
         if chosen is self.model:
             chat = await self.chat_of(sent)
         else:
-            self.leave()
+            self.chat.stop(returns=False)
             chat = self.chat = Chat(chosen, replaces=self.chat.id)
         self.model = chat.model
         card = self.model.card
@@ -492,7 +478,7 @@ class ChatSession:
         most_codes = max(2, n_codes)  # a slider needs a range, hidden ones too
         writes = self.model.abilities.writes
         return (
-            self.updates(chat),
+            chat.snapshot(),
             gr.update(
                 value=page_title(card.title, f"{self.model.notice} {card.about}"),
                 elem_classes=[] if writes else ["no-chat"],

@@ -1,10 +1,8 @@
 /* The list of conversations: `js_on_load` of the component that gets the updates of all events.
 
-The browser owns what it shows: which conversation is open, and the message box. An update is a list
-of snapshots (`Chat.snapshot` of the server); each is kept, and the open conversation's is shown.
-Each conversation is an item of the browser's storage, so that tabs do not overwrite each other's:
-{time, model, turns, revision, name, pinned} below "seed-chat-ID". A tab keeps the ID of its own in
-its session's storage.
+An update is a snapshot of a conversation (`Chat.snapshot`): it is kept, and shown if it is open. What
+is kept is an item of the browser's storage, so that tabs do not overwrite each other's: {time, model,
+turns, revision, name, pinned} below "seed-chat-ID". A tab has its own ID in its session's storage.
 */
 const PREFIX = 'seed-chat-'
 const DARK = 'seed-dark'
@@ -48,19 +46,17 @@ function titleOf(turns) {
 
 // ---- updates
 
-function receive(snapshots) {
-    for (const snapshot of snapshots) {
-        const { id, replaces, revision } = snapshot
-        if (revision <= (revisions[id] ?? 0)) continue // it is older
+function receive(snapshot) {
+    const { id, replaces, revision } = snapshot
+    if (revision > (revisions[id] ?? 0)) { // else it is older
         revisions[id] = revision
-        if (replaces === open.id) open = snapshot
         save(snapshot)
-        if (id === open.id) open = snapshot
+        if ([id, replaces].includes(open.id)) open = snapshot
     }
     show(open)
 }
 
-// The conversation that events name, and what the page shows.
+// What the page shows, and events name.
 function show(snapshot) {
     open = snapshot
     const { id, model, turns, revision } = snapshot
@@ -322,7 +318,7 @@ if (copy) navigator.clipboard.writeText = (text) => copy(plain(text))
 // ---- events
 
 element.closest('#conversations').page = page
-watch('value', () => Array.isArray(props.value) && receive(props.value))
+watch('value', () => props.value?.messages && receive(props.value))
 addEventListener('storage', list_all)
 search.addEventListener('input', list_all)
 wide.addEventListener('change', ({ matches }) => choose_sidebar(matches))
@@ -333,7 +329,7 @@ addEventListener('click', ({ target }) => {
     }
     if (target.closest('#chat [aria-label="Edit"]')) setTimeout(edit_plain)
     const image = target.closest('#chat .image-container > button')?.parentElement
-    if (document.fullscreenElement) document.exitFullscreen()
+    if (image && document.fullscreenElement) document.exitFullscreen()
     else image?.querySelector('[aria-label="Fullscreen"]')?.click()
 })
 if (DARK in local) document.body.classList.toggle('dark', local[DARK] === '1')
