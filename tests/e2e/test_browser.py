@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -307,6 +308,115 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     first, message = page.all("#chat .example")[0].rect, page.all("#message")[0].rect
     page.browser.set_window_size(1360, 1000)
     assert 0 < first["y"] < message["y"] < 844 - message["height"]
+
+
+def latency(page: Page, milliseconds: int):
+    page.browser.execute_cdp_cmd("Network.enable", {})
+    conditions = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
+    conditions["latency"] = milliseconds
+    page.browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+
+
+def test_nothing_typed_or_chosen_is_lost(page: Page, tmp_path):
+    box = page.all("#message textarea")[0]
+    value = lambda: page.all("#message textarea")[0].get_attribute("value")  # noqa: E731
+    # A picture in the box outlasts a new chat, and several clicks send it once.
+    page.choose("#message", SNOWMAN)
+    page.click("#new")
+    page.until(lambda: page.all("#message img"), "the picture in the box")
+    box.send_keys("What is it?")
+    send = "for (const _ of '123') document.querySelector('#message .submit-button').click()"
+    page.browser.execute_script(send)
+    page.answered(1)
+    assert "snowman" in page.text("#chat .bot") and len(page.all("#chat .user-row")) == 1
+    assert not page.all("[data-testid=toast-body]") and not page.all("#message img")
+
+    # What is typed while the page waits, or refuses a file, stays. One warning a file.
+    latency(page, 500)
+    box.send_keys("if a<b and c>d; &lt; <img src=//127.0.0.1:9/x.png> <!-- x\n")
+    box.send_keys("And a cat?")
+    page.until(lambda: len(page.all("#chat .user-row")) == 2, "the message")
+    page.answered(2)
+    assert value() == "And a cat?"
+    assert page.all("#chat .user-row")[1].text.startswith("if a<b and c>d; &lt; <img src=//")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page.choose("#message", broken)
+    box.send_keys(" And a dog?")
+    page.says("broken.png")
+    page.until(lambda: not page.all("#message .thumbnail-wrapper"), "the file to be taken out")
+    assert value() == "And a cat? And a dog?" and len(page.all("[data-testid=toast-body]")) == 1
+    latency(page, 0)
+
+
+def test_the_marked_chat_is_the_shown_one(page: Page):
+    # A click on another chat while an answer grows: late updates are not shown.
+    page.send("What is a dog?")
+    page.answered(1)
+    page.click("#new")
+    page.until(lambda: page.all("#chat .example"), "a new chat")
+    page.send("Tell a story about a noto fox and a snowman in four pictures.")
+    page.until(lambda: page.images("#chat .bot"), "the first picture")
+    for word in ("dog", "story", "dog"):
+        page.click(f"#conversations .choice[title*={word}]")
+        page.until(lambda: word in page.text("#chat .user-row"), word)  # noqa: B023
+        time.sleep(1)
+        assert word in page.text("#conversations [aria-current]")
+        assert word in page.text("#chat .user-row")
+    # The story that was left is kept as far as it came.
+    page.click("#conversations .choice[title*=story]")
+    page.until(lambda: "Stopped." in page.text("#chat"), "the part of the story")
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory) -> str:
+    """The script of axe-core, by npm."""
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "pack", "--silent", "axe-core@4.14.1"]
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(f"needs axe-core of npm ({error})")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()  # type: ignore[union-attr]
+
+
+def test_accessibility(page: Page, axe):
+    rules = "wcag2a wcag2aa wcag21a wcag21aa wcag22aa".split()
+    check = "axe.run(document, {runOnly: arguments[0]}).then(arguments[1])"
+
+    def accept(name: str):
+        time.sleep(1)  # colours and bars move
+        page.browser.execute_script(axe)
+        for violation in page.browser.execute_async_script(check, rules)["violations"]:
+            html = [node["html"] for node in violation["nodes"]]
+            assert violation["impact"] not in ("serious", "critical"), (name, violation["id"], html)
+
+    accept("start")
+    page.choose("#message", SNOWMAN, *sorted((ROOT / "images").glob("*.png"))[:7])
+    accept("box")
+    page.send("What is in these pictures?")
+    page.answered(1)
+    page.send(DRAW)
+    page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn image")
+    accept("chat")
+    page.click("#conversations summary")
+    page.click(".sidebar.right .toggle-button")
+    accept("menu and settings")
+    page.click(".sidebar.right .toggle-button")
+    page.tab("Edit")
+    accept("edit")
+    page.tab("Chat")
+    page.browser.set_window_size(390, 844)
+    accept("phone")
+    page.browser.set_window_size(1360, 1000)
+    page.browser.execute_script("document.querySelector('#conversations').page.dark()")
+    page.browser.refresh()
+    page.until(lambda: page.images("#chat .bot"), "the conversation after a reload")
+    assert page.all("body.dark"), "dark mode stays"
+    accept("dark")
 
 
 @pytest.fixture()

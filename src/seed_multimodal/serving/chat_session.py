@@ -232,6 +232,7 @@ class ChatSession:
             chat.turns = chat.turns[: len(chat.turns) - len(unanswered)]
             await self.draw_again(chat.model, [*chat.turns, *unanswered])
             chat.give_back(unanswered)
+            chat.change()
             return chat
         self.chat.stop(returns=False)
         self.chat = Chat(self.model, replaces=named)
@@ -296,21 +297,24 @@ class ChatSession:
         pictures = [unread(file) for file in example_files(example)]
         chat = await self.chat_of(sent)
         turns = [*chat.turns, Turn("user", [*pictures, example.text])]
-        async for update in self.answered(chat, turns, settings):
-            yield update
+        with warn_about_errors("Not sent"):
+            async for update in self.answered(chat, turns, settings):
+                yield update
 
     async def on_option(
         self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
     ) -> AsyncIterator[JsonObject]:
         chat = await self.chat_of(sent)
         turns = [*chat.turns, Turn("user", [str(chosen.value)])]
-        async for update in self.answered(chat, turns, settings):
-            yield update
+        with warn_about_errors("Not sent"):
+            async for update in self.answered(chat, turns, settings):
+                yield update
 
     async def on_retry(self, sent: Stored = None, *settings: Any) -> AsyncIterator[JsonObject]:
         chat = await self.chat_of(sent)
-        async for update in self.answered(chat, chat.turns[:-1], settings):
-            yield update
+        with warn_about_errors("Not sent"):
+            async for update in self.answered(chat, chat.turns[:-1], settings):
+                yield update
 
     async def on_edit(
         self, edited: gr.EditData, sent: Stored = None, *settings: Any
@@ -338,16 +342,12 @@ class ChatSession:
     async def answered(
         self, chat: Chat, turns: Sequence[Turn], settings: Sequence[Any]
     ) -> AsyncIterator[JsonObject]:
-        """Updates while turns are answered. A warning says that another answer is being made.
+        """Updates while turns are answered. Raises RequestError: another answer is being made.
 
         settings: as of `Chat.request`.
         """
-        work = None
-        with warn_about_errors("Not sent"):
-            answer = chat.begin(turns)
-            work = chat.work = asyncio.create_task(self.make_answer(chat, answer, settings))
-        if work is None:
-            return
+        answer = chat.begin(turns)
+        work = chat.work = asyncio.create_task(self.make_answer(chat, answer, settings))
         try:
             # Whoever ends the answer takes the work away.
             while chat.work is work:

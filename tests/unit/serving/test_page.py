@@ -234,8 +234,9 @@ def test_an_answer_that_is_not_awaited_ends(session, n_updates, end):
         for _ in range(n_updates):
             before = await anext(answer)
         # No second answer begins meanwhile.
-        async for refused in session.on_submit({"text": "Hi", "files": []}, None, *PLAIN):
-            assert refused["returned"]["text"] == "Hi" and refused["is_busy"]
+        second = session.on_submit({"text": "Hi", "files": []}, None, *PLAIN)
+        (refused,) = [update async for update in second]
+        assert refused["returned"]["text"] == "Hi" and refused["is_busy"]
         if end == "close":  # the tab
             await answer.aclose()
             await asyncio.sleep(0.1)
