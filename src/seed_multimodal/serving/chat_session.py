@@ -13,6 +13,7 @@ import html
 import itertools
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -605,8 +606,9 @@ def not_empty(text: str) -> str:
 
 
 def page_title(title: str, text: str) -> str:
-    """The page's title, and a text below it."""
-    return f"<h1>{escaped(title)}</h1><p>{escaped(text)}</p>"
+    """The page's title, and a text with `code` below it."""
+    text = re.sub("`([^`]*+)`", r"<code>\1</code>", escaped(text))
+    return f"<h1>{escaped(title)}</h1><p>{text}</p>"
 
 
 def known_panel(known: JsonObject) -> str:
