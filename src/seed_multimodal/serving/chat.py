@@ -44,7 +44,8 @@ class Chat:
         replaces: id of the browser's conversation in whose place this one is shown.
         before: the turns before those that are answered; None: nothing is answered.
         work: the task that makes the answer. changed: set at each change of the answer.
-        returned: a message without answer, which returns to its box once, and the revision then.
+        returned: a message without answer, as the value of Gradio's message box, to which the
+            browser returns it once; `id`: the revision then.
         revision: of the last change. Browsers drop what is older than they know.
     """
 
@@ -87,29 +88,21 @@ class Chat:
             self.work.cancel()
         self.end()
 
-    def stop(self, returns: bool = True) -> None:
-        """End an answer that failed or was stopped.
-
-        returns: a message without any answer returns to its box; else it stays the last turn.
-        """
-        if self.before is None:
-            return
-        self.turns, messages = self.stopped()
-        if returns:
+    def stop(self) -> None:
+        """End an answer that failed or was stopped; without any part of it the conversation is as
+        before, and a new message returns to its box."""
+        if self.before is not None:
+            self.turns, messages = self.stopped()
             self.give_back(messages)
-        else:
-            self.turns = [*self.turns, *messages]
-        self.cancel()
+            self.cancel()
 
     def stopped(self) -> tuple[list[Turn], list[Turn]]:
-        """What *Stop* leaves of a running answer: the conversation, and messages without answer.
-
-        Without any part of an answer the conversation is as before.
-        """
+        """What *Stop* leaves of a running answer: the conversation, and a message that returns."""
         *messages, answer = self.turns
+        before = self.before or []
         if not answer.sent_parts:
-            before = self.before or []
-            return before, messages[len(before) :]
+            new = [turn for turn in messages[-1:] if all(turn is not other for other in before)]
+            return before, new
         answer = copy.copy(answer)
         answer.parts = answer.sent_parts
         answer.notes = [*answer.notes, "Stopped."]
@@ -125,7 +118,13 @@ class Chat:
         """Return a message to its box."""
         for turn in turns:
             files = [picture.path for picture in turn.pictures if picture.path]
-            self.returned = returned_message(turn.text, files)
+            self.give_back_text(turn.text, files)
+
+    def give_back_text(self, text: str, files: Sequence[str]) -> None:
+        """As `give_back`. files: paths of images."""
+        images = [gr.FileData(path=file, mime_type="image/png").model_dump() for file in files]
+        self.change()
+        self.returned = {"id": self.revision, "text": text, "files": images}
 
     # ---- what the browser gets
 
@@ -223,12 +222,6 @@ class Chat:
             "top_p": top_p,
             "temperature": temperature,
         }
-
-
-def returned_message(text: str, files: Sequence[str]) -> JsonObject:
-    """A message as the value of Gradio's message box; `id`: the browser returns it once."""
-    images = [gr.FileData(path=file, mime_type="image/png").model_dump() for file in files]
-    return {"id": next(REVISIONS), "text": text, "files": images}
 
 
 def unread(path: str) -> Picture:

@@ -36,7 +36,6 @@ from seed_multimodal.serving.chat import (
     chatbot_examples,
     example_files,
     installed_examples,
-    returned_message,
     unread,
 )
 from seed_multimodal.serving.client import ModelClient
@@ -60,6 +59,7 @@ THUMBNAILS = {
 VISITS = "visits"  # the folder of the visitors' folders, beside their uploads
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 DRAWINGS = io.ImageLimits(max_pixels=2048**2)  # also of stored images, which browsers may forge
+MAX_CHATS = 8  # conversations of a visit that are at hand
 MAX_UPLOADS = 64  # images that were read and are remembered
 MAX_RESTORED = 500  # images of a conversation that a browser sends back
 LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
@@ -97,7 +97,7 @@ class ChatSession:
     Attributes:
         models: those that can be chosen. model: the chosen one.
         log: of conversations and votes; None: nothing is logged.
-        chat: the conversation that the last event was about.
+        chats: the newest conversations that events were about, by their IDs, the last one last.
         uploads: images of the newest uploaded files, by their model and path.
         refused: chosen files that are no images and that the browser still has.
         folder: of the visitor's images, which stay as long as the visit.
@@ -106,7 +106,7 @@ class ChatSession:
     models: list[ModelClient]
     model: ModelClient
     log: ConversationLog | None = None
-    chat: Chat = field(init=False)
+    chats: dict[str, Chat] = field(default_factory=dict, init=False)
     uploads: dict[tuple[str, str], asyncio.Future[Picture]] = field(
         default_factory=dict, init=False
     )
@@ -114,7 +114,7 @@ class ChatSession:
     folder: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
 
     def __post_init__(self) -> None:
-        self.chat = Chat(self.model)
+        self.add(Chat(self.model))
 
     def __deepcopy__(self, _memo: object) -> ChatSession:
         """The session of another visitor: Gradio copies the page's first one."""
@@ -205,43 +205,66 @@ class ChatSession:
 
     # ---- the conversation of an event
 
+    @property
+    def chat(self) -> Chat:
+        """The conversation that the last event was about."""
+        return next(reversed(self.chats.values()))
+
+    def add(self, chat: Chat) -> Chat:
+        """Keep a conversation as the last one; of many the oldest is forgotten."""
+        self.chats.pop(chat.id, None)
+        self.chats[chat.id] = chat
+        if len(self.chats) > MAX_CHATS:
+            self.chats.pop(next(iter(self.chats))).stop()
+        return chat
+
+    def known(self, sent: Conversation) -> Chat | None:
+        """The session's own conversation, if it is as new as the browser's copy, or is answered."""
+        chat = self.chats.get(sent.id)
+        if chat and (chat.before is not None or sent.revision <= chat.revision):
+            return self.add(chat)
+        return None
+
     async def chat_of(self, sent: Stored) -> Chat:
         """The conversation that an event names; of one that cannot be shown, a new one in its
         place, with a warning.
 
-        sent: the browser's copy. It is read if it is newer than what the session has, as of another
-            tab, or if the session has another one or none, as of a program that was started again.
+        sent: the browser's copy, which is read if the session does not know it: the program was
+            started again, or another tab changed it. None: the last one.
         """
         if sent is None:
             return self.chat
-        named = str(sent.get("id")) if isinstance(sent, dict) else ""
+        replaces = str(sent.get("id")) if isinstance(sent, dict) else ""
         with warn_about_errors():
             conversation = restored(sent)
-            if not self.has(conversation) and conversation.turns and not self.model.name:
+            known = self.known(conversation)
+            if known is None and conversation.turns and not self.model.name:
                 await self.load_cards()
-            if self.has(conversation):  # perhaps meanwhile
-                return self.chat
-            # "": it was begun before a backend told its model.
-            models = [model for model in self.models if conversation.model in ("", model.name)]
-            if conversation.turns and not models:
-                raise RequestError(f"No backend serves {conversation.model}, so its chat waits.")
-            self.chat.stop(returns=False)
-            chat = Chat((models or [self.model])[0], conversation.id, conversation.turns)
-            self.chat = chat
-            # A message whose answer a reload ended returns to its box.
-            unanswered = [turn for turn in chat.turns[-1:] if turn.role == "user"]
-            chat.turns = chat.turns[: len(chat.turns) - len(unanswered)]
-            await self.draw_again(chat.model, [*chat.turns, *unanswered])
-            chat.give_back(unanswered)
-            chat.change()
-            return chat
-        self.chat.stop(returns=False)
-        self.chat = Chat(self.model, replaces=named)
-        return self.chat
+                known = self.known(conversation)  # another event's
+            return known or await self.open(conversation)
+        return self.add(Chat(self.model, replaces=replaces))
 
-    def has(self, sent: Conversation) -> bool:
-        """Whether the session's conversation is the browser's, and as new."""
-        return sent.id == self.chat.id and sent.revision <= self.chat.revision
+    async def open(self, conversation: Conversation) -> Chat:
+        """A conversation of the browser. Raises RequestError: its model is gone."""
+        # "": it was begun before a backend told its model.
+        models = [model for model in self.models if conversation.model in ("", model.name)]
+        if conversation.turns and not models:
+            raise RequestError(f"No backend serves {conversation.model}, so its chat waits.")
+        chat = self.add(Chat((models or [self.model])[0], conversation.id))
+        # A message whose answer a reload ended returns to its box.
+        turns = conversation.turns
+        unanswered = [turn for turn in turns[-1:] if turn.role == "user"]
+        chat.turns = turns[: len(turns) - len(unanswered)]
+        await self.draw_again(chat.model, turns)
+        chat.change()
+        chat.give_back(unanswered)
+        return chat
+
+    def updates(self, chat: Chat) -> list[JsonObject]:
+        """A conversation as it is now, behind the last one: of two updates that arrive together the
+        browser may miss one."""
+        others = [] if chat is self.chat else [self.chat.snapshot()]
+        return [*others, chat.snapshot()]
 
     async def load_cards(self) -> None:
         """Ask the backends for their models."""
@@ -265,15 +288,15 @@ class ChatSession:
                 for path, picture in drawings:
                     picture.path = path
 
-    async def on_select(self, sent: Stored) -> JsonObject:
+    async def on_select(self, sent: Stored) -> list[JsonObject]:
         """Show a conversation of the browser's list, or a new one."""
-        return (await self.chat_of(sent)).snapshot()
+        return self.updates(await self.chat_of(sent))
 
     # ---- what is to be answered
 
     async def on_submit(
         self, message: JsonObject | None, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[JsonObject]:
+    ) -> AsyncIterator[list[JsonObject]]:
         """Answer a message; one that cannot be sent returns to its box. None: an empty one.
 
         settings: as of `Chat.request`.
@@ -287,13 +310,12 @@ class ChatSession:
             async for update in self.answered(chat, [*chat.turns, turn], settings):
                 yield update
             return
-        chat.returned = returned_message(text, message["files"])
-        chat.change()
-        yield chat.snapshot()
+        chat.give_back_text(text, message["files"])
+        yield self.updates(chat)
 
     async def on_example(
         self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[JsonObject]:
+    ) -> AsyncIterator[list[JsonObject]]:
         example = installed_examples(self.model.card)[int(chosen.index)]
         pictures = [unread(file) for file in example_files(example)]
         chat = await self.chat_of(sent)
@@ -304,14 +326,16 @@ class ChatSession:
 
     async def on_option(
         self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[JsonObject]:
+    ) -> AsyncIterator[list[JsonObject]]:
         chat = await self.chat_of(sent)
         turns = [*chat.turns, Turn("user", [str(chosen.value)])]
         with warn_about_errors("Not sent"):
             async for update in self.answered(chat, turns, settings):
                 yield update
 
-    async def on_retry(self, sent: Stored = None, *settings: Any) -> AsyncIterator[JsonObject]:
+    async def on_retry(
+        self, sent: Stored = None, *settings: Any
+    ) -> AsyncIterator[list[JsonObject]]:
         chat = await self.chat_of(sent)
         with warn_about_errors("Not sent"):
             async for update in self.answered(chat, chat.turns[:-1], settings):
@@ -319,7 +343,7 @@ class ChatSession:
 
     async def on_edit(
         self, edited: gr.EditData, sent: Stored = None, *settings: Any
-    ) -> AsyncIterator[JsonObject]:
+    ) -> AsyncIterator[list[JsonObject]]:
         """An earlier message with another text; its images stay, what followed it is dropped."""
         chat = await self.chat_of(sent)
         with warn_about_errors("Not sent"):
@@ -327,22 +351,25 @@ class ChatSession:
             turn = user_turn(str(edited.value).strip(), chat.turns[index].pictures)
             async for update in self.answered(chat, [*chat.turns[:index], turn], settings):
                 yield update
+            return
+        chat.give_back_text(str(edited.value), [])
+        yield self.updates(chat)
 
-    async def on_stop(self, sent: Stored = None) -> JsonObject:
+    async def on_stop(self, sent: Stored = None) -> list[JsonObject]:
         chat = await self.chat_of(sent)
         chat.stop()
-        return chat.snapshot()
+        return self.updates(chat)
 
-    async def on_undo(self, sent: Stored = None) -> JsonObject:
+    async def on_undo(self, sent: Stored = None) -> list[JsonObject]:
         chat = await self.chat_of(sent)
         chat.undo()
-        return chat.snapshot()
+        return self.updates(chat)
 
     # ---- the answer
 
     async def answered(
         self, chat: Chat, turns: Sequence[Turn], settings: Sequence[Any]
-    ) -> AsyncIterator[JsonObject]:
+    ) -> AsyncIterator[list[JsonObject]]:
         """Updates while turns are answered. Raises RequestError: another answer is being made.
 
         settings: as of `Chat.request`.
@@ -353,9 +380,9 @@ class ChatSession:
             # Whoever ends the answer takes the work away.
             while chat.work is work:
                 chat.changed.clear()
-                yield chat.snapshot()
+                yield self.updates(chat)
                 await chat.changed.wait()
-            yield chat.snapshot()
+            yield self.updates(chat)
             await asyncio.wait([work])  # for the log
         finally:
             if chat.work is work:  # the tab was closed
@@ -452,8 +479,7 @@ class ChatSession:
         if chosen is self.model:
             chat = await self.chat_of(sent)
         else:
-            self.chat.stop(returns=False)
-            chat = self.chat = Chat(chosen, replaces=self.chat.id)
+            chat = self.add(Chat(chosen, replaces=self.chat.id))
         self.model = chat.model
         card = self.model.card
 
@@ -479,7 +505,7 @@ class ChatSession:
         most_codes = max(2, n_codes)  # a slider needs a range, hidden ones too
         writes = self.model.abilities.writes
         return (
-            chat.snapshot(),
+            self.updates(chat),
             gr.update(
                 value=page_title(card.title, f"{self.model.notice} {card.about}"),
                 elem_classes=[] if writes else ["no-chat"],

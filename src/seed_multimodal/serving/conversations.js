@@ -1,7 +1,7 @@
 /* The list of conversations: `js_on_load` of the component that gets the updates of all events.
 
-An update is a snapshot of a conversation (`Chat.snapshot`): it is kept, and shown if it is open. What
-is kept is an item of the browser's storage, so that tabs do not overwrite each other's: {time, model,
+An update is a list of snapshots of conversations (`Chat.snapshot`): each is kept, and shown if it is open.
+What is kept is an item of the browser's storage, so that tabs do not overwrite each other's: {time, model,
 turns, revision, name, pinned} below "seed-chat-ID". A tab has its own ID in its session's storage.
 */
 const PREFIX = 'seed-chat-'
@@ -20,7 +20,8 @@ const list = element.querySelector('ul')
 const notice = element.querySelector('p')
 const search = element.querySelector('input')
 let open = {} // the newest snapshot of the open conversation
-let returned = 0 // the last message that returned to the box
+const returned = new Set() // IDs of messages that returned to the box
+const back = [] // messages that return to it next
 let isTaken = false
 let shown = ''
 
@@ -40,15 +41,19 @@ function parsed(id) {
 const textsOf = (turns) =>
     turns.flatMap(({ parts }) => parts.filter((part) => typeof part === 'string' && part.trim()))
 
-function titleOf(turns) {
-    return textsOf(turns)[0]?.trim().slice(0, 80) || 'Images'
-}
+const titleOf = (turns) => textsOf(turns.slice(0, 1))[0]?.trim().slice(0, 80) || 'Images'
+const what_is_listed = () => `${tab[PREFIX]} ${open.turns.length} ${titleOf(open.turns)}`
 
 // ---- updates
 
-function receive(snapshot) {
-    const { id, replaces, revision } = snapshot
-    if (revision > (revisions[id] ?? 0)) { // else it is older
+function receive(snapshots) {
+    for (const snapshot of snapshots) {
+        const { id, replaces, revision, returned: message } = snapshot
+        if (message && !returned.has(message.id) && !deleted.has(id)) {
+            returned.add(message.id)
+            back.push(message)
+        }
+        if (revision <= (revisions[id] ?? 0)) continue // it is older
         revisions[id] = revision
         save(snapshot)
         if ([id, replaces].includes(open.id)) open = snapshot
@@ -63,7 +68,7 @@ function show(snapshot) {
     tab[PREFIX] = storedId(id)
     props.value = { id, model, turns, revision }
     trigger('apply')
-    if (shown !== `${tab[PREFIX]} ${turns.length}`) list_all() // not while an answer grows
+    if (shown !== what_is_listed()) list_all() // not while an answer grows
 }
 
 const page = {
@@ -79,12 +84,12 @@ const page = {
 
     // The conversation and the box, to which a message returns in front of what was typed since.
     show(box) {
-        const { messages, is_busy, returned: message } = open
+        const { messages, is_busy } = open
         const update = { __type__: 'update', submit_btn: !is_busy, stop_btn: is_busy }
-        if (message?.id > returned) {
-            returned = message.id
-            const text = [message.text, box?.text].filter(Boolean).join('\n')
-            update.value = { text, files: [...message.files, ...(box?.files ?? [])] }
+        if (back.length) {
+            const parts = [...back.splice(0), box ?? EMPTY]
+            const text = parts.map((part) => part.text).filter(Boolean).join('\n')
+            update.value = { text, files: parts.flatMap(({ files }) => files) }
         }
         document.querySelector('#chat').classList.toggle('busy', is_busy)
         return [{ __type__: 'update', value: messages }, update]
@@ -112,9 +117,10 @@ function save({ id, model, turns, revision }) {
     const stored = local[PREFIX + storedId(id)]
     if (stored !== undefined && stored !== read[storedId(id)]) copies[id] = newId()
     const key = storedId(id)
-    const { time, name, pinned, turns: before } = parsed(key) ?? {}
-    const isSame = JSON.stringify(before) === JSON.stringify(turns)
-    keep(key, { time: isSame ? time : Date.now(), model, turns, revision, name, pinned })
+    const { name, pinned, turns: before } = parsed(key) ?? {}
+    // An opened chat is not written: other tabs would take it for changed.
+    if (JSON.stringify(before) === JSON.stringify(turns)) read[key] = stored
+    else keep(key, { time: Date.now(), model, turns, revision, name, pinned })
 }
 
 function keep(key, item) {
@@ -178,7 +184,7 @@ function list_all() {
     conversations.sort((first, second) =>
         (second.pinned ?? false) - (first.pinned ?? false) || second.time - first.time)
     list.replaceChildren(...conversations.map(itemOf))
-    shown = `${tab[PREFIX]} ${open.turns?.length ?? 0}`
+    shown = what_is_listed()
 }
 
 function itemOf(conversation) {
@@ -318,7 +324,7 @@ if (copy) navigator.clipboard.writeText = (text) => copy(plain(text))
 // ---- events
 
 element.closest('#conversations').page = page
-watch('value', () => props.value?.messages && receive(props.value))
+watch('value', () => Array.isArray(props.value) && receive(props.value))
 addEventListener('storage', list_all)
 search.addEventListener('input', list_all)
 wide.addEventListener('change', ({ matches }) => choose_sidebar(matches))

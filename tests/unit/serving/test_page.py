@@ -46,11 +46,11 @@ def file(tmp_path) -> str:
     return str(tmp_path / "noise.png")
 
 
-def all_of(updates: AsyncIterator[dict]) -> list:
+def all_of(updates: AsyncIterator[list]) -> list:
     """The snapshots of an event."""
 
     async def gather() -> list:
-        return [update async for update in updates]
+        return [update[-1] async for update in updates]
 
     return asyncio.run(gather())
 
@@ -164,7 +164,7 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     # Not the first model's page, but that of the conversation.
     reloaded = session_of(address, "nano")
     reloaded.models.append(session.model)
-    (again, *_) = asyncio.run(reloaded.on_model(0, stored))
+    ((again,), *_) = asyncio.run(reloaded.on_model(0, stored))
     assert kept(again) == {**stored, "revision": again["revision"]} != stored
     assert len(again["messages"]) == len(end["messages"])
     pictures = [picture for turn in reloaded.chat.turns for picture in turn.pictures]
@@ -173,12 +173,12 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     with pytest.warns(UserWarning, match="No backend serves another"):
         index = reloaded.models.index(reloaded.model)
         gone = {**stored, "id": "5", "model": "another"}
-        (new, *_) = asyncio.run(reloaded.on_model(index, gone))
+        ((*_, new), *_) = asyncio.run(reloaded.on_model(index, gone))
     assert new["turns"] == [] and new["id"] != new["replaces"] == "5"
     # A message whose answer a reload ended returns to its box.
     message = {"role": "user", "parts": [*stored["turns"][0]["parts"][:1], "And?"]}
-    stored["turns"].append(message)
-    (again, *_) = asyncio.run(reloaded.on_model(index, stored))
+    stored = {**stored, "id": "7", "turns": [*stored["turns"], message]}
+    ((again,), *_) = asyncio.run(reloaded.on_model(index, stored))
     assert len(again["messages"]) == len(end["messages"]) and again["returned"]["text"] == "And?"
     assert Path(again["returned"]["files"][0]["path"]).is_file()
     # Large images are reduced, and the oldest are left out of a full storage.
@@ -225,39 +225,32 @@ def test_a_retry_that_fails_leaves_the_answer(session, address):
 
 
 @pytest.mark.filterwarnings("ignore:An answer is being made")
-@pytest.mark.parametrize("end", ["stop", "leave", "undo", "close"])
+@pytest.mark.parametrize("end", ["stop", "undo", "close"])
 @pytest.mark.parametrize("n_updates", [1, 2, 4])
 def test_an_answer_that_is_not_awaited_ends(session, n_updates, end):
     async def ended():
         message = {"text": "Please draw a fish.", "files": []}
         answer = session.on_submit(message, None, *FORCED)
         for _ in range(n_updates):
-            before = await anext(answer)
+            (before,) = await anext(answer)
         # No second answer begins meanwhile.
         second = session.on_submit({"text": "Hi", "files": []}, None, *PLAIN)
-        (refused,) = [update async for update in second]
+        ((refused,),) = [update async for update in second]
         assert refused["returned"]["text"] == "Hi" and refused["is_busy"]
         if end == "close":  # the tab
             await answer.aclose()
             await asyncio.sleep(0.1)
             return before, session.chat.snapshot()
-        if end == "leave":
-            new = await session.on_select({"id": "1", "model": "", "turns": []})
-            assert new["id"] == "1" and new["turns"] == []
-        elif end == "stop":
-            await session.on_stop()
-        else:
-            await session.on_undo()
+        (after,) = await (session.on_stop() if end == "stop" else session.on_undo())
         # The event itself sends its end, too.
-        *_, left = [update async for update in answer]
-        return before, left
+        *_, (last,) = [update async for update in answer]
+        assert last == after
+        return before, after
 
     before, after = asyncio.run(ended())
     assert not after["is_busy"]
     is_answered = len(before["turns"]) == 2
-    if end == "leave":  # a reload keeps the same
-        assert after["turns"] == before["turns"]
-    elif end == "undo" or not is_answered:
+    if end == "undo" or not is_answered:
         assert after["turns"] == [] and after["returned"]["text"] == "Please draw a fish."
     else:
         assert after["turns"][1]["notes"][-1] == "Stopped."
@@ -267,6 +260,29 @@ def test_an_answer_that_is_not_awaited_ends(session, n_updates, end):
     assert len(session.chat.turns) == n_turns + 2
 
 
+def test_an_answer_goes_on_in_a_chat_that_is_left(session):
+    async def leave():
+        answer = session.on_submit({"text": "One", "files": []}, None, *PLAIN)
+        (first,) = await anext(answer)
+        (new,) = await session.on_select({"id": "2", "model": "", "turns": []})
+        updates = [update async for update in answer]
+        assert {update[0]["id"] for update in updates} == {new["id"]} == {"2"}
+        return first, updates[-1][-1]
+
+    first, last = asyncio.run(leave())
+    assert first["id"] == last["id"] and len(last["turns"]) == 2 and not last["is_busy"]
+
+
+@pytest.mark.filterwarnings("ignore:")
+def test_the_text_of_an_edit_that_has_no_answer_returns(session, address):
+    *_, before = send(session, "One")
+    for text, place in (("an <image>", "generate"), ("Two", "elsewhere")):
+        session.model.address = address.replace("generate", place)
+        *_, after = all_of(session.on_edit(event(0, value=text), None, *PLAIN))
+        assert after["turns"] == before["turns"] and after["returned"]["text"] == text
+        assert after["revision"] > before["revision"], "the page shows the message as it was"
+
+
 def test_events_of_two_conversations_reach_theirs(session):
     # An event that was overtaken by a click on another conversation is answered in its own.
     *_, first = send(session, "One")
@@ -274,9 +290,12 @@ def test_events_of_two_conversations_reach_theirs(session):
     *_, late = all_of(session.on_submit({"text": "Two", "files": []}, kept(first), *PLAIN))
     texts = [turn["parts"][0] for turn in late["turns"] if turn["role"] == "user"]
     assert (late["id"], texts) == (first["id"], ["One", "Two"])
-    # An older copy of the browser is not read.
-    same = asyncio.run(session.on_select(kept(first)))
+    # An older copy of the browser is not read; of many conversations the oldest is forgotten.
+    (same,) = asyncio.run(session.on_select(kept(first)))
     assert same["turns"] == late["turns"]
+    for number in range(20):
+        asyncio.run(session.on_select({"id": str(number), "model": "", "turns": []}))
+    assert len(session.chats) == chat_session.MAX_CHATS
 
 
 def test_uploads_stay_and_are_read_once(session, tmp_path, monkeypatch):
@@ -348,7 +367,7 @@ def test_a_stored_conversation_that_is_not_the_pages_is_left_out(session, part):
 def test_stored_images_that_cannot_be_drawn_are_not_shown(session):
     damaged = {"url": f"data:image/png;base64,{'A' * 30_000}"}
     updates = reload_with(session, {}, {"codes": [1]}, damaged, "Hi")
-    returned = updates[0]["returned"]
+    returned = updates[0][-1]["returned"]
     assert (returned["text"], returned["files"]) == ("Hi", [])
 
 
