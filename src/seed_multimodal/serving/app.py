@@ -407,6 +407,7 @@ def serve(app: Flask, sock: socket.socket) -> None:
         ident="SEED Multimodal",
         max_request_body_size=2 * limits.max_body_bytes,  # up to there Flask answers with JSON
         channel_request_lookahead=1,
+        asyncore_use_poll=True,  # select() ends the server at the first descriptor above 1023
         outbuf_overflow=sys.maxsize,  # no temporary files
     )
     server.channel_class = Channel

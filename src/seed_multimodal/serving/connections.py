@@ -99,7 +99,7 @@ class Connection(HTTPChannel):
                     if self.requests[0].version == "1.1" and not (self.is_stream or self.is_probed):
                         self.is_probed = bool(self.socket.send(CONTINUE))
                 self.socket.getpeername()
-        except OSError:  # the connection was reset
+        except (AttributeError, OSError):  # the connection was reset, or has no socket any more
             return True
         return not self.connected
 
