@@ -114,17 +114,13 @@ class Chat:
         self.turns = self.turns[:-2]
         self.cancel()
 
-    def give_back(self, turns: Sequence[Turn]) -> None:
-        """Return a message to its box."""
-        for turn in turns:
-            files = [picture.path for picture in turn.pictures if picture.path]
-            self.give_back_text(turn.text, files)
-
-    def give_back_text(self, text: str, files: Sequence[str]) -> None:
-        """As `give_back`. files: paths of images."""
-        images = [gr.FileData(path=file, mime_type="image/png").model_dump() for file in files]
-        self.change()
-        self.returned = {"id": self.revision, "text": text, "files": images}
+    def give_back(self, messages: Sequence[Turn]) -> None:
+        """Return a message, if there is one, to its box."""
+        for turn in messages:
+            paths = [picture.path for picture in turn.pictures if picture.path]
+            files = [gr.FileData(path=path, mime_type="image/png").model_dump() for path in paths]
+            self.change()
+            self.returned = {"id": self.revision, "text": turn.text, "files": files}
 
     # ---- what the browser gets
 

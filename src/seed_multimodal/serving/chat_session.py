@@ -45,6 +45,7 @@ from seed_multimodal.serving.turns import (
     Conversation,
     Picture,
     Turn,
+    check_input,
     escaped,
     restored,
     user_turn,
@@ -304,13 +305,13 @@ class ChatSession:
         if message is None:
             return
         chat = await self.chat_of(sent)
-        text = (message["text"] or "").strip()
+        turn = Turn("user", [*map(unread, message["files"]), message["text"].strip()])
         with warn_about_errors("Not sent"):
-            turn = user_turn(text, [unread(upload) for upload in message["files"]])
+            check_input(turn)
             async for update in self.answered(chat, [*chat.turns, turn], settings):
                 yield update
             return
-        chat.give_back_text(text, message["files"])
+        chat.give_back([turn])
         yield self.updates(chat)
 
     async def on_example(
@@ -348,11 +349,12 @@ class ChatSession:
         chat = await self.chat_of(sent)
         with warn_about_errors("Not sent"):
             index = chat.turn_index(edited)
-            turn = user_turn(str(edited.value).strip(), chat.turns[index].pictures)
+            turn = Turn("user", [*chat.turns[index].pictures, str(edited.value).strip()])
+            check_input(turn)
             async for update in self.answered(chat, [*chat.turns[:index], turn], settings):
                 yield update
             return
-        chat.give_back_text(str(edited.value), [])
+        chat.give_back([Turn("user", [str(edited.value)])])
         yield self.updates(chat)
 
     async def on_stop(self, sent: Stored = None) -> list[JsonObject]:

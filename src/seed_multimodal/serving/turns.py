@@ -221,9 +221,15 @@ def restored(stored: JsonObject) -> Conversation:
 
 
 def user_turn(text: str, pictures: Sequence[Picture]) -> Turn:
-    """The user's input. Raises RequestError: empty, or contains the image placeholder."""
-    if PLACEHOLDER in text:
+    """The user's input. Raises RequestError: as of `check_input`."""
+    turn = Turn("user", [*pictures, text])
+    check_input(turn)
+    return turn
+
+
+def check_input(turn: Turn) -> None:
+    """Raise RequestError: a message that is empty, or contains the image placeholder."""
+    if PLACEHOLDER in turn.text:
         raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
-    if not pictures and not text.strip(BLANK_INPUT):
+    if not turn.pictures and not turn.text.strip(BLANK_INPUT):
         raise RequestError("Write a message or choose an image first.")
-    return Turn("user", [*pictures, text])
