@@ -296,14 +296,12 @@ class ChatSession:
     # ---- what is to be answered
 
     async def on_submit(
-        self, message: JsonObject | None, sent: Stored = None, *settings: Any
+        self, message: JsonObject, sent: Stored = None, *settings: Any
     ) -> AsyncIterator[list[JsonObject]]:
-        """Answer a message; one that cannot be sent returns to its box. None: an empty one.
+        """Answer a message; one that cannot be sent returns to its box.
 
         settings: as of `Chat.request`.
         """
-        if message is None:
-            return
         chat = await self.chat_of(sent)
         turn = Turn("user", [*map(unread, message["files"]), message["text"].strip()])
         with warn_about_errors("Not sent"):

@@ -72,13 +72,13 @@ function show(snapshot) {
 }
 
 const page = {
-    // The message leaves its box for the server, if it is not empty.
+    // The message leaves its box for the server; an error ends the event of an empty one, and of the
+    // second click of a double one.
     take(box) {
-        document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)
-        const isEmpty = !box?.text.trim() && !box?.files.length
-        if (isEmpty || isTaken) return [null, isEmpty ? box : EMPTY] // a double click takes once
+        if (isTaken || (!box?.text.trim() && !box?.files.length)) throw Error('nothing to send')
         isTaken = true
         setTimeout(() => { isTaken = false })
+        document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)
         return [box, EMPTY]
     },
 

@@ -252,7 +252,9 @@ def chat_tab(
 
     # 2. What the browser does by itself (`conversations.js`): a message leaves its box, the open
     #    conversation of an update is shown, and refused files leave the box.
-    sent = message.submit(None, message, [outgoing, message], js=BROWSER.format("take"))
+    sent = message.submit(
+        None, message, [outgoing, message], js=BROWSER.format("take"), show_progress="hidden"
+    )
     conversations.apply(None, message, [chatbot, message], js=BROWSER.format("show"))
     chosen = message.change(
         ChatSession.on_choose,
@@ -267,7 +269,7 @@ def chat_tab(
     conversation = [session, conversations]
     options = {"outputs": conversations, "trigger_mode": "multiple", "show_progress": "hidden"}
     inputs = [*conversation, *settings]
-    sent.then(ChatSession.on_submit, [session, outgoing, conversations, *settings], **options)
+    sent.success(ChatSession.on_submit, [session, outgoing, conversations, *settings], **options)
     chatbot.retry(ChatSession.on_retry, inputs, **options)
     chatbot.edit(ChatSession.on_edit, inputs, **options)
     chatbot.example_select(ChatSession.on_example, inputs, **options)

@@ -91,9 +91,14 @@ const actions = {
         tab.box = { ...tab.box, files: [...tab.box.files, { path }] }
     },
     send(tab) {
-        const [outgoing, box] = tab.root.page.take(tab.box)
-        tab.box = box
-        request(tab, 'submit', outgoing)
+        let taken
+        try {
+            taken = tab.root.page.take(tab.box)
+        } catch {
+            return // an empty message
+        }
+        tab.box = taken[1]
+        request(tab, 'submit', taken[0])
     },
     new(tab) {
         tab.handlers.click({ target: { closest: (selector) => selector === '#new' } })
