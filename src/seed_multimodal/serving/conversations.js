@@ -6,6 +6,7 @@ turns, revision, name, pinned} below "seed-chat-ID". A tab has its own ID in its
 */
 const PREFIX = 'seed-chat-'
 const DARK = 'seed-dark'
+const SECONDS_TO_UPDATE = 5
 let local = {}
 let tab = {}
 try {
@@ -22,7 +23,9 @@ const search = element.querySelector('input')
 let open = {} // the newest snapshot of the open conversation
 const returned = new Set() // IDs of messages that returned to the box
 const back = [] // messages that return to it next
+let chosen = '[]' // the paths of the files in the box
 let isTaken = false
+let n_updates = 0
 let shown = ''
 
 const EMPTY = { text: '', files: [] }
@@ -47,6 +50,7 @@ const what_is_listed = () => `${tab[PREFIX]} ${open.turns.length} ${titleOf(open
 // ---- updates
 
 function receive(snapshots) {
+    n_updates += 1
     for (const snapshot of snapshots) {
         const { id, replaces, revision, returned: message } = snapshot
         if (message && !returned.has(message.id) && !deleted.has(id)) {
@@ -72,12 +76,23 @@ function show(snapshot) {
 }
 
 const page = {
+    // An error ends the event of a box whose files are the same: letters are no server's concern.
+    choose(box) {
+        const files = JSON.stringify(box?.files.map(({ path }) => path) ?? [])
+        if (files === chosen) throw Error('the same files')
+        chosen = files
+        return []
+    },
+
     // The message leaves its box for the server; an error ends the event of an empty one, and of the
     // second click of a double one.
     take(box) {
         if (isTaken || (!box?.text.trim() && !box?.files.length)) throw Error('nothing to send')
         isTaken = true
         setTimeout(() => { isTaken = false })
+        // Gradio does not deliver an event that begins while its stream of updates ends; another does.
+        const before = n_updates
+        setTimeout(() => n_updates === before && trigger('select'), SECONDS_TO_UPDATE * 1000)
         document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)
         return [box, EMPTY]
     },

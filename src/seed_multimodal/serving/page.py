@@ -256,7 +256,8 @@ def chat_tab(
         None, message, [outgoing, message], js=BROWSER.format("take"), show_progress="hidden"
     )
     conversations.apply(None, message, [chatbot, message], js=BROWSER.format("show"))
-    chosen = message.change(
+    changed = message.change(None, message, js=BROWSER.format("choose"), show_progress="hidden")
+    chosen = changed.success(
         ChatSession.on_choose,
         [session, message],
         refused,
