@@ -35,7 +35,8 @@ const storedId = (id) => copies[id] ?? id
 function parsed(id) {
     try {
         const item = JSON.parse(local[PREFIX + id])
-        return { ...item, id, title: item.name || titleOf(item.turns) }
+        const text = textsOf(item.turns).join('\n')
+        return { ...item, id, text, title: item.name || titleOf(item.turns) }
     } catch {
         return null
     }
@@ -176,14 +177,14 @@ function remove({ id, title }) {
     list.querySelector('button')?.focus()
 }
 
-function rename({ id, title, ...item }) {
+function rename({ id, title, text, ...item }) {
     const name = prompt('Name of this chat', title)?.trim()
     if (!name) return
     keep(id, { ...item, name })
     list_all()
 }
 
-function pin({ id, title, ...item }) {
+function pin({ id, title, text, ...item }) {
     keep(id, { ...item, pinned: !item.pinned })
     list_all()
 }
@@ -195,7 +196,7 @@ function list_all() {
     const words = search.value.trim().toLowerCase()
     const conversations = ids
         .map((key) => parsed(key.slice(PREFIX.length)))
-        .filter((item) => item && [item.title, ...textsOf(item.turns)].join('\n').toLowerCase().includes(words))
+        .filter((item) => item && `${item.title} ${item.text}`.toLowerCase().includes(words))
     conversations.sort((first, second) =>
         (second.pinned ?? false) - (first.pinned ?? false) || second.time - first.time)
     list.replaceChildren(...conversations.map(itemOf))
