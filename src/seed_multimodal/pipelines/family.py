@@ -277,7 +277,8 @@ class Family:
         Raises RequestError: it cannot fit the context. Nothing else reads a text before.
         """
         # 1. The length.
-        n_characters = sum(len(message.text) for message in conversation)
+        content = [part for message in conversation for part in message.content]
+        n_characters = sum(len(part) for part in content if type(part) is str)  # as written
         if n_characters > self.max_characters:
             raise RequestError(
                 f"The prompt has {n_characters} characters, but at most {self.max_characters} fit "

@@ -58,7 +58,8 @@ function receive(snapshots) {
             returned.add(message.id)
             back.push(message)
         }
-        if (revision <= (revisions[id] ?? 0)) continue // it is older
+        // The last update of an event is whole; Gradio's differences before it may be wrong.
+        if (revision < (revisions[id] ?? 0)) continue
         revisions[id] = revision
         save(snapshot)
         if ([id, replaces].includes(open.id)) open = snapshot
@@ -107,7 +108,7 @@ const page = {
             const text = parts.map((part) => part.text).filter(Boolean).join('\n')
             update.value = { text, files: parts.flatMap(({ files }) => files) }
         }
-        document.querySelector('#chat').classList.toggle('busy', is_busy)
+        document.querySelector('#chat')?.classList.toggle('busy', is_busy)
         return [{ __type__: 'update', value: messages }, update]
     },
 
@@ -157,7 +158,7 @@ function choose(key, event = 'select') {
     const isOther = model !== (open.model ?? model)
     read[key] = local[PREFIX + key]
     delete copies[key]
-    revisions[key] = (revision ?? 0) - 1 // what the server has may be as old
+    revisions[key] = revision ?? 0
     const messages = turns.length ? [waiting] : []
     show({ id: key, model, turns, revision: revision ?? 0, messages, is_busy: false })
     trigger(isOther ? 'input' : event)
@@ -169,23 +170,26 @@ const waiting = { role: 'assistant', content: [{ type: 'text', text: '…' }] }
 function remove({ id, title }) {
     if (!confirm(`Delete “${title}”? It cannot be brought back.`)) return
     delete local[PREFIX + id]
+    deleted.add(id)
     if (id === tab[PREFIX]) {
-        deleted.add(open.id).add(id)
+        deleted.add(open.id)
         choose(newId())
     }
     list_all()
     list.querySelector('button')?.focus()
 }
 
-function rename({ id, title, text, ...item }) {
+function rename({ id, title }) {
     const name = prompt('Name of this chat', title)?.trim()
-    if (!name) return
-    keep(id, { ...item, name })
-    list_all()
+    if (name) describe(id, { name })
 }
 
-function pin({ id, title, text, ...item }) {
-    keep(id, { ...item, pinned: !item.pinned })
+const pin = ({ id, pinned }) => describe(id, { pinned: !pinned })
+
+// Change what the list says of a chat, whose turns may have grown since it was listed.
+function describe(id, changes) {
+    const { time, model, turns, revision, name, pinned } = parsed(id)
+    keep(id, { time, model, turns, revision, name, pinned, ...changes })
     list_all()
 }
 

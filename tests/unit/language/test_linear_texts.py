@@ -37,7 +37,7 @@ from seed_multimodal.language.vocabulary import SeedXVocabulary
 
 NEW = itertools.count()
 SECONDS = 0.2  # of a processor, at most
-NOISE = 0.05  # seconds: less is not compared
+NOISE = 0.1  # seconds: less is not compared
 LENGTH = 32_000  # characters, as the server allows
 
 # Packages that read files of the owner, and no texts of users.
