@@ -40,7 +40,7 @@ _INTRODUCED = re.compile(r"\b(?:my name is|call me|i am|i'm|im)\s++(\w++)", re.I
 _ARTICLE = r"(?i:\ban?(?= (?:([aeio]|u[^fn])|\w)))"
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
-MAX_CORRECTED = 20  # words of a text that may be misspelt
+MAX_CORRECTED = 40  # words of a request that may be misspelt
 N_NEAREST = 3  # known things in a note
 LONGEST = 40  # letters of a word in it
 
@@ -106,19 +106,25 @@ class KnownWords:
 
     # ---- reading
 
-    def read(self, text: str) -> Reading:
-        """A user's text in the words that the system learned."""
+    def read(self, text: str, tried: set[str] | None = None) -> Reading:
+        """A user's text in the words that the system learned.
+
+        tried: words of the request that may be misspelt, to which those of the text are added.
+        """
         changed: dict[str, str] = {}
-        tried: list[str] = []
+        if tried is None:
+            tried = set()
         introduced = {match[1].lower() for match in _INTRODUCED.finditer(text)}
 
         def right(word: re.Match[str]) -> str:
             written = word[0].lower()
             is_name = word.start() > 0 and word[0][0].isupper()  # inside of a sentence
             is_known = written in self._spelt or written in introduced
-            if is_name or is_known or not written.isalpha() or len(tried) == MAX_CORRECTED:
+            if is_name or is_known or not written.isalpha():
                 return word[0]
-            tried.append(written)
+            if written not in tried and len(tried) == MAX_CORRECTED:
+                return word[0]
+            tried.add(written)
             read = self._corrected(written)
             if read == written:
                 return word[0]

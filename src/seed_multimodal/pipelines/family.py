@@ -287,18 +287,20 @@ class Family:
         if self.config.known_words is None:
             return conversation
 
-        # 2. The words.
+        # 2. The words, the newest first: of many only so many are corrected.
         known = read_known_words(self.config.known_words)
+        tried: set[str] = set()
         turns: list[Message] = []
-        for message in conversation:
+        for message in reversed(conversation):
             parts: Sequence[Any] = message.content
             if message.role == "user":
-                parts = [known.read(part) if type(part) is str else part for part in parts]
+                parts = [known.read(part, tried) if type(part) is str else part for part in parts]
             elif message.role == "assistant":
                 parts = [
                     part.removeprefix(PREFACE) if type(part) is str else part for part in parts
                 ]
             turns.append(replace(message, content=tuple(parts)))
+        turns.reverse()
 
         # 3. The notes.
         last = turns[-1]

@@ -182,7 +182,7 @@ def answer(app: Flask, backend: Backend) -> ResponseReturnValue:
 def read_body() -> Any:
     """The body of a request, of the model of its route."""
     model = schema.POSTED[request.path]
-    if request.content_encoding:
+    if request.content_encoding not in (None, "", "identity"):
         abort(415, f"The body is encoded as {short_name(request.content_encoding)}; send it plain.")
     if request.path != EDITS:
         if not request.is_json:

@@ -39,9 +39,9 @@ class Chat:
 
     Attributes:
         model: which answers.
-        id: under which the browser keeps it.
+        id: which events name; a tab's own, under whatever name its browser keeps the conversation.
         turns: the conversation; while it is answered, the last turn is the answer so far.
-        replaces: id of the browser's conversation in whose place this one is shown.
+        replaces: id of the conversation in whose place this one is shown.
         before: the turns before those that are answered; None: nothing is answered.
         work: the task that makes the answer. changed: set at each change of the answer.
         returned: a message without answer, as the value of Gradio's message box, to which the
@@ -62,7 +62,7 @@ class Chat:
     # ---- changes
 
     def change(self) -> None:
-        self.revision = next(REVISIONS)
+        self.revision = max(self.revision + 1, next(REVISIONS))  # the clock may have been set back
         self.changed.set()
 
     def begin(self, turns: Sequence[Turn]) -> Turn:
@@ -161,7 +161,11 @@ class Chat:
                 return script[len(texts) :][:1]
         return []
 
-    def turn_index(self, event: gr.EventData) -> int:
+    def is_shown(self, sent: JsonObject | None) -> bool:
+        """Whether an event is of the newest state; the second click of a double one is not."""
+        return not isinstance(sent, dict) or sent.get("revision", 0) == self.revision
+
+    def turn_index(self, event: gr.EventData, sent: JsonObject | None) -> int:
         """The turn of a displayed message; reasoning and notes are messages of their own.
 
         Raises RequestError: the browser shows another state of the conversation.
@@ -169,7 +173,7 @@ class Chat:
         index = event.index
         position = int(index[0] if isinstance(index, list | tuple) else index)
         turns = [turn for turn, items in enumerate(self.turns) for _ in items.displayed()]
-        if not 0 <= position < len(turns):
+        if not (self.is_shown(sent) and 0 <= position < len(turns)):
             raise RequestError("This message is no longer in the chat.")
         return turns[position]
 

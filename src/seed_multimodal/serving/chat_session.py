@@ -219,30 +219,23 @@ class ChatSession:
             self.chats.pop(next(iter(self.chats))).stop()
         return chat
 
-    def known(self, sent: Conversation) -> Chat | None:
-        """The session's own conversation, if it is as new as the browser's copy, or is answered."""
-        chat = self.chats.get(sent.id)
-        if chat and (chat.before is not None or sent.revision <= chat.revision):
-            return self.add(chat)
-        return None
-
     async def chat_of(self, sent: Stored) -> Chat:
         """The conversation that an event names; of one that cannot be shown, a new one in its
         place, with a warning.
 
-        sent: the browser's copy, which is read if the session does not know it: the program was
-            started again, or another tab changed it. None: the last one.
+        sent: the browser's copy, which is read if the session does not know it: it is opened, or
+            the program was started again. None: the last one.
         """
         if sent is None:
             return self.chat
         replaces = str(sent.get("id")) if isinstance(sent, dict) else ""
         with warn_about_errors():
             conversation = restored(sent)
-            known = self.known(conversation)
-            if known is None and conversation.turns and not self.model.name:
+            if conversation.turns and not self.model.name:
                 await self.load_cards()
-                known = self.known(conversation)  # another event's
-            return known or await self.open(conversation)
+            if known := self.chats.get(conversation.id):
+                return self.add(known)
+            return await self.open(conversation)
         return self.add(Chat(self.model, replaces=replaces))
 
     async def open(self, conversation: Conversation) -> Chat:
@@ -251,13 +244,14 @@ class ChatSession:
         models = [model for model in self.models if conversation.model in ("", model.name)]
         if conversation.turns and not models:
             raise RequestError(f"No backend serves {conversation.model}, so its chat waits.")
-        chat = self.add(Chat((models or [self.model])[0], conversation.id))
+        chat = self.add(
+            Chat((models or [self.model])[0], conversation.id, revision=conversation.revision)
+        )
         # A message whose answer a reload ended returns to its box.
         turns = conversation.turns
         unanswered = [turn for turn in turns[-1:] if turn.role == "user"]
         chat.turns = turns[: len(turns) - len(unanswered)]
         await self.draw_again(chat.model, turns)
-        chat.change()
         chat.give_back(unanswered)
         return chat
 
@@ -319,26 +313,23 @@ class ChatSession:
         pictures = [unread(file) for file in example_files(example)]
         chat = await self.chat_of(sent)
         turns = [*chat.turns, Turn("user", [*pictures, example.text])]
-        with warn_about_errors("Not sent"):
-            async for update in self.answered(chat, turns, settings):
-                yield update
+        async for update in self.chosen(chat, sent, turns, settings):
+            yield update
 
     async def on_option(
         self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
     ) -> AsyncIterator[list[JsonObject]]:
         chat = await self.chat_of(sent)
         turns = [*chat.turns, Turn("user", [str(chosen.value)])]
-        with warn_about_errors("Not sent"):
-            async for update in self.answered(chat, turns, settings):
-                yield update
+        async for update in self.chosen(chat, sent, turns, settings):
+            yield update
 
     async def on_retry(
         self, sent: Stored = None, *settings: Any
     ) -> AsyncIterator[list[JsonObject]]:
         chat = await self.chat_of(sent)
-        with warn_about_errors("Not sent"):
-            async for update in self.answered(chat, chat.turns[:-1], settings):
-                yield update
+        async for update in self.chosen(chat, sent, chat.turns[:-1], settings):
+            yield update
 
     async def on_edit(
         self, edited: gr.EditData, sent: Stored = None, *settings: Any
@@ -346,7 +337,7 @@ class ChatSession:
         """An earlier message with another text; its images stay, what followed it is dropped."""
         chat = await self.chat_of(sent)
         with warn_about_errors("Not sent"):
-            index = chat.turn_index(edited)
+            index = chat.turn_index(edited, sent)
             turn = Turn("user", [*chat.turns[index].pictures, str(edited.value).strip()])
             check_input(turn)
             async for update in self.answered(chat, [*chat.turns[:index], turn], settings):
@@ -362,10 +353,22 @@ class ChatSession:
 
     async def on_undo(self, sent: Stored = None) -> list[JsonObject]:
         chat = await self.chat_of(sent)
-        chat.undo()
+        if chat.is_shown(sent):
+            chat.undo()
         return self.updates(chat)
 
     # ---- the answer
+
+    async def chosen(
+        self, chat: Chat, sent: Stored, turns: Sequence[Turn], settings: Sequence[Any]
+    ) -> AsyncIterator[list[JsonObject]]:
+        """Updates while turns are answered that a click chose, once."""
+        if not chat.is_shown(sent):
+            yield self.updates(chat)
+            return
+        with warn_about_errors("Not sent"):
+            async for update in self.answered(chat, turns, settings):
+                yield update
 
     async def answered(
         self, chat: Chat, turns: Sequence[Turn], settings: Sequence[Any]
@@ -460,7 +463,7 @@ class ChatSession:
         chat = await self.chat_of(sent)
         kinds = {True: "upvote", False: "downvote"}  # "": taken back
         with warn_about_errors():
-            turns = chat.turns[: chat.turn_index(vote) + 1]
+            turns = chat.turns[: chat.turn_index(vote, sent) + 1]
             await self.add_to_log(kinds.get(vote.liked, "withdrawn"), chat.model, turns)
 
     # ---- the model

@@ -1,8 +1,10 @@
 /* The list of conversations: `js_on_load` of the component that gets the updates of all events.
 
 An update is a list of snapshots of conversations (`Chat.snapshot`): each is kept, and shown if it is open.
-What is kept is an item of the browser's storage, so that tabs do not overwrite each other's: {time, model,
-turns, revision, name, pinned} below "seed-chat-ID". A tab has its own ID in its session's storage.
+What is kept is an item of the browser's storage: {time, model, turns, revision, name, pinned} below
+"seed-chat-KEY". A tab has the key of its own in its session's storage. Events and snapshots name a
+conversation by an ID, which is one tab's alone: where another tab has changed the item, the tab goes on under a
+new key.
 */
 const PREFIX = 'seed-chat-'
 const DARK = 'seed-dark'
@@ -13,10 +15,10 @@ try {
     local = localStorage
     tab = sessionStorage
 } catch { /* the visitor allows no storage */ }
-const read = {} // what this tab has read or written last, by ID
-const copies = {} // IDs under which this tab goes on with conversations that another tab changed
-const deleted = new Set()
-const revisions = {} // of the newest snapshot, by ID
+// The tab's conversations by ID: {key, read, revision}, the revision of the item as the tab has read or written
+// it last, and of the newest snapshot.
+const conversations = {}
+const deleted = new Set() // keys
 const list = element.querySelector('ul')
 const notice = element.querySelector('p')
 const search = element.querySelector('input')
@@ -30,13 +32,12 @@ let shown = ''
 
 const EMPTY = { text: '', files: [] }
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2)
-const storedId = (id) => copies[id] ?? id
 
-function parsed(id) {
+function parsed(key) {
     try {
-        const item = JSON.parse(local[PREFIX + id])
+        const item = JSON.parse(local[PREFIX + key])
         const text = textsOf(item.turns).join('\n')
-        return { ...item, id, text, title: item.name || titleOf(item.turns) }
+        return { revision: 0, ...item, key, text, title: item.name || titleOf(item.turns) }
     } catch {
         return null
     }
@@ -54,14 +55,15 @@ function receive(snapshots) {
     n_updates += 1
     for (const snapshot of snapshots) {
         const { id, replaces, revision, returned: message } = snapshot
-        if (message && !returned.has(message.id) && !deleted.has(id)) {
+        const conversation = conversations[id] ??= { key: id, revision: 0 }
+        if (message && !returned.has(message.id) && !deleted.has(conversation.key)) {
             returned.add(message.id)
             back.push(message)
         }
         // The last update of an event is whole; Gradio's differences before it may be wrong.
-        if (revision < (revisions[id] ?? 0)) continue
-        revisions[id] = revision
-        save(snapshot)
+        if (revision < conversation.revision) continue
+        conversation.revision = revision
+        save(conversation, snapshot)
         if ([id, replaces].includes(open.id)) open = snapshot
     }
     show(open)
@@ -71,7 +73,7 @@ function receive(snapshots) {
 function show(snapshot) {
     open = snapshot
     const { id, model, turns, revision } = snapshot
-    tab[PREFIX] = storedId(id)
+    tab[PREFIX] = conversations[id].key
     props.value = { id, model, turns, revision }
     trigger('apply')
     if (shown !== what_is_listed()) list_all() // not while an answer grows
@@ -129,15 +131,18 @@ const page = {
 
 // ---- the storage
 
-function save({ id, model, turns, revision }) {
-    if (deleted.has(id)) return
-    const stored = local[PREFIX + storedId(id)]
-    if (stored !== undefined && stored !== read[storedId(id)]) copies[id] = newId()
-    const key = storedId(id)
-    const { name, pinned, turns: before } = parsed(key) ?? {}
+function save(conversation, { model, turns, revision }) {
+    if (deleted.has(conversation.key)) return
+    let stored = parsed(conversation.key)
+    if (stored && stored.revision !== conversation.read) {
+        conversation.key = newId()
+        stored = null
+    }
     // An opened chat is not written: other tabs would take it for changed.
-    if (JSON.stringify(before) === JSON.stringify(turns)) read[key] = stored
-    else keep(key, { time: Date.now(), model, turns, revision, name, pinned })
+    if (JSON.stringify(stored?.turns) === JSON.stringify(turns)) return
+    const { name, pinned } = stored ?? {}
+    keep(conversation.key, { time: Date.now(), model, turns, revision, name, pinned })
+    conversation.read = parsed(conversation.key)?.revision
 }
 
 function keep(key, item) {
@@ -145,7 +150,6 @@ function keep(key, item) {
     try {
         if (item.turns.length) local[PREFIX + key] = JSON.stringify(item)
         else delete local[PREFIX + key]
-        read[key] = local[PREFIX + key]
     } catch {
         notice.textContent = 'The storage of this browser is full, so this chat is not kept: ' +
             'export it, or delete another one.'
@@ -154,65 +158,66 @@ function keep(key, item) {
 
 // Open a conversation of the list, or a new one.
 function choose(key, event = 'select') {
-    const { model, turns, revision } = parsed(key) ?? { model: open.model ?? '', turns: [] }
+    const { model, turns, revision } = parsed(key) ?? { model: open.model ?? '', turns: [], revision: 0 }
     const isOther = model !== (open.model ?? model)
-    read[key] = local[PREFIX + key]
-    delete copies[key]
-    revisions[key] = revision ?? 0
+    const ids = Object.keys(conversations)
+    const isKnown = (id) => conversations[id].key === key && conversations[id].read === revision
+    const id = ids.find(isKnown) ?? newId()
+    conversations[id] ??= { key, read: revision, revision }
     const messages = turns.length ? [waiting] : []
-    show({ id: key, model, turns, revision: revision ?? 0, messages, is_busy: false })
+    show({ id, model, turns, revision: conversations[id].revision, messages, is_busy: false })
     trigger(isOther ? 'input' : event)
     list_all()
 }
 
 const waiting = { role: 'assistant', content: [{ type: 'text', text: '…' }] }
 
-function remove({ id, title }) {
+function remove({ key, title }) {
     if (!confirm(`Delete “${title}”? It cannot be brought back.`)) return
-    delete local[PREFIX + id]
-    deleted.add(id)
-    if (id === tab[PREFIX]) {
-        deleted.add(open.id)
-        choose(newId())
-    }
+    delete local[PREFIX + key]
+    deleted.add(key)
+    if (key === tab[PREFIX]) choose(newId())
     list_all()
     list.querySelector('button')?.focus()
 }
 
-function rename({ id, title }) {
+function rename({ key, title }) {
     const name = prompt('Name of this chat', title)?.trim()
-    if (name) describe(id, { name })
+    if (name) describe(key, { name })
 }
 
-const pin = ({ id, pinned }) => describe(id, { pinned: !pinned })
+const pin = ({ key, pinned }) => describe(key, { pinned: !pinned })
 
 // Change what the list says of a chat, whose turns may have grown since it was listed.
-function describe(id, changes) {
-    const { time, model, turns, revision, name, pinned } = parsed(id)
-    keep(id, { time, model, turns, revision, name, pinned, ...changes })
+function describe(key, changes) {
+    const stored = parsed(key)
+    if (stored) {
+        const { time, model, turns, revision, name, pinned } = stored
+        keep(key, { time, model, turns, revision, name, pinned, ...changes })
+    }
     list_all()
 }
 
 // ---- the list
 
 function list_all() {
-    const ids = Object.keys(local).filter((key) => key.startsWith(PREFIX))
+    const names = Object.keys(local).filter((name) => name.startsWith(PREFIX))
     const words = search.value.trim().toLowerCase()
-    const conversations = ids
-        .map((key) => parsed(key.slice(PREFIX.length)))
+    const items = names
+        .map((name) => parsed(name.slice(PREFIX.length)))
         .filter((item) => item && `${item.title} ${item.text}`.toLowerCase().includes(words))
-    conversations.sort((first, second) =>
+    items.sort((first, second) =>
         (second.pinned ?? false) - (first.pinned ?? false) || second.time - first.time)
-    list.replaceChildren(...conversations.map(itemOf))
+    list.replaceChildren(...items.map(itemOf))
     shown = what_is_listed()
 }
 
-function itemOf(conversation) {
-    const { id, title, pinned } = conversation
+function itemOf(stored) {
+    const { key, title, pinned } = stored
     const item = document.createElement('li')
-    const isOpen = id === tab[PREFIX]
+    const isOpen = key === tab[PREFIX]
     const choice = button(pinned ? `★ ${title}` : title, title, () => {
-        choose(id)
+        choose(key)
         leave_sidebar()
     })
     choice.className = 'choice'
@@ -225,10 +230,10 @@ function itemOf(conversation) {
     summary.setAttribute('aria-label', `More for “${title}”`)
     menu.append(
         summary,
-        button(pinned ? 'Unpin' : 'Pin', `${pinned ? 'Unpin' : 'Pin'} “${title}”`, () => pin(conversation)),
-        button('Rename', `Rename “${title}”`, () => rename(conversation)),
+        button(pinned ? 'Unpin' : 'Pin', `${pinned ? 'Unpin' : 'Pin'} “${title}”`, () => pin(stored)),
+        button('Rename', `Rename “${title}”`, () => rename(stored)),
         ...(isOpen ? [button('Export', 'Export this chat', () => save_page(title))] : []),
-        button('Delete', `Delete “${title}”`, () => remove(conversation)),
+        button('Delete', `Delete “${title}”`, () => remove(stored)),
     )
     menu.onfocusout = ({ relatedTarget }) => menu.contains(relatedTarget) || (menu.open = false)
     item.append(choice, menu)

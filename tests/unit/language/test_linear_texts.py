@@ -290,13 +290,30 @@ def test_texts_that_cannot_fit_are_not_read(nano, shape):
         assert min(seconds(call, text) for _ in range(3)) < SECONDS
 
 
+def test_the_length_is_that_of_what_was_written(nano):
+    limit = nano.family.max_characters
+    read = nano.family.read_words(user_message([("plz " * limit)[:limit]]))
+    assert len(read[0].text) > limit
+    nano.family.read_words(read)  # as of a conversation that grows
+
+
+def test_only_so_many_words_of_a_request_are_corrected(nano):
+    letters = "abcdefghijklmnopqrst"
+    words = [f"elefnt{first}{second}" for first in letters for second in letters]
+    turns = [turn for word in [*words, "elefant"] for turn in user_message([word])]
+    start = time.process_time()
+    *_, last = nano.family.read_words(turns)
+    assert time.process_time() - start < SECONDS
+    assert last.text == "elephant"  # the newest
+
+
 def test_each_text_is_read_once(nano, monkeypatch):
     texts = []
     read = KnownWords.read
 
-    def counted(known, text):
+    def counted(known, text, tried):
         texts.append(text)
-        return read(known, text)
+        return read(known, text, tried)
 
     monkeypatch.setattr(KnownWords, "read", counted)
 

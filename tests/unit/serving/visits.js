@@ -34,14 +34,18 @@ function load(name, visitor) {
     tab.seen = JSON.stringify(tab.box)
     const globals = {
         element: root.firstChild, trigger: (type) => tab.triggers.push(type), props: tab.props,
-        watch: (_, watcher) => tab.watchers.push(watcher), confirm: () => true,
+        watch: (_, watcher) => tab.watchers.push(watcher), confirm: () => true, prompt: () => 'A name',
         localStorage: tab.local, sessionStorage: tab.session, Math: chance,
         Date: { now: () => ++clock }, matchMedia: () => ({ matches: true, addEventListener() {} }),
         addEventListener: (type, handler) => { tab.handlers[type] = handler },
         setTimeout: (handler) => tab.later.push(handler),
     }
     tabs[name] = tab
-    return run(tab, () => Function(...Object.keys(globals), code)(...Object.values(globals)))
+    const chat = document.querySelector('#chat')
+    chat.remove() // Gradio makes it later than the list
+    const requests = run(tab, () => Function(...Object.keys(globals), code)(...Object.values(globals)))
+    document.body.append(chat)
+    return requests
 }
 
 // What a visitor or Gradio does in a tab, and what follows at once; returns its requests.
@@ -104,17 +108,17 @@ const actions = {
         tab.handlers.click({ target: { closest: (selector) => selector === '#new' } })
     },
     open: (tab, index) => tab.root.querySelectorAll('.choice')[index].click(),
-    remove(tab, index) {
+    choose_in_menu(tab, [index, text]) {
         const menu = tab.root.querySelectorAll('details')[index]
         for (const item of menu.querySelectorAll('button')) {
-            if (item.textContent === 'Delete') item.click()
+            if (item.textContent === text) item.click()
         }
     },
     edit(tab, { index, value }) {
         tab.chat[index].content = [{ type: 'text', text: value }] // as Gradio does
         request(tab, 'edit', { index, value })
     },
-    event: (tab, type) => request(tab, type),
+    events: (tab, types) => types.forEach((type) => request(tab, type)),
 }
 
 const act = (name, action, argument) => run(tabs[name], (tab) => actions[action](tab, argument))
