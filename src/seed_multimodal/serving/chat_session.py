@@ -353,7 +353,8 @@ class ChatSession:
 
     async def on_undo(self, sent: Stored = None) -> list[JsonObject]:
         chat = await self.chat_of(sent)
-        if chat.is_shown(sent):
+        # An answer that grows is newer than what the browser shows.
+        if chat.before is not None or chat.is_shown(sent):
             chat.undo()
         return self.updates(chat)
 
