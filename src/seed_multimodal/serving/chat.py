@@ -41,12 +41,13 @@ class Chat:
         model: which answers.
         id: which events name; a tab's own, under whatever name its browser keeps the conversation.
         turns: the conversation; while it is answered, the last turn is the answer so far.
-        replaces: id of the conversation in whose place this one is shown.
+        replaces: id of the conversation in whose place this one is shown at first.
         before: the turns before those that are answered; None: nothing is answered.
         work: the task that makes the answer. changed: set at each change of the answer.
         returned: a message without answer, as the value of Gradio's message box, to which the
             browser returns it once; `id`: the revision then.
-        revision: of the last change. Browsers drop what is older than they know.
+        revision: of the last change, of one in no other chat or tab. Browsers drop what is older
+            than they know, and know a stored conversation by it.
     """
 
     model: ModelClient
@@ -195,6 +196,7 @@ class Chat:
         max_rounds: 0: any number; the backend drops the oldest turns that are too many for it.
         """
         # 1. The conversation, or the last message in the model's template.
+        is_retry = self.before is not None and [*turns] == self.before[:-1]
         card = self.model.card
         if card.single_turn_template is not None:
             opening, closing = card.single_turn_template
@@ -212,7 +214,6 @@ class Chat:
             if force_image:
                 body["ratio"] = ratio
             return body
-        is_retry = len(turns) < len(self.before or ())
         if is_retry and not temperature:
             temperature = RETRY_TEMPERATURE
         return {

@@ -212,11 +212,16 @@ class ChatSession:
         return next(reversed(self.chats.values()))
 
     def add(self, chat: Chat) -> Chat:
-        """Keep a conversation as the last one; of many the oldest is forgotten."""
+        """Keep a conversation as the last one; of many the oldest without a running answer is
+        forgotten."""
         self.chats.pop(chat.id, None)
         self.chats[chat.id] = chat
-        if len(self.chats) > MAX_CHATS:
-            self.chats.pop(next(iter(self.chats))).stop()
+        self.model = chat.model
+        ended = [
+            other for other in self.chats.values() if other.before is None and other is not chat
+        ]
+        for other in ended[: max(0, len(self.chats) - MAX_CHATS)]:
+            del self.chats[other.id]
         return chat
 
     async def chat_of(self, sent: Stored) -> Chat:
@@ -241,7 +246,9 @@ class ChatSession:
     async def open(self, conversation: Conversation) -> Chat:
         """A conversation of the browser. Raises RequestError: its model is gone."""
         # "": it was begun before a backend told its model.
-        models = [model for model in self.models if conversation.model in ("", model.name)]
+        models = [
+            model for model in (self.model, *self.models) if conversation.model in ("", model.name)
+        ]
         if conversation.turns and not models:
             raise RequestError(f"No backend serves {conversation.model}, so its chat waits.")
         chat = self.add(
@@ -309,11 +316,11 @@ class ChatSession:
     async def on_example(
         self, chosen: gr.SelectData, sent: Stored = None, *settings: Any
     ) -> AsyncIterator[list[JsonObject]]:
-        example = installed_examples(self.model.card)[int(chosen.index)]
-        pictures = [unread(file) for file in example_files(example)]
         chat = await self.chat_of(sent)
+        example = installed_examples(chat.model.card)[int(chosen.index)]
+        pictures = [unread(file) for file in example_files(example)]
         turns = [*chat.turns, Turn("user", [*pictures, example.text])]
-        async for update in self.chosen(chat, sent, turns, settings):
+        async for update in self.answered_once(chat, sent, turns, settings):
             yield update
 
     async def on_option(
@@ -321,14 +328,14 @@ class ChatSession:
     ) -> AsyncIterator[list[JsonObject]]:
         chat = await self.chat_of(sent)
         turns = [*chat.turns, Turn("user", [str(chosen.value)])]
-        async for update in self.chosen(chat, sent, turns, settings):
+        async for update in self.answered_once(chat, sent, turns, settings):
             yield update
 
     async def on_retry(
         self, sent: Stored = None, *settings: Any
     ) -> AsyncIterator[list[JsonObject]]:
         chat = await self.chat_of(sent)
-        async for update in self.chosen(chat, sent, chat.turns[:-1], settings):
+        async for update in self.answered_once(chat, sent, chat.turns[:-1], settings):
             yield update
 
     async def on_edit(
@@ -360,7 +367,7 @@ class ChatSession:
 
     # ---- the answer
 
-    async def chosen(
+    async def answered_once(
         self, chat: Chat, sent: Stored, turns: Sequence[Turn], settings: Sequence[Any]
     ) -> AsyncIterator[list[JsonObject]]:
         """Updates while turns are answered that a click chose, once."""
@@ -484,7 +491,6 @@ class ChatSession:
             chat = await self.chat_of(sent)
         else:
             chat = self.add(Chat(chosen, replaces=self.chat.id))
-        self.model = chat.model
         card = self.model.card
 
         # 2. What differs between them.

@@ -105,7 +105,8 @@ class Connection(HTTPChannel):
 
     def write_soon(self, data: Any) -> int:
         with self.outbuf_lock:
-            self.is_stream |= b"\r\nTransfer-Encoding: chunked" in data
+            if data.startswith(b"HTTP/"):
+                self.is_stream = b"\r\nTransfer-Encoding: chunked" in data
         n_bytes: int = super().write_soon(data)
         return n_bytes
 

@@ -2,7 +2,7 @@
 
 An update is a list of snapshots of conversations (`Chat.snapshot`): each is kept, and shown if it is open.
 What is kept is an item of the browser's storage: {time, model, turns, revision, name, pinned} below
-"seed-chat-KEY". A tab has the key of its own in its session's storage. Events and snapshots name a
+"seed-chat-KEY". A tab has the key of its open one in its session's storage. Events and snapshots name a
 conversation by an ID, which is one tab's alone: where another tab has changed the item, the tab goes on under a
 new key.
 */
@@ -15,10 +15,10 @@ try {
     local = localStorage
     tab = sessionStorage
 } catch { /* the visitor allows no storage */ }
-// The tab's conversations by ID: {key, read, revision}, the revision of the item as the tab has read or written
-// it last, and of the newest snapshot.
+// The tab's conversations by ID: {key, read, revision, turns}: the revision of the item as the tab has read or
+// written it last, and revision and turns of the newest snapshot. No key: it is not kept any more.
 const conversations = {}
-const deleted = new Set() // keys
+const items = {} // {text, item}: of the storage, and parsed
 const list = element.querySelector('ul')
 const notice = element.querySelector('p')
 const search = element.querySelector('input')
@@ -28,16 +28,22 @@ const back = [] // messages that return to it next
 let chosen = '[]' // the paths of the files in the box
 let isTaken = false
 let n_updates = 0
-let shown = ''
+let listed = ''
 
 const EMPTY = { text: '', files: [] }
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2)
 
 function parsed(key) {
+    const text = local[PREFIX + key]
+    if (items[key]?.text !== text) items[key] = { text, item: parse(key, text) }
+    return items[key]?.item ?? null
+}
+
+function parse(key, text) {
     try {
-        const item = JSON.parse(local[PREFIX + key])
-        const text = textsOf(item.turns).join('\n')
-        return { revision: 0, ...item, key, text, title: item.name || titleOf(item.turns) }
+        const item = JSON.parse(text)
+        const texts = textsOf(item.turns).join('\n')
+        return { revision: 0, ...item, key, texts, title: item.name || titleOf(item.turns) }
     } catch {
         return null
     }
@@ -47,7 +53,6 @@ const textsOf = (turns) =>
     turns.flatMap(({ parts }) => parts.filter((part) => typeof part === 'string' && part.trim()))
 
 const titleOf = (turns) => textsOf(turns.slice(0, 1))[0]?.trim().slice(0, 80) || 'Images'
-const what_is_listed = () => `${tab[PREFIX]} ${open.turns.length} ${titleOf(open.turns)}`
 
 // ---- updates
 
@@ -55,16 +60,19 @@ function receive(snapshots) {
     n_updates += 1
     for (const snapshot of snapshots) {
         const { id, replaces, revision, returned: message } = snapshot
+        const isNew = !(id in conversations)
         const conversation = conversations[id] ??= { key: id, revision: 0 }
-        if (message && !returned.has(message.id) && !deleted.has(conversation.key)) {
+        const isOpen = id === open.id || (isNew && replaces === open.id)
+        if (message && !returned.has(message.id)) {
             returned.add(message.id)
-            back.push(message)
+            if (isOpen) back.push(message)
+            else conversation.key = null // the item has it: it returns when the chat is opened
         }
         // The last update of an event is whole; Gradio's differences before it may be wrong.
         if (revision < conversation.revision) continue
         conversation.revision = revision
         save(conversation, snapshot)
-        if ([id, replaces].includes(open.id)) open = snapshot
+        if (isOpen) open = snapshot
     }
     show(open)
 }
@@ -76,7 +84,7 @@ function show(snapshot) {
     tab[PREFIX] = conversations[id].key
     props.value = { id, model, turns, revision }
     trigger('apply')
-    if (shown !== what_is_listed()) list_all() // not while an answer grows
+    list_all()
 }
 
 const page = {
@@ -132,24 +140,26 @@ const page = {
 // ---- the storage
 
 function save(conversation, { model, turns, revision }) {
-    if (deleted.has(conversation.key)) return
+    // An opened chat is not written: other tabs would take it for changed.
+    const text = JSON.stringify(turns)
+    if (conversation.key === null || conversation.turns === text) return
     let stored = parsed(conversation.key)
     if (stored && stored.revision !== conversation.read) {
         conversation.key = newId()
         stored = null
     }
-    // An opened chat is not written: other tabs would take it for changed.
-    if (JSON.stringify(stored?.turns) === JSON.stringify(turns)) return
     const { name, pinned } = stored ?? {}
-    keep(conversation.key, { time: Date.now(), model, turns, revision, name, pinned })
+    if (!keep(conversation.key, { time: Date.now(), model, turns, revision, name, pinned })) return
+    if (conversation.key === tab[PREFIX]) notice.textContent = ''
     conversation.read = parsed(conversation.key)?.revision
+    conversation.turns = text
 }
 
 function keep(key, item) {
-    notice.textContent = ''
     try {
         if (item.turns.length) local[PREFIX + key] = JSON.stringify(item)
         else delete local[PREFIX + key]
+        return true
     } catch {
         notice.textContent = 'The storage of this browser is full, so this chat is not kept: ' +
             'export it, or delete another one.'
@@ -163,11 +173,10 @@ function choose(key, event = 'select') {
     const ids = Object.keys(conversations)
     const isKnown = (id) => conversations[id].key === key && conversations[id].read === revision
     const id = ids.find(isKnown) ?? newId()
-    conversations[id] ??= { key, read: revision, revision }
+    conversations[id] ??= { key, read: revision, revision, turns: JSON.stringify(turns) }
     const messages = turns.length ? [waiting] : []
     show({ id, model, turns, revision: conversations[id].revision, messages, is_busy: false })
     trigger(isOther ? 'input' : event)
-    list_all()
 }
 
 const waiting = { role: 'assistant', content: [{ type: 'text', text: '…' }] }
@@ -175,8 +184,10 @@ const waiting = { role: 'assistant', content: [{ type: 'text', text: '…' }] }
 function remove({ key, title }) {
     if (!confirm(`Delete “${title}”? It cannot be brought back.`)) return
     delete local[PREFIX + key]
-    deleted.add(key)
+    const own = Object.values(conversations).filter((conversation) => conversation.key === key)
+    for (const conversation of own) conversation.key = null
     if (key === tab[PREFIX]) choose(newId())
+    else save(conversations[open.id], open) // the storage may have been full
     list_all()
     list.querySelector('button')?.focus()
 }
@@ -203,13 +214,15 @@ function describe(key, changes) {
 function list_all() {
     const names = Object.keys(local).filter((name) => name.startsWith(PREFIX))
     const words = search.value.trim().toLowerCase()
-    const items = names
+    const found = names
         .map((name) => parsed(name.slice(PREFIX.length)))
-        .filter((item) => item && `${item.title} ${item.text}`.toLowerCase().includes(words))
-    items.sort((first, second) =>
+        .filter((item) => item && `${item.title} ${item.texts}`.toLowerCase().includes(words))
+    found.sort((first, second) =>
         (second.pinned ?? false) - (first.pinned ?? false) || second.time - first.time)
-    list.replaceChildren(...items.map(itemOf))
-    shown = what_is_listed()
+    // An open menu, the focus and a click stay while answers grow.
+    const now = JSON.stringify([tab[PREFIX], ...found.map(({ key, title, pinned }) => [key, title, pinned])])
+    if (now !== listed) list.replaceChildren(...found.map(itemOf))
+    listed = now
 }
 
 function itemOf(stored) {

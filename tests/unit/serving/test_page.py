@@ -264,13 +264,25 @@ def test_an_answer_goes_on_in_a_chat_that_is_left(session):
     async def leave():
         answer = session.on_submit({"text": "One", "files": []}, None, *PLAIN)
         (first,) = await anext(answer)
-        (new,) = await session.on_select({"id": "2", "model": "", "turns": []})
+        for number in range(20):  # looking through the list
+            (*_, new) = await session.on_select({"id": f"{number}", "model": "", "turns": []})
         updates = [update async for update in answer]
-        assert {update[0]["id"] for update in updates} == {new["id"]} == {"2"}
+        assert {update[0]["id"] for update in updates} == {new["id"]} == {"19"}
         return first, updates[-1][-1]
 
     first, last = asyncio.run(leave())
     assert first["id"] == last["id"] and len(last["turns"]) == 2 and not last["is_busy"]
+
+
+def test_only_a_retry_is_sampled_at_temperature_0(session):
+    question, answer = turns.Turn("user", ["One"]), turns.Turn("assistant", ["1."])
+    temperatures = []
+    for sent in ([question], [turns.Turn("user", ["Two"])], [question, answer, question]):
+        session.chat.turns = [question, answer]
+        session.chat.begin(sent)
+        temperatures.append(session.chat.request(sent, *PLAIN)["temperature"])
+        session.chat.stop()
+    assert temperatures == [chat.RETRY_TEMPERATURE, 0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:")

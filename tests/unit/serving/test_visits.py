@@ -49,6 +49,8 @@ def ends(chat: Chat, is_reloaded: bool) -> Iterator[Chat]:
     *earlier, (words, _) = chat.turns
     if any("fail" in word for word in words):
         yield Chat(chat.before)
+        yield Chat((*earlier, (words, "")))  # of a chat that was left
+        yield Chat((*earlier, (words, "part")))
     else:
         yield Chat((*earlier, (words, "whole")))
     if is_reloaded:
@@ -458,6 +460,31 @@ SEQUENCES = {
         visit.rest(),
         visit.describe(tab="a2", index=0, item="Pin"),
     ),
+    "undo in a tab while another opens the chat": lambda visit: (
+        ask(visit),
+        visit.rest(),
+        visit.open(tab="a2", index=0),
+        visit.press(tab="a1", event="undo", indices=[0, 0, 1, 0]),
+    ),
+    "a chat that is deleted in one tab and continued in both": lambda visit: (
+        share(visit),
+        visit.delete(tab="a1", index=0),
+        ask(visit, tab="a2"),
+        visit.rest(),
+        visit.open(tab="a1", index=0),
+        ask(visit),
+        visit.rest(),
+        visit.reload(tab="a1", is_closed=False),
+    ),
+    "an answer beside a chat that another tab continues": lambda visit: (
+        ask(visit, "draw", None, [0] * 12),
+        visit.new(tab="a1"),
+        visit.step([0] * 4),
+        ask(visit, "", None, [0] * 30),
+        visit.open(tab="a2", index=0),
+        visit.rest(),
+        ask(visit, tab="a2"),
+    ),
     "the second click of Undo": lambda visit: (
         ask(visit),
         visit.rest(),
@@ -479,7 +506,12 @@ SEQUENCES = {
 }
 
 
-N_CHATS = {"a chat that two tabs continue": 2, "a name from another tab": 1}
+N_CHATS = {
+    "a chat that two tabs continue": 2,
+    "a name from another tab": 1,
+    "a chat that is deleted in one tab and continued in both": 1,
+    "an answer beside a chat that another tab continues": 2,
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -508,6 +540,24 @@ def test_the_last_of_two_equal_updates_is_shown(machine):
         visit.act("a1", "update", [{**snapshot, "messages": messages}])
         assert visit.states["a1"]["chat"] == messages
     visit.teardown()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_chat_takes_the_place_of_the_open_one_once(machine):
+    visit = machine()
+    ask(visit)
+    visit.rest()
+    key = visit.states["a1"]["id"]
+    snapshot = visit.visits.tabs["a1"].session.chat.snapshot()
+    new = {**snapshot, "id": "new", "replaces": key}  # of a model that is chosen
+    shown = []
+    for update in ([new], [snapshot], [{**new, "revision": new["revision"] + 1}]):
+        visit.act("a1", "update", update)
+        shown.append(visit.states["a1"]["id"])
+        if shown == ["new"]:
+            visit.act("a1", "open", 1)
+    assert shown == ["new", key, key]
+    visit.visits.close()
 
 
 @pytest.mark.filterwarnings("ignore")
