@@ -45,7 +45,7 @@ class Chat:
         before: the turns before those that are answered; None: nothing is answered.
         work: the task that makes the answer. changed: set at each change of the answer.
         returned: a message without answer, as the value of Gradio's message box, to which the
-            browser returns it once; `id`: the revision then.
+            browser returns it once; `id`: the revision then; `turn`: for its storage.
         revision: of the last change, of one in no other chat or tab. Browsers drop what is older
             than they know, and know a stored conversation by it.
     """
@@ -121,7 +121,12 @@ class Chat:
             paths = [picture.path for picture in turn.pictures if picture.path]
             files = [gr.FileData(path=path, mime_type="image/png").model_dump() for path in paths]
             self.change()
-            self.returned = {"id": self.revision, "text": turn.text, "files": files}
+            self.returned = {
+                "id": self.revision,
+                "text": turn.text,
+                "files": files,
+                "turn": stored_turns([turn])[0],
+            }
 
     # ---- what the browser gets
 

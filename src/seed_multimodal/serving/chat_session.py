@@ -176,6 +176,18 @@ class ChatSession:
             self.uploads.pop(key, None)
             raise
 
+    async def read_pictures(self, model: ModelClient, turn: Turn) -> None:
+        """Read the uploads of a message, also where one of them is no image, which is raised."""
+        errors = []
+        for index, part in enumerate(turn.parts):
+            if isinstance(part, Picture) and not part.is_read:
+                try:
+                    turn.parts[index] = await self.read_upload(model, part.path)
+                except SeedError as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+
     async def load_codes(self, model: ModelClient, picture: Picture) -> list[int]:
         """The codes of an uploaded image."""
         if not picture.codes:
@@ -310,6 +322,8 @@ class ChatSession:
             async for update in self.answered(chat, [*chat.turns, turn], settings):
                 yield update
             return
+        with contextlib.suppress(SeedError):
+            await self.read_pictures(chat.model, turn)  # for the browser's storage
         chat.give_back([turn])
         yield self.updates(chat)
 
@@ -406,12 +420,10 @@ class ChatSession:
         is_complete = False
         with warn_about_errors():
             # 1. The images of the message.
-            parts = messages[-1].parts
-            for index, part in enumerate(parts):
-                if isinstance(part, Picture) and not part.is_read:
-                    parts[index] = part = await self.read_upload(chat.model, part.path)
-                if isinstance(part, Picture) and "codes" in chat.model.card.tabs:
-                    await self.load_codes(chat.model, part)
+            await self.read_pictures(chat.model, messages[-1])
+            if "codes" in chat.model.card.tabs:
+                for picture in messages[-1].pictures:
+                    await self.load_codes(chat.model, picture)
 
             # 2. The answer grows with each event.
             request = chat.request(messages, *settings)

@@ -15,8 +15,9 @@ try {
     local = localStorage
     tab = sessionStorage
 } catch { /* the visitor allows no storage */ }
-// The tab's conversations by ID: {key, read, revision, turns}: the revision of the item as the tab has read or
-// written it last, and revision and turns of the newest snapshot. No key: it is not kept any more.
+// The tab's conversations by ID: {key, read, revision, turns, back}: the revision of the item as the tab has read or
+// written it last, revision and turns of the newest snapshot, and messages that return to the box when it is open.
+// No key: it is not kept any more.
 const conversations = {}
 const items = {} // {text, item}: of the storage, and parsed
 const list = element.querySelector('ul')
@@ -24,7 +25,6 @@ const notice = element.querySelector('p')
 const search = element.querySelector('input')
 let open = {} // the newest snapshot of the open conversation
 const returned = new Set() // IDs of messages that returned to the box
-const back = [] // messages that return to it next
 let chosen = '[]' // the paths of the files in the box
 let isTaken = false
 let n_updates = 0
@@ -61,17 +61,16 @@ function receive(snapshots) {
     for (const snapshot of snapshots) {
         const { id, replaces, revision, returned: message } = snapshot
         const isNew = !(id in conversations)
-        const conversation = conversations[id] ??= { key: id, revision: 0 }
+        const conversation = conversations[id] ??= { key: id, revision: 0, back: [] }
         const isOpen = id === open.id || (isNew && replaces === open.id)
         if (message && !returned.has(message.id)) {
             returned.add(message.id)
-            if (isOpen) back.push(message)
-            else conversation.key = null // the item has it: it returns when the chat is opened
+            conversation.back.push(message)
         }
         // The last update of an event is whole; Gradio's differences before it may be wrong.
         if (revision < conversation.revision) continue
         conversation.revision = revision
-        save(conversation, snapshot)
+        save(conversation, snapshot, isOpen ? [] : conversation.back)
         if (isOpen) open = snapshot
     }
     show(open)
@@ -112,6 +111,7 @@ const page = {
     // The conversation and the box, to which a message returns in front of what was typed since.
     show(box) {
         const { messages, is_busy } = open
+        const { back } = conversations[open.id]
         const update = { __type__: 'update', submit_btn: !is_busy, stop_btn: is_busy }
         if (back.length) {
             const parts = [...back.splice(0), box ?? EMPTY]
@@ -139,7 +139,9 @@ const page = {
 
 // ---- the storage
 
-function save(conversation, { model, turns, revision }) {
+function save(conversation, snapshot, back = []) {
+    const { model, revision } = snapshot
+    const turns = withBack(snapshot.turns, back)
     // An opened chat is not written: other tabs would take it for changed.
     const text = JSON.stringify(turns)
     if (conversation.key === null || conversation.turns === text) return
@@ -153,6 +155,15 @@ function save(conversation, { model, turns, revision }) {
     if (conversation.key === tab[PREFIX]) notice.textContent = ''
     conversation.read = parsed(conversation.key)?.revision
     conversation.turns = text
+}
+
+// What returns to the box of a chat that is not open is stored as its last message without answer.
+function withBack(turns, back) {
+    if (!back.length) return turns
+    const answered = turns.filter((turn, index) => index < turns.length - 1 || turn.role !== 'user')
+    const messages = [...turns.slice(answered.length), ...back.map(({ turn }) => turn)]
+    const parts = messages.flatMap((turn) => ['\n', ...turn.parts]).slice(1)
+    return [...answered, { ...messages[0], parts }]
 }
 
 function keep(key, item) {
@@ -173,7 +184,7 @@ function choose(key, event = 'select') {
     const ids = Object.keys(conversations)
     const isKnown = (id) => conversations[id].key === key && conversations[id].read === revision
     const id = ids.find(isKnown) ?? newId()
-    conversations[id] ??= { key, read: revision, revision, turns: JSON.stringify(turns) }
+    conversations[id] ??= { key, read: revision, revision, turns: JSON.stringify(turns), back: [] }
     const messages = turns.length ? [waiting] : []
     show({ id, model, turns, revision: conversations[id].revision, messages, is_busy: false })
     trigger(isOther ? 'input' : event)
