@@ -44,8 +44,8 @@ class Chat:
         replaces: id of the conversation in whose place this one is shown at first.
         before: the turns before those that are answered; None: nothing is answered.
         work: the task that makes the answer. changed: set at each change of the answer.
-        returned: a message without answer, as the value of Gradio's message box, to which the
-            browser returns it once; `id`: the revision then; `turn`: for its storage.
+        returned: messages without answer, as values of Gradio's message box, to which the browser
+            returns each once; `id`: the revision then; `turn`: for its storage.
         revision: of the last change, of one in no other chat or tab. Browsers drop what is older
             than they know, and know a stored conversation by it.
     """
@@ -57,7 +57,7 @@ class Chat:
     before: list[Turn] | None = None
     work: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    returned: JsonObject | None = None
+    returned: list[JsonObject] = field(default_factory=list)
     revision: int = field(default_factory=lambda: next(REVISIONS))
 
     # ---- changes
@@ -121,12 +121,9 @@ class Chat:
             paths = [picture.path for picture in turn.pictures if picture.path]
             files = [gr.FileData(path=path, mime_type="image/png").model_dump() for path in paths]
             self.change()
-            self.returned = {
-                "id": self.revision,
-                "text": turn.text,
-                "files": files,
-                "turn": stored_turns([turn])[0],
-            }
+            stored = stored_turns([turn])[0]
+            message = {"id": self.revision, "text": turn.text, "files": files, "turn": stored}
+            self.returned = [*self.returned, message]
 
     # ---- what the browser gets
 

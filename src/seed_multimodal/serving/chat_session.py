@@ -251,6 +251,10 @@ class ChatSession:
             if conversation.turns and not self.model.name:
                 await self.load_cards()
             if known := self.chats.get(conversation.id):
+                # Those that the browser has.
+                known.returned = [
+                    message for message in known.returned if message["id"] > conversation.revision
+                ]
                 return self.add(known)
             return await self.open(conversation)
         return self.add(Chat(self.model, replaces=replaces))

@@ -59,14 +59,13 @@ const titleOf = (turns) => textsOf(turns.slice(0, 1))[0]?.trim().slice(0, 80) ||
 function receive(snapshots) {
     n_updates += 1
     for (const snapshot of snapshots) {
-        const { id, replaces, revision, returned: message } = snapshot
+        const { id, replaces, revision } = snapshot
         const isNew = !(id in conversations)
         const conversation = conversations[id] ??= { key: id, revision: 0, back: [] }
         const isOpen = id === open.id || (isNew && replaces === open.id)
-        if (message && !returned.has(message.id)) {
-            returned.add(message.id)
-            conversation.back.push(message)
-        }
+        const back = snapshot.returned.filter((message) => !returned.has(message.id))
+        for (const message of back) returned.add(message.id)
+        conversation.back.push(...back)
         // The last update of an event is whole; Gradio's differences before it may be wrong.
         if (revision < conversation.revision) continue
         conversation.revision = revision

@@ -179,8 +179,10 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     message = {"role": "user", "parts": [*stored["turns"][0]["parts"][:1], "And?"]}
     stored = {**stored, "id": "7", "turns": [*stored["turns"], message]}
     ((again,), *_) = asyncio.run(reloaded.on_model(index, stored))
-    assert len(again["messages"]) == len(end["messages"]) and again["returned"]["text"] == "And?"
-    assert Path(again["returned"]["files"][0]["path"]).is_file()
+    assert (
+        len(again["messages"]) == len(end["messages"]) and again["returned"][-1]["text"] == "And?"
+    )
+    assert Path(again["returned"][-1]["files"][0]["path"]).is_file()
     # Large images are reduced, and the oldest are left out of a full storage.
     monkeypatch.setattr(turns, "SHORT_URL", 0)
     session.chat.turns[0].pictures[0].make_small()
@@ -213,7 +215,7 @@ def test_lavit_draws_in_the_chosen_ratio(tiny_lavit, tmp_path, monkeypatch):
 def test_on_submit_returns_a_message_that_cannot_be_sent(session, text):
     with pytest.warns(UserWarning, match="message|<image>|&lt;image&gt;"):
         (update,) = send(session, text)
-    assert update["returned"]["text"] == text.strip() and update["turns"] == []
+    assert update["returned"][-1]["text"] == text.strip() and update["turns"] == []
 
 
 def test_a_retry_that_fails_leaves_the_answer(session, address):
@@ -236,7 +238,7 @@ def test_an_answer_that_is_not_awaited_ends(session, n_updates, end):
         # No second answer begins meanwhile.
         second = session.on_submit({"text": "Hi", "files": []}, None, *PLAIN)
         ((refused,),) = [update async for update in second]
-        assert refused["returned"]["text"] == "Hi" and refused["is_busy"]
+        assert refused["returned"][-1]["text"] == "Hi" and refused["is_busy"]
         if end == "close":  # the tab
             await answer.aclose()
             await asyncio.sleep(0.1)
@@ -251,7 +253,7 @@ def test_an_answer_that_is_not_awaited_ends(session, n_updates, end):
     assert not after["is_busy"]
     is_answered = len(before["turns"]) == 2
     if end == "undo" or not is_answered:
-        assert after["turns"] == [] and after["returned"]["text"] == "Please draw a fish."
+        assert after["turns"] == [] and after["returned"][-1]["text"] == "Please draw a fish."
     else:
         assert after["turns"][1]["notes"][-1] == "Stopped."
         assert after["messages"][-1]["metadata"]["title"].endswith("Stopped.")
@@ -291,7 +293,7 @@ def test_the_text_of_an_edit_that_has_no_answer_returns(session, address):
     for text, place in (("an <image>", "generate"), ("Two", "elsewhere")):
         session.model.address = address.replace("generate", place)
         *_, after = all_of(session.on_edit(event(0, value=text), None, *PLAIN))
-        assert after["turns"] == before["turns"] and after["returned"]["text"] == text
+        assert after["turns"] == before["turns"] and after["returned"][-1]["text"] == text
         assert after["revision"] > before["revision"], "the page shows the message as it was"
 
 
@@ -379,7 +381,7 @@ def test_a_stored_conversation_that_is_not_the_pages_is_left_out(session, part):
 def test_stored_images_that_cannot_be_drawn_are_not_shown(session):
     damaged = {"url": f"data:image/png;base64,{'A' * 30_000}"}
     updates = reload_with(session, {}, {"codes": [1]}, damaged, "Hi")
-    returned = updates[0][-1]["returned"]
+    returned = updates[0][-1]["returned"][-1]
     assert (returned["text"], returned["files"]) == ("Hi", [])
 
 
@@ -404,8 +406,8 @@ def test_what_a_broken_backend_answers_is_not_shown(session, address, file, answ
         *_, end = send(session, "Hi", *files)
         assert asyncio.run(session.on_codes(file)) == ("", [])
         assert asyncio.run(session.on_draw("a fox", 0, None)) == chat_session.NO_UPDATES
-    assert (end["turns"], end["messages"], end["returned"]["text"]) == ([], [], "Hi")
-    assert len(end["returned"]["files"]) == len(files)
+    assert (end["turns"], end["messages"], end["returned"][-1]["text"]) == ([], [], "Hi")
+    assert len(end["returned"][-1]["files"]) == len(files)
     session.model.address = address
     send(session, "Hi")
     assert len(session.chat.turns) == 2

@@ -443,6 +443,11 @@ SEQUENCES = {
         ask(visit, "", 1),
         visit.new(tab="a1"),
     ),
+    "three sends, of which no one is answered": lambda visit: (
+        ask(visit, "fail", None, [0] * 3),
+        ask(visit, "", None, [0, 0]),
+        ask(visit),
+    ),
     "leaving an unread picture": lambda visit: (ask(visit, "", 1), visit.new(tab="a1")),
     "a late update of Stop": lambda visit: (
         ask(visit),
