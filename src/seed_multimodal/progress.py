@@ -147,9 +147,12 @@ def quiet_libraries(debug: bool = False) -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*"
     )
+    # Of libraries that are imported later, if at all.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for library in ("transformers", "diffusers"):
-        library_logging = importlib.import_module(f"{library}.utils.logging")
-        library_logging.disable_progress_bar()
-        library_logging.set_verbosity_error()
+        os.environ[f"{library.upper()}_VERBOSITY"] = "error"
+        if library_logging := sys.modules.get(f"{library}.utils.logging"):
+            library_logging.disable_progress_bar()
+            library_logging.set_verbosity_error()
     for library in ("DeepSpeed", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
