@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm_processes
 from systems import load
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
@@ -54,6 +55,11 @@ def is_importing() -> bool:
 def pytest_runtest_protocol():
     """Clear the processes that were started before, while tests were collected."""
     started.clear()
+
+
+def pytest_runtest_setup(item: pytest.Item):
+    if any(map(item.get_closest_marker, ("process", "browser"))):
+        warm_processes.start()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,6 +22,7 @@ from llm_runs import environment
 from safetensors.torch import load_file
 from tiny import read_json
 from torch import nn
+from warm_processes import PYTHON
 from yaml_tables import read_tables
 
 from seed_multimodal.data.stream.order import EpochOrder
@@ -228,7 +229,7 @@ def read_losses(folder) -> dict[int, float]:
     return {int(pair[0]): float.fromhex(pair[1]) for pair in pairs if len(pair) == 2}
 
 
-def start(folder, *stages: dict, before: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
+def start(folder, *stages: dict, before: Sequence[str] = (PYTHON,)) -> subprocess.Popen:
     """Another process that trains the stages."""
     return subprocess.Popen(
         [*before, __file__, str(folder), *map(json.dumps, stages)],

@@ -9,6 +9,7 @@ import pytest
 import rl_runs
 from llm_runs import environment
 from real_processes import STARTED, free_port, nothing_stays_behind  # noqa: F401
+from warm_processes import PYTHON
 
 from seed_multimodal.errors import SeedError
 
@@ -34,7 +35,7 @@ def test_rewards_of_all_processes(tmp_path, tiny_folder):
     for rank in "01":
         STARTED.append(
             subprocess.Popen(
-                [sys.executable, rl_runs.__file__, str(tmp_path), str(tiny_folder)],
+                [PYTHON, rl_runs.__file__, str(tmp_path), str(tiny_folder)],
                 env=environment(**values, RANK=rank),
             )
         )

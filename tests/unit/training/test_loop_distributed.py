@@ -3,17 +3,17 @@ stop together.
 """
 
 import signal
-import sys
 
 import loop_toy as toy
 import pytest
 import torch
 from real_processes import wait_until
+from warm_processes import PYTHON
 from yaml_tables import read_tables
 
 from seed_multimodal.errors import CheckpointError
 
-TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2".split()
+TWO = f"{PYTHON} -m torch.distributed.run --standalone --nproc-per-node 2".split()
 TABLES = read_tables(__file__)
 EQUAL, ENDLESS = TABLES["equal"], TABLES["endless"]
 

@@ -4,13 +4,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 
 import loop_toy as toy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_processes import STARTED, kill_when, nothing_stays_behind, processes_with, wait_until  # noqa: F401
+from warm_processes import PYTHON
 
 LONG = {
     "max_steps": 40,
@@ -20,7 +20,7 @@ LONG = {
     "save_steps": 3,
 }
 LAUNCHER = [
-    sys.executable,
+    PYTHON,
     *"-m seed_multimodal.training.torchrun --standalone --nproc-per-node 1".split(),
 ]
 

@@ -4,12 +4,12 @@ import contextlib
 import json
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from llm_runs import environment
 from real_processes import STARTED, free_port, nothing_stays_behind, run_process
+from warm_processes import PYTHON
 from yaml_tables import read_tables
 
 __all__ = ["nothing_stays_behind"]
@@ -32,7 +32,7 @@ CASES = read_tables(__file__)
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [PYTHON, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -142,7 +142,7 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
     program.write_text(AGREE)
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 3"
     arguments = [json.dumps([case[rank] for case in cases]) for rank in (0, 1)]
-    command = [sys.executable, *launcher.split(), str(program), *arguments]
+    command = [PYTHON, *launcher.split(), str(program), *arguments]
     done = run_process(command, timeout=200, env=environment())
     for rank in "012":
         sentences = [line[3:] for line in done.stdout.splitlines() if line.startswith(f"{rank}: ")]
