@@ -28,7 +28,6 @@ from PIL import Image
 from seed_multimodal.disk import JsonObject, writing
 from seed_multimodal.errors import RequestError, SeedError, short_name
 from seed_multimodal.images import io
-from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.answer import LEFT_OUT
 from seed_multimodal.serving.chat import (
     IMAGES,
@@ -47,6 +46,7 @@ from seed_multimodal.serving.turns import (
     Turn,
     check_input,
     escaped,
+    image_with_boxes,
     restored,
     user_turn,
     without_boxes,
@@ -680,18 +680,6 @@ def known_panel(known: JsonObject) -> str:
             buttons.append(f"<button>{drawing}{name}</button>")
         rows.append(f'<h3>{html.escape(kind)}</h3><div class="words">{"".join(buttons)}</div>')
     return f"<details><summary>What can I draw?</summary><div>{''.join(rows)}</div></details>"
-
-
-def image_with_boxes(turns: Sequence[Turn], boxes: Sequence[JsonObject]) -> Image.Image:
-    """The last image of turns with the boxes of their answer, which are shares of its sides."""
-    pictures = [picture for turn in turns for picture in turn.pictures]
-    # Shares of the sides → pixels.
-    image = io.open_image(Path(pictures[-1].path)).image
-    sides = image.size * 2
-    corners = [
-        [int(share * side) for share, side in zip(box["box"], sides, strict=True)] for box in boxes
-    ]
-    return draw_boxes(image, corners)
 
 
 def code_strip(codes: Sequence[int]) -> str:

@@ -13,12 +13,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_to_base64, open_image
+from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
 from seed_multimodal.serving.schema import Codes, Fields, read_request
 
@@ -194,6 +196,18 @@ def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:
         texts = {"notes": turn.notes, "reasoning": turn.reasoning}
         stored.append({"role": turn.role, "parts": parts[::-1], **texts})
     return stored[::-1]
+
+
+def image_with_boxes(turns: Sequence[Turn], boxes: Sequence[JsonObject]) -> Image.Image:
+    """The last image of turns with the boxes of their answer, which are shares of its sides."""
+    pictures = [picture for turn in turns for picture in turn.pictures]
+    # Shares of the sides → pixels.
+    image = open_image(Path(pictures[-1].path)).image
+    sides = image.size * 2
+    corners = [
+        [int(share * side) for share, side in zip(box["box"], sides, strict=True)] for box in boxes
+    ]
+    return draw_boxes(image, corners)
 
 
 class Conversation(Fields):

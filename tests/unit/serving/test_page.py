@@ -110,7 +110,7 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     box = {"image": 0, "box": [0.375, 0.1875, 0.625, 0.3125]}
     picture = turns.Picture([5], description="a cat")
     picture.path = file
-    drawing = chat_session.image_with_boxes([turns.Turn("user", [picture])], [box])
+    drawing = turns.image_with_boxes([turns.Turn("user", [picture])], [box])
     assert drawing.getpixel((18, 5)) == drawing.getpixel((29, 9)) == (0, 255, 0)
     assert drawing.getpixel((24, 7)) == noise(0).getpixel((24, 7))
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
