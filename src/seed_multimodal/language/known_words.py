@@ -40,7 +40,7 @@ _INTRODUCED = re.compile(r"\b(?:my name is|call me|i am|i'm|im)\s++(\w++)", re.I
 _ARTICLE = r"(?i:\ban?(?= (?:([aeio]|u[^fn])|\w)))"
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
 MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
-MAX_CORRECTED = 40  # words of a request that may be misspelt
+MAX_CORRECTED = 20  # words of a request that may be misspelt
 N_NEAREST = 3  # known things in a note
 LONGEST = 40  # letters of a word in it
 
