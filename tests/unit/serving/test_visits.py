@@ -424,6 +424,14 @@ def ask(machine, kind="", picture=None, indices=(), tab="a1"):
     machine.ask(kind=kind, picture=picture, indices=indices, tab=tab)
 
 
+def answered_visit(machine):
+    """A visit with one answered message, and its snapshot."""
+    visit = machine()
+    ask(visit)
+    visit.rest()
+    return visit, visit.visits.tabs["a1"].session.chat.snapshot()
+
+
 def share(machine):
     """Both tabs of a visitor show his chat."""
     ask(machine)
@@ -545,10 +553,7 @@ def test_nothing_is_lost_by(machine, name, is_loaded):
 @pytest.mark.filterwarnings("ignore")
 def test_the_last_of_two_equal_updates_is_shown(machine):
     # Gradio's differences between lists may be wrong; the last update of an event is whole.
-    visit = machine()
-    ask(visit)
-    visit.rest()
-    snapshot = visit.visits.tabs["a1"].session.chat.snapshot()
+    visit, snapshot = answered_visit(machine)
     for messages in ([], snapshot["messages"]):
         visit.act("a1", "update", [{**snapshot, "messages": messages}])
         assert visit.states["a1"]["chat"] == messages
@@ -557,11 +562,8 @@ def test_the_last_of_two_equal_updates_is_shown(machine):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_chat_takes_the_place_of_the_open_one_once(machine):
-    visit = machine()
-    ask(visit)
-    visit.rest()
-    key = visit.states["a1"]["id"]
-    snapshot = visit.visits.tabs["a1"].session.chat.snapshot()
+    visit, snapshot = answered_visit(machine)
+    key = snapshot["id"]
     new = {**snapshot, "id": "new", "replaces": key}  # of a model that is chosen
     shown = []
     for update in ([new], [snapshot], [{**new, "revision": new["revision"] + 1}]):
