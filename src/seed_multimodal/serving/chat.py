@@ -168,6 +168,11 @@ class Chat:
         """Whether an event is of the newest state; the second click of a double one is not."""
         return not isinstance(sent, dict) or sent.get("revision", 0) == self.revision
 
+    def may_be_named(self, sent: JsonObject | None) -> bool:
+        """Whether an event can name its messages: an answer that grows is newer than what any
+        browser shows, and changes none before it."""
+        return self.before is not None or self.is_shown(sent)
+
     def turn_index(self, event: gr.EventData, sent: JsonObject | None) -> int:
         """The turn of a displayed message; reasoning and notes are messages of their own.
 
@@ -176,7 +181,7 @@ class Chat:
         index = event.index
         position = int(index[0] if isinstance(index, list | tuple) else index)
         turns = [turn for turn, items in enumerate(self.turns) for _ in items.displayed()]
-        if not (self.is_shown(sent) and 0 <= position < len(turns)):
+        if not (self.may_be_named(sent) and 0 <= position < len(turns)):
             raise RequestError("This message is no longer in the chat.")
         return turns[position]
 

@@ -378,8 +378,7 @@ class ChatSession:
 
     async def on_undo(self, sent: Stored = None) -> list[JsonObject]:
         chat = await self.chat_of(sent)
-        # An answer that grows is newer than what the browser shows.
-        if chat.before is not None or chat.is_shown(sent):
+        if chat.may_be_named(sent):
             chat.undo()
         return self.updates(chat)
 
@@ -501,12 +500,13 @@ class ChatSession:
         Returns updates of the outputs in `page.build`.
         """
         # 1. The models that the backends serve now, and the conversation.
-        chosen = self.models[index]
+        model = self.models[index]
+        is_chosen = model is not self.model  # before another event's conversation has another one
         await self.load_cards()
-        if chosen is self.model:
-            chat = await self.chat_of(sent)
+        if is_chosen:
+            chat = self.add(Chat(model, replaces=self.chat.id))
         else:
-            chat = self.add(Chat(chosen, replaces=self.chat.id))
+            chat = await self.chat_of(sent)
         card = self.model.card
 
         # 2. What differs between them.

@@ -185,7 +185,11 @@ function choose(key, event = 'select') {
     const id = ids.find(isKnown) ?? newId()
     conversations[id] ??= { key, read: revision, revision, turns: JSON.stringify(turns), back: [] }
     const messages = turns.length ? [waiting] : []
-    show({ id, model, turns, revision: conversations[id].revision, messages, is_busy: false })
+    notice.textContent = ''
+    // The box gets what returned: the server must not return it, too.
+    const isBack = conversations[id].back.length && turns.at(-1)?.role === 'user'
+    const sent = isBack ? turns.slice(0, -1) : turns
+    show({ id, model, turns: sent, revision: conversations[id].revision, messages, is_busy: false })
     trigger(isOther ? 'input' : event)
 }
 

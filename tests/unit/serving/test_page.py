@@ -287,6 +287,32 @@ def test_only_a_retry_is_sampled_at_temperature_0(session):
     assert temperatures == [chat.RETRY_TEMPERATURE, 0, 0]
 
 
+def test_an_earlier_answer_is_known_while_the_next_one_grows(session):
+    send(session, "One")
+    before = kept(session.chat.snapshot())
+    session.chat.begin([*session.chat.turns, turns.Turn("user", ["Two"])])
+    assert session.chat.turn_index(event(1), before) == 1
+    session.chat.stop()
+    with pytest.raises(RequestError, match="no longer"):
+        session.chat.turn_index(event(1), before)
+
+
+def test_a_chat_of_another_model_is_opened_beside_other_events(session, address):
+    # The models are read meanwhile, and another conversation's event comes.
+    session.models.append(session_of(address, "nano-x").model)
+    session.models[1].name = "another"
+
+    async def load_both():
+        names = {"id": "7", "model": "another", "turns": []}, {"id": "8", "model": "another"}
+        opened = asyncio.create_task(session.on_model(0, names[0]))
+        await asyncio.sleep(0)
+        await session.on_select({**names[1], "turns": []})
+        return (await opened)[0][-1]
+
+    opened = asyncio.run(load_both())
+    assert opened["id"] == "7" and not opened["replaces"]
+
+
 @pytest.mark.filterwarnings("ignore:")
 def test_the_text_of_an_edit_that_has_no_answer_returns(session, address):
     *_, before = send(session, "One")

@@ -29,7 +29,6 @@ from served import (
 )
 from systems import load
 from waiting import wait_until
-from warm_processes import PYTHON
 from yaml_tables import read_tables
 
 from seed_multimodal.images.io import image_to_bytes
@@ -385,7 +384,7 @@ def test_listen_on_a_taken_port_and_for_other_machines():
 
 def program(folder) -> list[str]:
     flags = f"--system {folder} --llm_device cpu --tokenizer_device cpu --port 0"
-    return [PYTHON, PROGRAM, *flags.split()]
+    return [sys.executable, PROGRAM, *flags.split()]
 
 
 @pytest.mark.process

@@ -424,6 +424,11 @@ def ask(machine, kind="", picture=None, indices=(), tab="a1"):
     machine.ask(kind=kind, picture=picture, indices=indices, tab=tab)
 
 
+def is_back_once(machine):
+    texts = machine.states["a1"]["box"]["text"].split()
+    assert texts == [*dict.fromkeys(texts)], "a message returned twice"
+
+
 def answered_visit(machine):
     """A visit with one answered message, and its snapshot."""
     visit = machine()
@@ -486,6 +491,13 @@ SEQUENCES = {
         visit.rest(),
         visit.open(tab="a2", index=0),
         visit.press(tab="a1", event="undo", indices=[0, 0, 1, 0]),
+    ),
+    "back to a chat that failed and was forgotten": lambda visit: (
+        ask(visit, "fail", None, [0] * 3),
+        *((visit.new(tab="a1"), visit.rest()) for _ in range(9)),
+        visit.open(tab="a1", index=0),
+        visit.rest(),
+        is_back_once(visit),
     ),
     "a chat that is deleted in one tab and continued in both": lambda visit: (
         share(visit),
