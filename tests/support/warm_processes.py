@@ -3,8 +3,10 @@ fresh process. Those that are use `sys.executable`."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,10 +25,16 @@ def prepare() -> None:
         folder = Path(tempfile.mkdtemp(prefix="warm-python-"))
         os.environ[FOLDER] = str(folder)
         os.environ[OWNER] = str(os.getpid())
+        atexit.register(remove, folder, os.getpid())
         (folder / "bin").mkdir()
         python = folder / "bin" / "python"
         python.write_text(f"#!{sys.executable} -IS\n{(WARM / 'python').read_text()}")
         python.chmod(0o755)
+
+
+def remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # no fork of it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing.process
 import os
 import random
 import runpy
@@ -17,6 +18,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,15 +52,19 @@ def run(request: dict[str, Any], descriptors: list[int], executable: str) -> NoR
     is_unbuffered = "PYTHONUNBUFFERED" in os.environ
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (as long as the process)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        raw = open(descriptor, "wb", closefd=False)  # noqa: SIM115
         errors = "backslashreplace" if name == "stderr" else "strict"
         is_direct = is_unbuffered or name == "stderr" or os.isatty(descriptor)
-        stream = io.TextIOWrapper(raw, "utf-8", errors, line_buffering=is_direct)
+        raw = open(descriptor, "wb", 0 if is_direct else -1, closefd=False)  # noqa: SIM115
+        stream = io.TextIOWrapper(
+            raw, "utf-8", errors, line_buffering=is_direct, write_through=is_direct
+        )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     random.seed()
     sys.modules["numpy"].random.seed()
     sys.modules["torch"].seed()
+    tempfile.tempdir = None
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     sys.executable = executable
 
     # 2. Its program, and the paths of its imports.
