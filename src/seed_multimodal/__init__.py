@@ -40,11 +40,13 @@ if importlib.util.find_spec("torch") is None:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # If bitsandbytes and torchao are installed, transformers and diffusers import them, with warnings
-# about missing kernels. The safety checker's own warning says less than ours.
+# about missing kernels; torch.compile warns about a missing CUDA. The safety checker's own warning
+# says less than ours.
 for _library in (
     "bitsandbytes",
     "torchao",
     "torch.utils._pytree",
+    "torch.utils.cpp_extension",
     "diffusers.quantizers.torchao",
     "diffusers.pipelines.stable_diffusion.safety_checker",
 ):

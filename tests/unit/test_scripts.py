@@ -102,19 +102,41 @@ def test_programs_work_without_standard_streams(tmp_path, streams):
     assert done.returncode == 0 and out.read_text().count("\n") == 1, done
 
 
+# What a process has imported after one command and the next.
+IMPORTS = """
+import sys
+from seed_multimodal.cli.main import main
+
+large = "torch torchvision sympy transformers peft deepspeed diffusers gradio flask"
+for command in sys.argv[1:]:
+    if command == "page":
+        import seed_multimodal.serving.page
+    else:
+        try:
+            main(command.split())
+        except SystemExit:
+            pass
+    print("imported:", *(name for name in large.split() if name in sys.modules))
+"""
+# Large libraries of the commands in this order; others would make them twice as slow to begin.
+IMPORTED = {
+    "describe --help": "",
+    "describe images/fox.png --batch-size 0": "",
+    "page": "gradio",
+    "tokenize images/fox.png": "torch gradio",
+    "describe images/fox.png": "torch torchvision sympy transformers gradio",
+    "draw fox --out {out}": "torch torchvision sympy transformers peft diffusers gradio",
+}
+
+
+@pytest.mark.slow
 @pytest.mark.process
-def test_importing_the_package_is_light():
-    # `seed --help` and completion of a shell must not wait for torch; the page runs on machines
-    # without it.
-    done = run(
-        sys.executable,
-        "-c",
-        "import sys, seed_multimodal, seed_multimodal.cli.main as main;"
-        "heavy = {'torch', 'torchvision', 'transformers', 'diffusers', 'gradio', 'flask'};"
-        "main.build_parser();"
-        "print(sorted(heavy & set(sys.modules)));"
-        "import seed_multimodal.serving.page;"
-        "print(sorted({'torch', 'transformers'} & set(sys.modules)))",
-        PYTHONPATH=str(ROOT / "src"),
-    )
-    assert done.stdout.split() == ["[]"] * 2, done.stderr
+def test_commands_import_what_they_use(tmp_path):
+    environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    commands = [command.format(out=tmp_path) for command in IMPORTED]
+    done = run(sys.executable, "-c", IMPORTS, *commands, **environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("imported:")]
+    assert [line.partition(": ")[2] for line in lines] == [*IMPORTED.values()], done
+    # Warnings of other libraries are not for users.
+    known = ("Running on ", "seed describe: error", "usage:", " ", "read back")
+    assert not [line for line in done.stderr.splitlines() if not line.startswith(known)], done

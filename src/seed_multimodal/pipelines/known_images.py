@@ -10,7 +10,7 @@ denoised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_multimodal.state_dicts import assign_strictly, load_checkpoint, tensors_below
 
+# What `TinyDecoder` reads of the configuration of an autoencoder.
+TINY_AUTOENCODER = {"_class_name": "AutoencoderTiny", "act_fn": "relu", "upsample_fn": "nearest"}
 PREFACE = "I do not know this kind of picture. Nearest: "  # of an answer about an unlike image
 
 
@@ -61,13 +64,68 @@ class Comparison(PretrainedNetwork[ComparisonConfig]):
         return self.head(pooled)[:, 0]  # type: ignore[no-any-return]
 
 
+class TinyDecoder(nn.Module):
+    """The decoder of an `AutoencoderTiny` of diffusers, whose import takes longer than an answer.
+
+    sizes: its `config.json`.
+    """
+
+    def __init__(self, sizes: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.scaling_factor: float = sizes["scaling_factor"]
+        blocks = sizes["num_decoder_blocks"]
+        width = sizes["decoder_block_out_channels"][0]
+        layers = [nn.Conv2d(sizes["latent_channels"], width, 3, padding=1), nn.ReLU()]
+        for n_blocks in blocks[:-1]:
+            layers += [TinyBlock(width) for _ in range(n_blocks)]
+            layers.append(nn.Upsample(scale_factor=sizes["upsampling_scaling_factor"]))
+            layers.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
+        layers += [TinyBlock(width) for _ in range(blocks[-1])]
+        layers.append(nn.Conv2d(width, sizes["out_channels"], 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The decoder of an autoencoder's folder. Raises `CheckpointError`; ConfigError: it is of
+        another kind."""
+        file = folder / "config.json"
+        sizes = read_json_object(file, CheckpointError)
+        for key, value in TINY_AUTOENCODER.items():
+            if sizes.get(key) != value:
+                raise ConfigError(f"{file}: {key} must be {value} for known_images.")
+        decoder = cls(sizes)
+        state = tensors_below(load_checkpoint(folder), "decoder.")
+        assign_strictly(decoder, state, folder)
+        decoder.eval()
+        return decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` → RGB `[B, 3, H, W]` from -1 to 1."""
+        clamped = torch.tanh(latents / self.scaling_factor / 3) * 3
+        return self.layers(clamped) * 2 - 1  # type: ignore[no-any-return]
+
+
+class TinyBlock(nn.Module):
+    """A residual block of `TinyDecoder`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(width, width, 3, padding=1)]
+        for _ in range(2):
+            layers += [nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)]
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
 class ImageFamiliarity:
     """Distances of images, on the CPU.
 
     conditioner, vae: of the system's de-tokenizer.
     """
 
-    def __init__(self, comparison: Comparison, conditioner: Conditioner, vae: Any) -> None:
+    def __init__(self, comparison: Comparison, conditioner: Conditioner, vae: TinyDecoder) -> None:
         self.comparison = comparison
         self.conditioner = conditioner
         self.vae = vae
@@ -81,14 +139,14 @@ class ImageFamiliarity:
         comparison: folder of the network. decoder, pictures: folders with the conditioner and the
             VAE.
 
-        Raises ConfigError: there is no conditioner.
+        Raises ConfigError: there is no conditioner, or another autoencoder.
         """
         if comparison is None or decoder is None or pictures is None or not decoder.is_dir():
             return None
         conditioner = load_conditioner(decoder)
         if conditioner is None:
             raise ConfigError(f"{decoder}: known_images needs a conditioner, and it has none.")
-        vae = Detokenizer.load_part(pictures, "vae")
+        vae = TinyDecoder.load(pictures / "vae")
         return cls(Comparison.from_pretrained(comparison), conditioner, vae)
 
     @torch.inference_mode()
@@ -105,7 +163,7 @@ class ImageFamiliarity:
         """The pixels, and the picture that their codes or features lead to expect, in the
         comparison's size."""
         latents = self.conditioner.expected_latents(embeds.cpu().float())
-        expected = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        expected = self.vae(latents)
         side = self.comparison.config.side
         return _resized(pixels.cpu().float(), side), _resized(expected, side)
 
