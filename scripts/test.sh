@@ -34,6 +34,7 @@ if [ "${MARKERS#*not browser}" = "$MARKERS" ] &&
 fi
 
 export HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE  # processes of tests would compile the package again and again
 # A worker has one core; more threads make tiny models slower, not faster.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 WORKERS="${WORKERS:-$("$PYTHON" -c '
@@ -46,4 +47,4 @@ print(max(1, min(cores, free // 6)))')}"
 echo "[test] ruff";  "$PYTHON" -m ruff check .; "$PYTHON" -m ruff format --check .
 echo "[test] mypy";  "$PYTHON" -m mypy
 echo "[test] pytest, $WORKERS at once"
-exec "$PYTHON" -m pytest -q --durations=15 -n "$WORKERS" --dist worksteal -m "$MARKERS" "$@"
+exec "$PYTHON" -m pytest -q -n "$WORKERS" --dist loadfile --no-loadscope-reorder -m "$MARKERS" "$@"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import warm_processes
+from cpu_times import CpuTimes
 from systems import load
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
@@ -26,8 +27,9 @@ FOR_REPORTS = ("git", "uname")
 started = []
 
 
-def pytest_configure():
-    """Record each process that is started."""
+def pytest_configure(config: pytest.Config):
+    """Record each process that is started, and the seconds of tests."""
+    config.pluginmanager.register(CpuTimes())
 
     def note(event: str, arguments: tuple):
         if event not in PROCESSES or is_importing():

@@ -197,12 +197,12 @@ def serve(listener: socket.socket, folder: Path, pid: int) -> None:
             del running[connection]
             with contextlib.suppress(KeyError):
                 waiting.unregister(connection)
-            with contextlib.suppress(OSError):
-                connection.sendall(status.to_bytes(8, "big"))
-            connection.close()
             seconds = usage.ru_utime + usage.ru_stime
             with (folder / "times.jsonl").open("a") as file:
                 file.write(json.dumps([test, round(seconds, 3)]) + "\n")
+            with contextlib.suppress(OSError):
+                connection.sendall(status.to_bytes(8, "big"))
+            connection.close()
 
 
 def main() -> None:
