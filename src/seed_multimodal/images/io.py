@@ -145,8 +145,8 @@ class StoredImage:
             raise ImageError(f"{self}: cannot be read ({first_line(error)}).") from error
         limits.check_size(self.size, self)
         # A caller's own image is not changed, as the decoder's reduction would.
-        is_own = self.image is not source
-        self.is_jpeg = is_own and isinstance(self.image, JpegImagePlugin.JpegImageFile)
+        self._is_own = self.image is not source
+        self.is_jpeg = self._is_own and isinstance(self.image, JpegImagePlugin.JpegImageFile)
 
     def __str__(self) -> str:
         """In error messages: as the caller says, or the name of a path or open file."""
@@ -245,6 +245,11 @@ class StoredImage:
                 is_plain = plain.mode in ("L", "RGB", "RGBA") and "transparency" not in plain.info
                 if factor > 1 and is_plain:
                     plain = to_rgb(plain.reduce(factor))
+                elif self._is_own and is_plain and plain.mode == "RGB":
+                    # Its pixels are not copied: a second large image takes longer than decoding.
+                    plain = plain._new(plain.im)
+                    plain.info = {}
+                    plain.readonly = 1  # a change would copy them
                 else:
                     plain = to_rgb(plain)
                     plain = plain.reduce(factor) if factor > 1 else plain
