@@ -45,6 +45,7 @@ from seed_multimodal.pipelines.family import Family, load_language_model
 from seed_multimodal.pipelines.images import (
     CodeCodec,
     Encoded,
+    ImageCodec,
     ImageInput,
     Options,
     Placement,
@@ -92,6 +93,7 @@ class GlmImageCodec(CodeCodec):
 
     model: CodeNetwork
     drawing_settings = tuple(entry.name for entry in fields(GlmImageSettings))
+    preprocess = ImageCodec.preprocess  # sizes differ
 
     def __init__(
         self,

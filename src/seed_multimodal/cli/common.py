@@ -25,6 +25,7 @@ from argparse import (
     _SubParsersAction,
 )
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
@@ -58,11 +59,13 @@ if TYPE_CHECKING:
     Commands = _SubParsersAction[ArgumentParser]
 
 Options = dict[str, Any]  # keyword arguments of a system's methods
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FLAGS: dict[str, dict[str, Options]] = read_table(Path(__file__).with_name("flags.yaml"))
 NUMBERS = {"int": int, "float": float}  # types in that file, others as "module:function"
 STDOUT = ("-", "/dev/stdout")  # values of `--out`
+READERS = 4  # threads
 N_CHECKED = 16  # images that are opened before a model loads
 RATIO_MODES = ("restore", "keep", "square")  # `images.views.Ratio`
 # Errors of one item; others end the command.
@@ -361,31 +364,49 @@ def run_each(
     return run_batches(args, names, show, lambda batch: [work(name) for name in batch], 1)
 
 
+def read_ahead(
+    names: Sequence[str], read: Callable[[str], Item], size: int
+) -> Iterator[list[Future[Item]]]:
+    """Batches of what threads read, the next one while a batch is used."""
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        upcoming = [pool.submit(read, name) for name in names[:size]]
+        for start in range(size, len(names) + size, size):
+            batch = upcoming
+            upcoming = [pool.submit(read, name) for name in names[start : start + size]]
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def run_batches(
     args: Namespace,
     names: Sequence[str],
     show: Callable[[str, Result], None],
-    work: Callable[[Sequence[str]], Sequence[Result]],
+    work: Callable[[Sequence[Any]], Sequence[Result]],
     size: int,
+    read: Callable[[str], Any] = str,
 ) -> int:
     """`show` each image or text with its result of `work`; returns the exit code.
 
     size: of the batches.
+    read: threads make of each name what `work` gets; by default the name.
     Items of a failed batch are retried one by one; failures are logged and counted.
     """
     failed = []
-    for start in range(0, len(names), size):
+    batches = read_ahead(names, read, size)
+    for start, batch in zip(range(0, len(names), size), batches, strict=True):
         # 1. The batch at once.
-        batch = names[start : start + size]
         results: Sequence[Result] | None = None
         if len(batch) > 1:
             with contextlib.suppress(*ITEM_ERRORS):
-                results = work(batch)
+                results = work([item.result() for item in batch])
 
         # 2. Its results, or if it failed its items one by one.
-        for index, name in enumerate(batch):
+        for index, item in enumerate(batch):
+            name = names[start + index]
             try:
-                result = work([name])[0] if results is None else results[index]
+                result = work([item.result()])[0] if results is None else results[index]
                 show(name, result)
             except ITEM_ERRORS as error:
                 if args.debug:

@@ -32,7 +32,7 @@ from seed_multimodal.cli.common import (
 from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.entry import bounded_int, log_line
 from seed_multimodal.errors import ConfigError, DataError, printable
-from seed_multimodal.images.io import StoredImage
+from seed_multimodal.images.io import ImageSource, StoredImage
 from seed_multimodal.models.registry import NEEDS
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.read_back import DESCRIPTION
@@ -53,9 +53,14 @@ def tokenize(args: Namespace) -> int:
     codec = load_images(args)
     lines = open_lines(args.out) if args.out else None
 
-    def work(names: Sequence[str]) -> Sequence[Tensor]:
+    def read(name: str) -> ImageSource:
+        # Ctrl-C could not end a thread that waits for a pipe.
+        source = sources[name]
+        return source if callable(source) else codec.preprocess(source)
+
+    def work(images: Sequence[ImageSource]) -> Sequence[Tensor]:
         # LaVIT's selection of patches depends on the seed.
-        return codec.encode([sources[name] for name in names], seed=args.seed)
+        return codec.encode(images, seed=args.seed)
 
     def show(name: str, codes: Tensor) -> None:
         record = {"image": name, "codes": codes.tolist()}
@@ -66,7 +71,7 @@ def tokenize(args: Namespace) -> int:
         emit(args, record, f"{printable(name)}: {text}")
 
     # 2. The codes; the file holds the images that did not fail.
-    return run_batches(args, args.images, show, work, args.batch_size)
+    return run_batches(args, args.images, show, work, args.batch_size, read)
 
 
 def reconstruct(args: Namespace) -> int:

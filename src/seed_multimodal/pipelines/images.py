@@ -231,6 +231,10 @@ class ImageCodec(ThreadState):
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
         return open_image(image, at_least=self.min_side).image
 
+    def preprocess(self, image: ImageSource) -> ImageSource:
+        """An image with the same codes, small where the encoder's input has one size."""
+        return image
+
     def draw_batched(self, settings: Options, *columns: Sequence[object]) -> list[Image.Image]:
         """Decode rows with `draw_batch`, batched with those of other threads.
 
@@ -317,8 +321,10 @@ class CodeCodec(ImageCodec):
 
     def read(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Encoded]:
         """As `encode`, with the images' distances."""
-        opened = [open_image(image, at_least=self.min_side).image for image in images]
-        return self._encode_batcher(None, [*map(self.transform, opened)])
+        return self._encode_batcher(None, [self.transform(self.open(image)) for image in images])
+
+    def preprocess(self, image: ImageSource) -> ImageSource:
+        return self.transform.uncropped(self.transform.resize(self.open(image)))
 
     @torch.inference_mode()
     def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Encoded]:
