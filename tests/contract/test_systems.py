@@ -145,6 +145,8 @@ def test_images_of_a_list_equal_those_alone(system, family):
     if family.has_codes:
         for source, codes in zip(sources, system.tokenize(sources), strict=True):
             assert torch.equal(codes, system.tokenize(source)[0])
+            small = system.images.preprocess(source)  # as threads of `seed tokenize` do
+            assert torch.equal(codes, system.tokenize(small)[0])
 
 
 def test_draw_of_several_images_varies_greedy_codes(mosaic):

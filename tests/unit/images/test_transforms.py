@@ -7,6 +7,7 @@ from random_images import noise
 
 from seed_multimodal.images.io import image_to_bytes, open_image
 from seed_multimodal.images.transforms import (
+    ImageTransform,
     get_transform,
     normalise,
     seed_image_processor,
@@ -34,3 +35,14 @@ def test_read_equals_open_and_transform(name):
     stored = image_to_bytes(noise(0, (300, 200)), "JPEG")
     transform = TRANSFORMS[name]
     assert torch.equal(normalise(transform.read(stored)), transform(open_image(stored).image))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (20, 90), (16, 16), (1, 30_000)])
+@pytest.mark.parametrize("shorter_side", [None, 8, 21])
+@pytest.mark.parametrize("keep_ratio", [True, False])
+def test_uncropped_of_a_resized_image(size, shorter_side, keep_ratio):
+    # Threads resize images before the encoder does: the codes must stay.
+    transform = ImageTransform(16, keep_ratio, shorter_side=shorter_side)
+    image = noise(0, size)
+    small = transform.uncropped(transform.resize(image))
+    assert torch.equal(transform(small), transform(image))
