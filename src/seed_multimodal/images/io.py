@@ -225,7 +225,7 @@ class StoredImage:
         return size[::-1] if self.orientation() in range(5, 9) else size
 
     def decode(self, factor: int = 1) -> Image.Image:
-        """The image as RGB, upright, without metadata.
+        """The image as RGB, upright, without metadata; once, since the pixels become the caller's.
 
         factor: 1, 2, 4 or 8, by which both sides are divided (rounded up).
 
@@ -249,7 +249,6 @@ class StoredImage:
                     # Its pixels are not copied: a second large image takes longer than decoding.
                     plain = plain._new(plain.im)
                     plain.info = {}
-                    plain.readonly = 1  # a change would copy them
                 else:
                     plain = to_rgb(plain)
                     plain = plain.reduce(factor) if factor > 1 else plain
