@@ -20,6 +20,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -383,6 +384,8 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         hosts.push_back(tensor ? std::optional(aliases.host(*tensor)) : std::nullopt);
       }
       value = hosts;
+    } else if (value.isStorage() && value.toStorage().device_type() == kCuda) {
+      value = memory_of(value.toStorage()).host;
     } else if (value.isDevice()) {
       value = c10::Device(c10::DeviceType::CPU);
     } else if (value.isGenerator()) {
@@ -463,19 +466,40 @@ TORCH_LIBRARY_IMPL(_, CUDA, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&run>());
 }
 
+// A torch with CUDA has kernels that need a GPU: none of them may run.
+struct NoWarning : c10::WarningHandler {  // that kernels are replaced
+  void process(const c10::Warning&) override {}
+};
+
+const auto replaced = [] {
+  NoWarning no_warning;
+  c10::WarningUtils::WarningHandlerGuard quiet(&no_warning);
+  auto& dispatcher = c10::Dispatcher::singleton();
+  std::vector<c10::RegistrationHandleRAII> kernels;
+  for (const auto& name : dispatcher.getAllOpNamesForDispatchKey(c10::DispatchKey::CUDA)) {
+    kernels.push_back(dispatcher.registerImpl(
+        name, c10::DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&run>(),
+        std::nullopt, nullptr, "pretended CUDA"));
+  }
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(nullptr);  // attention by matmul
+  return kernels;
+}();
+
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("copy_", &copy_);
   library.impl("_softmax", &softmax);
   library.impl("_log_softmax", &log_softmax);
-  // Its kernel for all devices looks for a CUDA library.
+  // Their kernels for all devices look for a CUDA library.
   library.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run_convolution>());
+  library.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&run>());
 }
 
 const int registered = [] {
-  at::CUDAHooksRegistry()->Register("CUDAHooks", [](at::CUDAHooksArgs arguments) {
+  const auto create = [](at::CUDAHooksArgs arguments) {
     return std::unique_ptr<at::CUDAHooksInterface>(new Hooks(arguments));
-  });
-  c10::SetAllocator(kCuda, &device_allocator);
+  };
+  at::CUDAHooksRegistry()->Register("CUDAHooks", create, c10::REGISTRY_PREFERRED);
+  c10::SetAllocator(kCuda, &device_allocator, 255);
   return 0;
 }();
 

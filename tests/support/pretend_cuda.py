@@ -8,7 +8,8 @@ then call the CPU's kernels. Device guards, dtype rules, autocast, autograd, mod
 `from_pretrained(device_map=…)` are torch's own. Answers equal the CPU's. Not covered: speed,
 streams, CUDA graphs, kernels of bitsandbytes and torchao.
 
-The library is loaded before torch and cannot be unloaded: use it in a process of its own.
+It works with every build of torch but ROCm's: in a CUDA build it replaces all kernels. The library
+is loaded before torch and cannot be unloaded: use it in a process of its own.
 """
 
 import ctypes
@@ -49,9 +50,8 @@ def why_unavailable() -> str:
     """Why this machine cannot pretend CUDA devices, or an empty string."""
     if sys.platform != "linux":
         return "the pretended CUDA is for Linux"
-    libraries = torch_folder() / "lib"
-    if any((libraries / name).exists() for name in ("libtorch_cuda.so", "libtorch_hip.so")):
-        return "this torch has GPU kernels of its own"
+    if (torch_folder() / "lib" / "libtorch_hip.so").exists():
+        return "this torch is ROCm's"
     if not any(map(shutil.which, COMPILERS)):
         return f"no C++ compiler ({', '.join(COMPILERS)})"
     return ""
@@ -186,11 +186,21 @@ def _answer_questions(library: ctypes.CDLL):
         library.pretend_set_default_generator(index, ctypes.c_void_p(generator._cdata))
     torch.cuda.default_generators = generators
 
+    # `torch.load` would ask the CUDA library for memory.
+    def load_storage(storage, location):
+        if location.startswith("cuda"):
+            memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=location)
+            return memory.untyped_storage().copy_(storage)
+
+    torch.serialization.register_package(0, lambda storage: None, load_storage)
+
 
 def main():
     """Run a script with pretended devices; its folder, and this one, are on the import path."""
     import pretend_cuda  # this file by its name, as the script imports it
 
+    if reason := why_unavailable():
+        sys.exit(reason)
     del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "pretend_cuda")

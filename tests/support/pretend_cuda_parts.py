@@ -9,6 +9,7 @@ from pathlib import Path
 import pretend_cuda
 import torch
 from torch import nn
+from waiting import wait_until
 
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.device import OffloadedWeights
@@ -106,6 +107,8 @@ def check_an_offloaded_language_model_moves_once_an_answer():
     system = MultimodalSystem.from_pretrained("nano-x", offload=("llm",), log=None)
     system.images.encode([FOX])  # cached, so that only the language model moves
     system.describe(FOX)
+    # The answer arrives before the weights leave; a request at once would find them there.
+    wait_until(lambda: devices_of(system.llm) == {"cpu"}, 10)
     n_bytes = sum(weight.nbytes for weight in system.llm.parameters())
     before = pretend_cuda.transfers()
     system.describe(FOX, min_new_tokens=20, max_new_tokens=20, num_beams=1)
