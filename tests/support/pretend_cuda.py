@@ -92,6 +92,7 @@ def install(folder):
     """
     global _library
     assert "torch" not in sys.modules, "torch asks for CUDA while it is imported"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it compiles for a GPU
     _library = library = ctypes.CDLL(str(build(folder)))
     for name in ("allocated", "peak", "capacity", "bytes_to_host", "bytes_to_device"):
         getattr(library, f"pretend_{name}").restype = ctypes.c_int64
@@ -186,13 +187,15 @@ def _answer_questions(library: ctypes.CDLL):
         library.pretend_set_default_generator(index, ctypes.c_void_p(generator._cdata))
     torch.cuda.default_generators = generators
 
-    # `torch.load` would ask the CUDA library for memory.
-    def load_storage(storage, location):
-        if location.startswith("cuda"):
-            memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=location)
-            return memory.untyped_storage().copy_(storage)
+    # Copies and `torch.load` would ask the CUDA library for memory.
+    create = torch.UntypedStorage.__new__
 
-    torch.serialization.register_package(0, lambda storage: None, load_storage)
+    def new_storage(storage_class, *arguments, device="cpu", **options):
+        if torch.device(device).type == "cuda":
+            return torch.empty(*arguments, dtype=torch.uint8, device=device).untyped_storage()
+        return create(storage_class, *arguments, device=device, **options)
+
+    torch.UntypedStorage.__new__ = new_storage
 
 
 def main():

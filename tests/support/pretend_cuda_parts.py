@@ -1,7 +1,4 @@
-"""Moves of weights on pretended CUDA devices; each function is a check, the first failure ends it.
-
-python tests/support/pretend_cuda.py tests/support/pretend_cuda_parts.py
-"""
+"""Moves of weights on pretended CUDA devices; each function `check_…` is a row."""
 
 import copy
 from pathlib import Path
@@ -130,14 +127,3 @@ def check_an_offloaded_decoder_is_not_copied_back():
     assert after.to_device - before.to_device >= n_bytes
     assert after.to_host - before.to_host < n_bytes / 10  # pixels
     assert all(devices_of(part) == {"cpu"} for part in decoder.parts.values())
-
-
-def main():
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            check()
-            print(name, "ok", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""All tasks on two pretended CUDA devices: placements, precisions, races while weights move."""
+"""Everything that computes, on two pretended CUDA devices: the table of pretend_cuda_rows.py."""
 
 import os
 import sys
@@ -7,54 +7,42 @@ from pathlib import Path
 import pretend_cuda
 import pytest
 from real_processes import run_process
+from yaml_tables import read_tables
 
 SUPPORT = Path(pretend_cuda.__file__).parent
+TABLES = read_tables(str(SUPPORT / "pretend_cuda_rows.py"))
 WHY = pretend_cuda.why_unavailable()
 
-pytestmark = [pytest.mark.process, pytest.mark.nightly, pytest.mark.skipif(bool(WHY), reason=WHY)]
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    # There is no other test of devices, so CI fails where they cannot be pretended.
+    pytest.mark.skipif(bool(WHY) and "CI" not in os.environ, reason=WHY),
+]
 
 
-@pytest.fixture(scope="session")
-def library_folder(tmp_path_factory) -> Path:
-    """A folder of the compiled library for all workers of pytest-xdist."""
-    return tmp_path_factory.getbasetemp().parent
-
-
-def run(folder, script: str, *arguments: str):
-    """Run a script of tests/support with pretended devices; fails with the lines of what failed."""
-    command = [sys.executable, str(SUPPORT / "pretend_cuda.py"), str(SUPPORT / script), *arguments]
+def run(config: pytest.Config, *patterns: str):
+    """Run rows in one process; fails with the lines of those that failed."""
+    assert not WHY, WHY
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        pretend_cuda.FOLDER: str(folder),
+        pretend_cuda.FOLDER: str(config.cache.mkdir("pretend_cuda")),  # compiled once
     }
-    finished = run_process(command, timeout=580, env=environment)
-    lines = finished.stdout.splitlines()
-    failures = [line for line in lines if not line.endswith(("ok", "s of a core"))]
-    assert finished.returncode == 0 and lines, "\n".join(failures) or finished.stderr[-3000:]
+    scripts = [str(SUPPORT / name) for name in ("pretend_cuda.py", "pretend_cuda_rows.py")]
+    finished = run_process([sys.executable, *scripts, *patterns], timeout=580, env=environment)
+    rows = [line for line in finished.stdout.splitlines() if line.startswith("row | ")]
+    failures = [row for row in rows if not row.endswith("| ok")]
+    assert finished.returncode == 0 and rows, "\n".join([*failures, finished.stderr[-3000:]])
 
 
-@pytest.mark.timeout(600)
-def test_moves_of_weights(library_folder):
-    run(library_folder, "pretend_cuda_parts.py")
+def test_rows_of_the_suite(pytestconfig):
+    run(pytestconfig, *TABLES["suite"])
 
 
-# Threads and placements are common to the families; precisions, devices and moves are each one's.
-ALL = (
-    "default precisions",
-    "two devices",
-    "threads",
-    "offload",
-    "offload, two devices",
-    "offload, threads",
-)
-OWN = ("default precisions", "two devices", "offload")
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "system, placements", [("nano", ALL), ("nano-x", OWN), ("nano-lavit", OWN)]
-)
-def test_all_tasks(system, placements, library_folder):
-    run(library_folder, "pretend_cuda_tasks.py", system, *placements)
+@pytest.mark.nightly
+@pytest.mark.parametrize("group", TABLES["groups"])
+def test_all_rows(group, pytestconfig):
+    run(pytestconfig, f"{group}: *")
