@@ -50,17 +50,22 @@ def check_system(name: str, placement: str, folder):
 
 
 def check_transformers(name: str, is_moved: bool, folder):
-    """Loaded onto the first device, or moved to the second: an answer, a sample, a loss."""
+    """Loaded onto the first device, or moved to the second: answers, a loss, an image."""
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
     path = ROOT / "pretrained" / name
     open_model = partial(AutoModelForMultimodalLM.from_pretrained, path, dtype="float32")
+    processor = AutoProcessor.from_pretrained(path)
     content = [{"type": "image", "image": str(FOX)}, {"type": "text", "text": "What is left?"}]
-    inputs = AutoProcessor.from_pretrained(path).apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
+    inputs, drawing_inputs = (
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            processor_kwargs={"generation_mode": mode},
+        )
+        for mode in ("text", "image")
     )
 
     def results(model) -> list[torch.Tensor]:
@@ -69,6 +74,8 @@ def check_transformers(name: str, is_moved: bool, folder):
         sample = model.generate(**batch, max_new_tokens=8, do_sample=True)
         loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
+        image = model.generate(**drawing_inputs.to(model.device), generation_mode="image")
+        assert len(model.decode_image_tokens(image, num_inference_steps=1)) == 1
         gradient = model.get_input_embeddings().weight.grad
         for tensor in (answer, sample, loss, gradient):
             assert tensor.device == model.device
