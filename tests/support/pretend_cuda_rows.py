@@ -19,6 +19,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+import pretend_cuda
 import pretend_cuda_parts
 import torch
 from pretend_cuda_tasks import FOX, common_tasks, failures_of, own_tasks, same
@@ -77,8 +78,9 @@ def check_transformers(name: str, is_moved: bool, folder):
         image = model.generate(**drawing_inputs.to(model.device), generation_mode="image")
         assert len(model.decode_image_tokens(image, num_inference_steps=1)) == 1
         gradient = model.get_input_embeddings().weight.grad
-        for tensor in (answer, sample, loss, gradient):
-            assert tensor.device == model.device
+        images = model.system.images
+        for part in (answer, sample, loss, gradient, images):
+            assert part.device == images.drawing_device == model.device
         return [tensor.cpu() for tensor in (answer, loss.detach(), gradient)]
 
     expected = results(open_model(device_map="cpu"))
@@ -142,17 +144,14 @@ def check_command(command: str, folder):
     assert main([*argv, *model, "--device", "cuda"]) == 0
 
 
-def check_training(trainer, precision: str, folder):
+def check_training(trainer, overrides: list[str], folder):
     """Four steps, then two by resuming, and the result is used."""
     parts, output = folder / "parts", folder / "output"
     parts.mkdir()
     trainer.parts(parts)
     os.environ.update(trainer.variables(parts))
-    more = ["trainer.device=cuda", f"trainer.precision={precision}"]
-    if precision == "stages":
-        more = ["run.device=cuda"]
     for n_steps in (4, 6):
-        assert trainer.main(trainer.arguments(parts, output, n_steps, 2, more)) == 0
+        assert trainer.main(trainer.arguments(parts, output, n_steps, 2, overrides)) == 0
     assert list(trainer.losses(output)) == [1, 2, 3, 4, 5, 6]
     trainer.use(parts, output)
 
@@ -178,9 +177,10 @@ def all_rows() -> dict[str, Row]:
     for command in TABLES["commands"]:
         rows[f"commands: {command}"] = partial(check_command, command)
     trainers = {trainer.name: trainer for trainer in TRAINERS}
-    for precision, names in TABLES["trainings"].items():
-        for name in names:
-            rows[f"{precision}: {name}"] = partial(check_training, trainers[name], precision)
+    for group, training in TABLES["trainings"].items():
+        for name in training["trainers"]:
+            check = partial(check_training, trainers[name], training["overrides"])
+            rows[f"{group}: {name}"] = check
     assert {name.split(":")[0] for name in rows} == {*TABLES["groups"]}
     return rows
 
@@ -195,8 +195,11 @@ def main(patterns) -> int:
         start = time.process_time()
         verdict = "ok"
         with tempfile.TemporaryDirectory() as folder:
+            before = pretend_cuda.transfers()
             try:
                 rows[name](Path(folder))
+                after = pretend_cuda.transfers()
+                assert after.to_device > before.to_device, "all was computed on the CPU"
             except (Exception, SystemExit) as error:  # noqa: BLE001  a row of the table
                 failed = True
                 verdict = f"{type(error).__name__}: {first_line(error)}"

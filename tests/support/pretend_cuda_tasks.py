@@ -117,6 +117,11 @@ def failures_of(name, options: dict, placement: str, expected: dict) -> dict[str
         results = list(pool.map(lambda task: attempt(system, tasks[task]), names))
 
     failures = {}
+    images = system.images
+    parts = {"image_device": images.device, "drawing_device": images.drawing_device}
+    for part, device in parts.items():
+        if str(device) != options.get(part, str(device)) or device.type == "cpu":
+            failures[part] = f"{device}"
     for task, (result, error) in zip(names, results, strict=True):
         if error:
             failures[task] = error
