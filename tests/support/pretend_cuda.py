@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FOLDER = "PRETEND_CUDA"  # environment variable: the folder of the compiled library
+FOLDER = SOURCE.parents[2] / ".pytest_cache" / "pretend_cuda"  # of the compiled library
 DEVICES = 2
 COMPILERS = ("c++", "g++", "clang++")
 # Without optimisation: it compiles in 7 s of a core.
@@ -64,17 +64,18 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def build(folder) -> Path:
-    """Compile the library into `folder`, unless it is there; returns its path."""
+def build() -> Path:
+    """Compile the library into `FOLDER`, unless it is there; returns its path."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)))
 
     # The name tells the source and the torch version, so an outdated file is never loaded.
     contents = SOURCE.read_bytes() + importlib.metadata.version("torch").encode()
-    library = folder / f"pretend_cuda_{hashlib.sha256(contents).hexdigest()[:16]}.so"
+    library = FOLDER / f"pretend_cuda_{hashlib.sha256(contents).hexdigest()[:16]}.so"
     if library.is_file():
         return library
 
     # Compile under another name: several processes may build at once.
+    FOLDER.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
     include = torch_folder() / "include"
     libraries = torch_folder() / "lib"
@@ -85,15 +86,15 @@ def build(folder) -> Path:
     return library
 
 
-def install(folder):
-    """Load the library from `folder`, built if needed, and answer `torch.cuda`'s questions.
+def install():
+    """Load the library, built if needed, and answer `torch.cuda`'s questions.
 
     Call it before `import torch`.
     """
     global _library
     assert "torch" not in sys.modules, "torch asks for CUDA while it is imported"
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it compiles for a GPU
-    _library = library = ctypes.CDLL(str(build(folder)))
+    _library = library = ctypes.CDLL(str(build()))
     for name in ("allocated", "peak", "capacity", "bytes_to_host", "bytes_to_device"):
         getattr(library, f"pretend_{name}").restype = ctypes.c_int64
 
@@ -206,9 +207,7 @@ def main():
         sys.exit(reason)
     del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "pretend_cuda")
-    folder.mkdir(parents=True, exist_ok=True)
-    pretend_cuda.install(folder)
+    pretend_cuda.install()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -22,15 +22,10 @@ pytestmark = [
 ]
 
 
-def run(config: pytest.Config, *patterns: str):
+def run(*patterns: str):
     """Run rows in one process; fails with the lines of those that failed."""
     assert not WHY, WHY
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        pretend_cuda.FOLDER: str(config.cache.mkdir("pretend_cuda")),  # compiled once
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     scripts = [str(SUPPORT / name) for name in ("pretend_cuda.py", "pretend_cuda_rows.py")]
     finished = run_process([sys.executable, *scripts, *patterns], timeout=580, env=environment)
     rows = [line for line in finished.stdout.splitlines() if line.startswith("row | ")]
@@ -38,11 +33,11 @@ def run(config: pytest.Config, *patterns: str):
     assert finished.returncode == 0 and rows, "\n".join([*failures, finished.stderr[-3000:]])
 
 
-def test_rows_of_the_suite(pytestconfig):
-    run(pytestconfig, *TABLES["suite"])
+def test_rows_of_the_suite():
+    run(*TABLES["suite"])
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("group", TABLES["groups"])
-def test_all_rows(group, pytestconfig):
-    run(pytestconfig, f"{group}: *")
+def test_all_rows(group):
+    run(f"{group}: *")
