@@ -12,13 +12,14 @@ from yaml_tables import read_tables
 SUPPORT = Path(pretend_cuda.__file__).parent
 TABLES = read_tables(str(SUPPORT / "pretend_cuda_rows.py"))
 WHY = pretend_cuda.why_unavailable()
+IS_REQUIRED = bool({"CI", "REQUIRE_DEVICES"} & os.environ.keys())
 
 pytestmark = [
     pytest.mark.process,
     pytest.mark.slow,
     pytest.mark.timeout(600),
     # There is no other test of devices, so CI fails where they cannot be pretended.
-    pytest.mark.skipif(bool(WHY) and "CI" not in os.environ, reason=WHY),
+    pytest.mark.skipif(bool(WHY) and not IS_REQUIRED, reason=WHY),
 ]
 
 
