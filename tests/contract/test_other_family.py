@@ -14,6 +14,7 @@ from PIL import Image
 from random_images import noise
 from repository import ROOT
 from systems import load
+from warm_processes import PYTHON
 
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.models.registry import LACKS, families, find_family
@@ -226,5 +227,5 @@ def test_a_package_that_is_imported_before_the_library(installed):
         "from seed_multimodal.models.registry import find_family\n"
         "assert find_family('mosaic') is mosaic.spec.SPEC\n"
     )
-    run = run_checked([sys.executable, "-c", program])
+    run = run_checked([PYTHON, "-c", program])
     assert "cannot be imported" not in run.stderr, run.stderr

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from real_processes import free_port
 from repository import ROOT
 from served import serving
 from waiting import wait_until
+from warm_processes import PYTHON
 
 SECONDS = 120  # for a page or an answer, on a busy machine
 INSTALL = (
@@ -46,7 +46,7 @@ ENVIRONMENT = {
 def backend() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Its address and its process."""
     flags = "--system nano --port 0 --llm_device cpu --tokenizer_device cpu"
-    command = [sys.executable, "gradio_demo/seed_llama_flask.py", *flags.split()]
+    command = [PYTHON, "gradio_demo/seed_llama_flask.py", *flags.split()]
     with serving(command, cwd=ROOT, env=ENVIRONMENT) as running:
         yield running
 
@@ -55,7 +55,7 @@ def backend() -> Iterator[tuple[str, subprocess.Popen[str]]]:
 def page_of(backend: str, flags: str = "") -> Iterator[str]:
     """The address of a page with that backend."""
     flags += f" --model_type nano --server_port {free_port()} --request_address {backend}"
-    command = [sys.executable, "gradio_demo/seed_llama_gradio.py", *flags.split()]
+    command = [PYTHON, "gradio_demo/seed_llama_gradio.py", *flags.split()]
     with serving(command, "The chat is at ", cwd=ROOT, env=ENVIRONMENT) as (address, _):
         yield address
 

@@ -10,6 +10,7 @@ from llm_runs import environment
 from real_processes import run_checked
 from repository import APPLICATION, NANO, ROOT
 from tiny import read_json, write_json
+from warm_processes import PYTHON
 
 from seed_multimodal import MultimodalSystem
 
@@ -42,7 +43,7 @@ def train(out, model: str, files: Path, decoder: str, steps, *more: str) -> Path
     write_json(data, {"sources": [source], "length": 360, "rows": 1})
     groups = f"model={model} tokenizer=nano data={data} optim=nano trainer=nano"
     run_checked(
-        [sys.executable, "src/train/train.py", *groups.split(), f"trainer.max_steps={steps}"]
+        [PYTHON, "src/train/train.py", *groups.split(), f"trainer.max_steps={steps}"]
         + [f"output_dir={out}", *more],
         cwd=APPLICATION,
         timeout=170,

@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 
@@ -19,6 +18,7 @@ from real_processes import STARTED, free_port, nothing_stays_behind  # noqa: F40
 from repository import ROOT
 from served import Running, hostile_backend
 from waiting import wait_until
+from warm_processes import PYTHON
 
 SETTINGS = (
     False,
@@ -40,7 +40,7 @@ class Page:
         # A fresh process: a warm one has chosen its folder of temporary files.
         self.process = subprocess.Popen(
             (
-                f"{sys.executable} {ROOT / 'gradio_demo' / 'seed_llama_gradio.py'} "
+                f"{PYTHON} {ROOT / 'gradio_demo' / 'seed_llama_gradio.py'} "
                 f"--model_type nano --server_port {free_port()} "
                 f"--request_address http://127.0.0.1:{backend}/generate "
                 f"--allow-origin {PROXY} --log-votes {folder / 'votes'}"

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from data_files import lines
 from repository import APPLICATION, NANO, ROOT
+from warm_processes import PYTHON
 from yaml_tables import read_tables
 
 TOKENIZER = NANO / "seed_tokenizer"
@@ -153,14 +153,14 @@ def overrides(files: dict[str, Path], output, *more: str) -> list[str]:
 
 
 def environment(**values: str) -> dict[str, str]:
-    """The environment with one thread and without the hub; scripts find this Python by
+    """The environment with one thread and without the hub; scripts find a warm Python by
     `VIRTUAL_ENV`."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT / "src"),
-        "VIRTUAL_ENV": sys.prefix,
+        "VIRTUAL_ENV": str(Path(PYTHON).parents[1]),
         **values,
     }
 

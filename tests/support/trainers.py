@@ -5,7 +5,6 @@ A new trainer is tested by its entry in `TRAINERS` (invariants: by a row in that
 """
 
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -18,6 +17,7 @@ import torch
 import yaml
 from data_files import lines
 from repository import NANO, ROOT
+from warm_processes import PYTHON
 
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.diffusion.base import Detokenizer
@@ -87,7 +87,7 @@ class Trainer:
     def start(self, parts_dir, arguments: Sequence[str], *before: str) -> subprocess.Popen[str]:
         """Start the program as a process; `before`: arguments of Python, as `TWO`."""
         return subprocess.Popen(
-            [sys.executable, *before, self.program, *arguments],
+            [PYTHON, *before, self.program, *arguments],
             cwd=self.application,
             env=llm_runs.environment(**self.variables(parts_dir)),
             text=True,

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from kinds.seed_tokenizers import qformer_config, seed2_config, vit_config
 from runner import CLOSE, EXACT, Recording, Tensors, assert_close, assert_gradients, assert_same
+from warm_processes import PYTHON
 
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.recipes.seed.losses import (
@@ -170,7 +171,7 @@ def check_stage1(recording):
         with tempfile.TemporaryDirectory() as work:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
             command = [
-                sys.executable,
+                PYTHON,
                 __file__,
                 str(world),
                 str(recording.folder.absolute()),

@@ -145,7 +145,7 @@ def test_killed_study_and_killed_run_resume(tmp_path, capfd, nothing_stays_behin
 
     # 1. SIGKILL of the study ends its runs, too.
     started = [sys.executable, "-m", "seed_multimodal", *command(file)]
-    process = subprocess.Popen(started, env=environment())
+    process = subprocess.Popen(started, env=environment(VIRTUAL_ENV=sys.prefix))
     nothing_stays_behind.append(process)
     held = tmp_path / "out/no_gain/1/train/out/attempts"
     wait_until(held.exists, process)
@@ -156,7 +156,7 @@ def test_killed_study_and_killed_run_resume(tmp_path, capfd, nothing_stays_behin
     assert not run.is_running()
 
     # 2. SIGKILL of a run leaves the others; those that read its result wait.
-    process = subprocess.Popen(started, env=environment())
+    process = subprocess.Popen(started, env=environment(VIRTUAL_ENV=sys.prefix))
     nothing_stays_behind.append(process)
     wait_until(lambda: held.exists() and len(held.read_text()) == 2, process)
     [run] = psutil.Process(process.pid).children()
@@ -296,9 +296,8 @@ def test_processes_of_a_run_end_with_it(tmp_path, nothing_stays_behind):  # noqa
     file.write_text(text)
     (tmp_path / "parent.py").write_text(TABLES["parent.py"])
     (tmp_path / "hold-1").touch()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "seed_multimodal", *command(file)], env=environment()
-    )
+    started = [sys.executable, "-m", "seed_multimodal", *command(file)]
+    process = subprocess.Popen(started, env=environment(VIRTUAL_ENV=sys.prefix))
     nothing_stays_behind.append(process)
     wait_until((tmp_path / "out/a/1/train/out/attempts").exists, process)
     process.terminate()

@@ -2,7 +2,6 @@
 row of the cache is lost; threads in programs that fork, and whose main part ends."""
 
 import gc
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 from real_processes import run_process
 from repository import ROOT
 from waiting import wait_until
+from warm_processes import PYTHON
 
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
@@ -260,7 +260,7 @@ raise SystemExit(3)
 @pytest.mark.parametrize("kind, printed", [("thread", "400"), ("daemon", "")])
 def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder, kind, printed):
     """Python aborts if a daemon thread computes at the end: the engine stops before."""
-    command = [sys.executable, "-c", PROGRAM, str(tiny_folder), kind]
+    command = [PYTHON, "-c", PROGRAM, str(tiny_folder), kind]
     run = run_process(command, timeout=120)
     assert (run.returncode, run.stdout.strip()) == (3, printed), run.stderr
 
@@ -328,6 +328,6 @@ FIRST_AFTER_MAIN = (
 )
 def test_answers_in_forked_children_and_after_the_end_of_main(program, use):
     # gunicorn --preload and multiprocessing fork; Python waits for threads that outlive main.
-    command = [sys.executable, "-c", START + program, use]
+    command = [PYTHON, "-c", START + program, use]
     run = run_process(command, timeout=120, cwd=ROOT, env={"OMP_NUM_THREADS": "2"})
     assert (run.returncode, run.stdout.strip()) == (0, "equal"), run.stderr

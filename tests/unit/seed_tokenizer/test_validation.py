@@ -1,7 +1,6 @@
 """Held-out losses (`run.valid_splits`, evaluate.py), which do not change the training."""
 
 import json
-import sys
 
 import pytest
 from lavis_runs import APPLICATION, log_of
@@ -9,6 +8,7 @@ from llm_runs import environment
 from real_processes import run_checked
 from tensors import equal
 from trainers import TWO
+from warm_processes import PYTHON
 
 # Everything that draws random numbers between steps: k-means start, restarts of dead codes, a data
 # worker.
@@ -59,7 +59,7 @@ def test_train_in_two_processes_that_share_the_split(yaml, run, tmp_path):
         "run.num_workers=0",
     )
     arguments = yaml("stage2", *options, name="two")
-    command = [sys.executable, *TWO, "train.py", *arguments]
+    command = [PYTHON, *TWO, "train.py", *arguments]
     run_checked(command, 170, cwd=APPLICATION, env=environment())
     run(yaml("stage2", *options, "run.batch_size_train=16", name="one"))
     pair, single = (log_of(tmp_path / name, "stage2")[4] for name in ("two", "one"))

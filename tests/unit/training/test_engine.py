@@ -4,7 +4,6 @@ forward passes: e2e/test_trainers.py)."""
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import zero_toy
 from llm_runs import environment
 from real_processes import run_checked
 from torch import nn
+from warm_processes import PYTHON
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.config import StageSettings
@@ -75,7 +75,7 @@ def shards(request, tmp_path_factory) -> Path:
     pytest.importorskip("deepspeed")
     stage, runs = request.param
     folder = tmp_path_factory.mktemp("shards")
-    command = [sys.executable, zero_toy.__file__, str(folder), str(stage), *runs.split()]
+    command = [PYTHON, zero_toy.__file__, str(folder), str(stage), *runs.split()]
     run_checked(command, timeout=500, env=environment())
     return folder
 

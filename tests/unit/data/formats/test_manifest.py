@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from data_files import fields_of, lines
 from fsspec.implementations.memory import MemoryFileSystem
+from warm_processes import PYTHON
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats import index, manifest
@@ -203,7 +204,7 @@ def test_two_processes_write_the_manifest(shards):
         "import sys; from seed_multimodal.data.formats.records import open_records; "
         "assert len(open_records(sys.argv[1])) == int(sys.argv[2])"
     )
-    command = [sys.executable, "-c", code, str(shards), str(2 * COUNT)]
+    command = [PYTHON, "-c", code, str(shards), str(2 * COUNT)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from installed_package import install
 from pyarrow import parquet
 from real_processes import run_process
 from repository import ROOT
+from warm_processes import PYTHON
 from yaml_tables import read_tables
 
 from seed_multimodal.data.formats.contents import expand_pattern
@@ -210,7 +210,7 @@ def test_open_records_of_a_registered_format(tmp_path):
     openers = {"squares": "squares:open_squares", "bare": "squares:open_bare"}
     install(tmp_path, "squares", {"seed_multimodal.formats": openers})
     done = run_process(
-        [sys.executable, "-c", PROGRAM],
+        [PYTHON, "-c", PROGRAM],
         timeout=120,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"},
@@ -243,7 +243,7 @@ print(size, [row.fields["text"] for row in rows], rows[1].location, checksum > 0
 """
     search = [str(ROOT / "src"), str(tmp_path), os.environ.get("PYTHONPATH", "")]
     done = run_process(
-        [sys.executable, "-c", program],
+        [PYTHON, "-c", program],
         timeout=120,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from real_processes import (
 )
 from repository import APPLICATION, NANO
 from tiny import read_json, write_json
+from warm_processes import PYTHON
 
 from seed_multimodal.data.formats import manifest
 from seed_multimodal.data.formats.records import open_records
@@ -138,7 +138,7 @@ def test_run_beside_others(finished_run, start, tmp_path, monkeypatch, capfd):
 
 def command_of(data, out) -> list[str]:
     return (
-        f"{sys.executable} src/tools/extract_image_ids_to_torchdata_parallel.py "
+        f"{PYTHON} src/tools/extract_image_ids_to_torchdata_parallel.py "
         f"--tokenizer configs/tokenizer/nano.yaml --data {data} "
         f"--save_dir {out} --num_workers 0 --device cpu --batch_size 1"
     ).split()
@@ -439,5 +439,5 @@ assert (queue.count_missing(), list(queue), queue.count_missing()) == (0, [], 0)
 queue.check_inputs()
 print(sum(calls.values()), calls)
 """
-    output = run_checked([sys.executable, "-c", program, str(tmp_path)]).stdout
+    output = run_checked([PYTHON, "-c", program, str(tmp_path)]).stdout
     assert int(output.split()[0]) <= 0.01 * 2_000, output

@@ -15,6 +15,7 @@ from PIL import Image
 from real_processes import run_process, wait_until
 from repository import NANO, ROOT
 from tiny import read_json, write_json
+from warm_processes import PYTHON
 
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.disk import folder_lock
@@ -38,7 +39,7 @@ def arguments(system: str, work: Path, *options: str) -> list[str]:
 def killed_and_resumed(system: str, work: Path, capfd, checkpoint: str, *options: str):
     """Kill a run, but not its child process, at the first checkpoint, and resume it."""
     run = subprocess.Popen(
-        [sys.executable, "-m", "seed_nano.train", *arguments(system, work, *options)],
+        [PYTHON, "-m", "seed_nano.train", *arguments(system, work, *options)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -106,6 +107,7 @@ def assert_record_is_checked(work: Path, capfd, monkeypatch):
 def test_nano_is_killed_resumed_and_answers(tmp_path, capfd, monkeypatch):
     # One pipeline of three in the suite; the others at night.
     require_lavis()
+    monkeypatch.setattr(sys, "executable", PYTHON)  # of the stages
     work = tmp_path / "work"
     system = tmp_path / "work" / "system"
     more = ("train_clip.save_every_steps=1", "train_clip.steps=30", "--only", "clip")
@@ -204,7 +206,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     # clip cannot save, vae would train for hours.
     (tmp_path / "clip.checkpoints").write_text("not a folder")
     options = ("--jobs", "2", "--only", "vae,clip", "train_vae.steps=1000000")
-    command = [sys.executable, "-m", "seed_nano.train", *arguments("nano", tmp_path, *options)]
+    command = [PYTHON, "-m", "seed_nano.train", *arguments("nano", tmp_path, *options)]
     run = run_process(command, env=environment(), cwd=ROOT, timeout=300)
     assert run.returncode == 2
     assert "clip.checkpoints" in run.stderr
