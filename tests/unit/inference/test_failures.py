@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from llm_runs import environment
 from real_processes import run_process
 from repository import ROOT
 from waiting import wait_until
@@ -267,7 +268,10 @@ def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder, ki
 
 START = """
 import multiprocessing, sys, threading, time
+import torch
 from seed_multimodal import MultimodalSystem
+
+torch.set_num_threads(2)
 
 system = MultimodalSystem.from_pretrained("nano", device="cpu", log=None)
 FOX = "images/fox.png"
@@ -276,7 +280,7 @@ USES = {
     "text": lambda: system.chat([{"role": "user", "content": "Hello"}]).text,
     "draw": lambda: system.draw("a fox", seed=1).tobytes(),
 }
-use = USES[sys.argv[1]]
+use = lambda: [answer() for answer in USES.values()]
 """
 FORK = """
 expected = use()
@@ -322,12 +326,11 @@ FIRST_AFTER_MAIN = (
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize("use", ["describe", "text", "draw"])
 @pytest.mark.parametrize(
     "program", [FORK, AFTER_MAIN, FIRST_AFTER_MAIN], ids=["fork", "after main", "first after main"]
 )
-def test_answers_in_forked_children_and_after_the_end_of_main(program, use):
+def test_answers_in_forked_children_and_after_the_end_of_main(program):
     # gunicorn --preload and multiprocessing fork; Python waits for threads that outlive main.
-    command = [PYTHON, "-c", START + program, use]
-    run = run_process(command, timeout=120, cwd=ROOT, env={"OMP_NUM_THREADS": "2"})
+    command = [PYTHON, "-c", START + program]
+    run = run_process(command, timeout=120, cwd=ROOT, env=environment())
     assert (run.returncode, run.stdout.strip()) == (0, "equal"), run.stderr
