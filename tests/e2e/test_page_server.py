@@ -37,7 +37,7 @@ class Page:
     """The program, and visitors."""
 
     def __init__(self, folder, backend: int):
-        # A fresh process: a warm one has chosen its folder of temporary files.
+        self.folder = folder
         self.process = subprocess.Popen(
             (
                 f"{PYTHON} {ROOT / 'gradio_demo' / 'seed_llama_gradio.py'} "
@@ -87,24 +87,11 @@ class Page:
         return "\n".join(lines)
 
 
-@pytest.fixture()
-def page(tmp_path) -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[Page]:
     """A page whose backend takes requests and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as stalled:
-        yield Page(tmp_path, stalled.getsockname()[1])
-
-
-def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page, tmp_path):
-    Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")
-    for index in range(3):  # each sees the message, though nobody gets an answer
-        message = {"text": f"visitor {index}", "files": [page.upload(tmp_path / "mine.png")]}
-        inputs = [None, message, None, *SETTINGS]
-        assert page.event("on_submit", inputs, until=f"visitor {index}")
-    # The upload, and a copy of each visitor.
-    wait_until(lambda: len(list(tmp_path.glob("seed_chat_*/**/*.png"))) >= 4)
-    page.process.send_signal(signal.SIGTERM)
-    assert page.process.wait(30) in (0, 130)
-    assert not list(tmp_path.glob("seed_chat_*"))
+        yield Page(tmp_path_factory.mktemp("page"), stalled.getsockname()[1])
 
 
 # ---- strangers
@@ -189,3 +176,17 @@ def test_a_page_on_loopback_refuses_other_hosts_and_web_pages(page):
             ask = requests.get if url in gets else requests.post
             with ask(url, headers=headers, stream=True, timeout=60) as answer:
                 assert (answer.status_code == 403) == (headers in others), (url, headers)
+
+
+def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page, tmp_path):
+    # The last test: it ends the page.
+    Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")
+    for index in range(3):  # each sees the message, though nobody gets an answer
+        message = {"text": f"visitor {index}", "files": [page.upload(tmp_path / "mine.png")]}
+        inputs = [None, message, None, *SETTINGS]
+        assert page.event("on_submit", inputs, until=f"visitor {index}")
+    # The upload, and a copy of each visitor.
+    wait_until(lambda: len(list(page.folder.glob("seed_chat_*/**/*.png"))) >= 4)
+    page.process.send_signal(signal.SIGTERM)
+    assert page.process.wait(300) in (0, 130)
+    assert not list(page.folder.glob("seed_chat_*"))

@@ -1,13 +1,13 @@
 """What belongs to the whole process stays as it is: other threads' layers, torch's defaults and
 generators, and functions of libraries."""
 
-import os
 import sys
 
 import pytest
 from llm_runs import environment
 from real_processes import run_checked, run_process
 from repository import FOX, ROOT
+from warm_processes import PYTHON
 
 # Eight threads use three systems for the first time, which are loaded before or by them, while a
 # ninth builds layers.
@@ -81,7 +81,7 @@ from pathlib import Path
 import torch
 from seed_multimodal import MultimodalSystem
 
-name, image = sys.argv[1], Path(sys.argv[2])
+image = Path(sys.argv[1])
 
 def results(system):
     system.engine.forget()  # other passes of the model round otherwise
@@ -92,51 +92,54 @@ def results(system):
     texts = system.describe(image), system.describe(image, num_beams=2), system.chat(question).text
     return [*texts, edited, drawing.tobytes(), copied.tobytes(), *codes[0].flatten().tolist()]
 
-def load():
-    return MultimodalSystem.from_pretrained(f"pretrained/{name}", log=None)
+for name in ("nano", "nano-x", "nano-lavit"):
+    def load():
+        return MultimodalSystem.from_pretrained(f"pretrained/{name}", log=None)
 
-before = load()
-expected = results(before)
-for dtype in (torch.float64, torch.float16, torch.bfloat16):
-    torch.set_default_dtype(dtype)
+    before = load()
+    expected = results(before)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        for system in (before, load()):
+            for index, result in enumerate(results(system)):
+                assert result == expected[index], f"{name} {dtype}: {index}"
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("meta")
     for system in (before, load()):
-        for index, result in enumerate(results(system)):
-            assert result == expected[index], f"{dtype}: {index}"
-torch.set_default_dtype(torch.float32)
-torch.set_default_device("meta")
-for system in (before, load()):
-    assert results(system) == expected
+        assert results(system) == expected, name
+    torch.set_default_device("cpu")
 """
 
 
-def run(program, *arguments):
-    command = [sys.executable, "-c", program, *arguments]
-    done = run_checked(command, env={**os.environ, "PYTHONPATH": "src"}, cwd=ROOT)
+def run(python, program, *arguments):
+    command = [python, "-c", program, *arguments]
+    done = run_checked(command, env=environment(), cwd=ROOT)
     return done.stdout.strip()
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("systems", ["loaded", "unloaded"])
-def test_first_use_in_threads(systems):
+@pytest.mark.slow
+def test_first_use_in_threads():
     # A server of several models, or a pool of threads, beside a program that builds networks.
-    assert run(FIRST_USE, systems, str(FOX)) == "right"
+    assert run(sys.executable, FIRST_USE, "unloaded", str(FOX)) == "right"
 
 
 @pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.timeout(3600)
 def test_first_use_in_threads_is_right_each_time():
-    rounds = [run(FIRST_USE, systems, str(FOX)) for systems in ("loaded", "unloaded") * 10]
+    ways = ("loaded", "unloaded") * 10
+    rounds = [run(sys.executable, FIRST_USE, systems, str(FOX)) for systems in ways]
     assert rounds == ["right"] * 20
 
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_defaults_of_torch_change_nothing(name):
-    run(DEFAULTS, name, str(FOX))
+def test_defaults_of_torch_change_nothing():
+    run(PYTHON, DEFAULTS, str(FOX))
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 def test_errors_of_a_library_are_no_damaged_files():
     # Under -OO transformers cannot be imported: its decorators read docstrings.
