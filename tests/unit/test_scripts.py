@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from llm_runs import environment
 from real_processes import run_process
 from repository import ROOT
 
@@ -55,7 +56,7 @@ def test_shell_scripts_print_their_help(tmp_path, script, text):
     # CDPATH would send `cd scripts/..` elsewhere.
     for folder in ("scripts", "SEED_Tokenizer", "src/lavit/scripts"):
         (tmp_path / folder).mkdir(parents=True)
-    done = run("dash", script, "--help", CDPATH=str(tmp_path))
+    done = run("dash", script, "--help", **environment(CDPATH=str(tmp_path)))
     assert done.returncode == 0 and text in done.stdout, done.stderr
 
 
@@ -132,9 +133,8 @@ IMPORTED = {
 @pytest.mark.slow
 @pytest.mark.process
 def test_commands_import_what_they_use(tmp_path):
-    environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
     commands = [command.format(out=tmp_path) for command in IMPORTED]
-    done = run(sys.executable, "-c", IMPORTS, *commands, **environment)
+    done = run(sys.executable, "-c", IMPORTS, *commands, **environment())
     lines = [line for line in done.stdout.splitlines() if line.startswith("imported:")]
     assert [line.partition(": ")[2] for line in lines] == [*IMPORTED.values()], done
     # Warnings of other libraries are not for users.
