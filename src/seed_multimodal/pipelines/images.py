@@ -321,7 +321,8 @@ class CodeCodec(ImageCodec):
 
     def read(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Encoded]:
         """As `encode`, with the images' distances."""
-        return self._encode_batcher(None, [self.transform(self.open(image)) for image in images])
+        opened = [open_image(image, at_least=self.min_side).image for image in images]
+        return self._encode_batcher(None, [*map(self.transform, opened)])
 
     def preprocess(self, image: ImageSource) -> ImageSource:
         return self.transform.uncropped(self.transform.resize(self.open(image)))
