@@ -350,10 +350,7 @@ class Family:
             latest: list[float | None] = []
             for message in conversation:
                 inputs = [item for item in message.content if not isinstance(item, str)]
-                latest = []
-                for item in inputs:
-                    is_new = is_image(item)
-                    latest.append(next(distances) if is_new else getattr(item, "distance", None))
+                latest = [next(distances) if is_image(item) else None for item in inputs]
             if any(distance is not None for distance in latest):
                 note = unknown_images_note(latest, self.config.notice)
                 own_notes.add(note)

@@ -91,14 +91,6 @@ class Encoded(NamedTuple):
     distance: float | None = None
 
 
-class MeasuredCodes(list[int]):
-    """Codes of an image that was encoded before its prompt is built, with its distance."""
-
-    def __init__(self, image: Encoded) -> None:
-        super().__init__(image.value.tolist())
-        self.distance = image.distance
-
-
 class ImageCodec(ThreadState):
     """Images ⇄ codes or features; base of the families' codecs, which define five methods.
 

@@ -11,7 +11,6 @@ import contextlib
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,7 +37,6 @@ from seed_multimodal.language.messages import Message, images_before_question, n
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
-from seed_multimodal.pipelines.images import MeasuredCodes
 from seed_multimodal.pipelines.read_back import DESCRIPTION
 from seed_multimodal.serving.responses import completion, response_events
 from seed_multimodal.serving.schema import (
@@ -63,7 +61,6 @@ if TYPE_CHECKING:
 
 # Larger requests are handled one at a time, so that few of them fill the memory.
 LARGE_BODY_BYTES = 8 << 20
-MEASURED_IMAGES = 1000  # whose codes are known by their distance when they come again
 LARGE_IMAGES_PIXELS = 2_000_000
 MAX_SIDE = 2048  # of a returned image
 RETRY_SECONDS = 5  # after which a refused client may come back
@@ -134,8 +131,6 @@ class Backend:
         self.answered = 0
         self._counting = threading.Lock()
         self._large = threading.RLock()
-        # Codes of the latest images, the least recently used first.
-        self._measured: OrderedDict[tuple[int, ...], MeasuredCodes] = OrderedDict()
         self._slots = threading.Semaphore(self.limits.max_running)
 
         # Metrics, in a registry of this server: a process may have several.
@@ -252,7 +247,7 @@ class Backend:
     # ---- images of a request
 
     def read_images(self, items: Sequence[SentImage], deadline: Deadline) -> list[ReadImage]:
-        """The images of a request, opened; for SEED-LLaMA their codes.
+        """The images of a request, opened.
 
         items: codes among them stay.
 
@@ -263,17 +258,12 @@ class Backend:
         if len(items) > MAX_IMAGES:
             raise RequestError(f"The request has {len(items)} images; {MAX_IMAGES} are allowed.")
 
-        # 1. Files, and their pixels as the headers say; codes, perhaps of an earlier request's
-        #    image, as the page's are.
+        # 1. Files, and their pixels as the headers say.
         inputs: list[Any] = [*items]
         files: dict[int, StoredImage] = {}
         n_pixels = 0
         for index, item in enumerate(items):
             if isinstance(item, list):
-                known = self._measured.get(tuple(item))
-                if known:
-                    inputs[index] = known
-                    self._remember([known])
                 continue
             name = f"image {index}"
             content = item if isinstance(item, bytes) else decode_text(item, name, limits)
@@ -288,29 +278,9 @@ class Backend:
         # 2. Opened images, which need much more memory.
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
-            images: list[Any] = [
-                file.open(at_least=self.system.images.min_side).image for file in files.values()
-            ]
-            if images and self.system.abilities.reads_codes:
-                images = [MeasuredCodes(image) for image in self.system.images.read(images)]
-                self._remember(images)
-        for index, image in zip(files, images, strict=True):
-            inputs[index] = image
+            for index, file in files.items():
+                inputs[index] = file.open(at_least=self.system.images.min_side).image
         return inputs
-
-    def _remember(self, images: Sequence[MeasuredCodes]) -> None:
-        """Know the codes of images when they are sent again.
-
-        Of images with equal codes the most familiar one counts: a note must not be about another
-        visitor's image.
-        """
-        with self._counting:
-            for image in images:
-                before = self._measured.pop(tuple(image), image)
-                familiar = min(before, image, key=lambda image: image.distance or 0)
-                self._measured[tuple(image)] = familiar
-            while len(self._measured) > MEASURED_IMAGES:
-                self._measured.popitem(last=False)
 
     # ---- conversations
 
@@ -417,8 +387,12 @@ class Backend:
     def _generate_response(self, done: Event, images: Sequence[ReadImage]) -> GenerateResponse:
         """The answer with the original's fields; `images`: of the request."""
         # The answer's images follow those of the request; a broken one has empty entries.
-        codes = [image if isinstance(image, list) else None for image in images]
-        response = GenerateResponse(images_ids=codes, error_msg=done["notes"])
+        response = GenerateResponse(error_msg=done["notes"])
+        for image in images:
+            codes = image if isinstance(image, list) else None
+            if codes is None and self.system.abilities.reads_codes:
+                codes = self.system.images.encode([image])[0].tolist()  # known: it was read
+            response.images_ids.append(codes)
         texts: list[str] = []
         for part in done["answer"].parts:
             if isinstance(part, str):  # the model may spell the placeholder in ordinary letters
@@ -636,10 +610,9 @@ class Backend:
             )
             data: list[JsonObject] = [{"b64_json": image_to_base64(image)} for image in drawings]
         else:
-            # Images → codes; `read_images` has encoded those of prompts of ids.
-            rows: Any = self.read_images(request.images, deadline)
-            if not self.system.abilities.reads_codes:
-                rows = self.system.images.encode(rows, seed=request.seed)
+            # Images → codes.
+            images: list[Any] = self.read_images(request.images, deadline)
+            rows = self.system.images.encode(images, seed=request.seed)
             data = [{"codes": [int(code) for code in row]} for row in rows]
         yield {"created": int(time.time()), "data": data}
 

@@ -213,7 +213,7 @@ class Chat:
 
         # 2. Its settings.
         body = {
-            "messages": [turn.message() for turn in turns],
+            "messages": [turn.message(is_new=turn is turns[-1]) for turn in turns],
             "force_image": bool(force_image),
             "seed": random.randrange(2**31),
         }

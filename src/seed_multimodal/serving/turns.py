@@ -78,9 +78,9 @@ class Picture:
         key = "url" if self.url else "stored_url"
         return {key: self.stored_url or self.url, "description": self.description}
 
-    def sent(self) -> JsonObject:
-        """As a part of OpenAI's message."""
-        if self.codes:
+    def sent(self, is_new: bool = False) -> JsonObject:
+        """As a part of OpenAI's message; of a new one the image itself, about which notes are."""
+        if self.codes and not (is_new and self.url):
             return {"type": "image_url", "codes": self.codes}
         return {"type": "image_url", "image_url": {"url": self.url}}
 
@@ -123,10 +123,10 @@ class Turn:
 
     # ---- forms
 
-    def message(self) -> JsonObject:
+    def message(self, is_new: bool = False) -> JsonObject:
         """As OpenAI's message."""
         content = [
-            {"type": "text", "text": part} if isinstance(part, str) else part.sent()
+            {"type": "text", "text": part} if isinstance(part, str) else part.sent(is_new)
             for part in self.sent_parts
         ]
         return {"role": self.role, "content": content, "reasoning_content": self.reasoning}

@@ -83,10 +83,10 @@ def test_notes_at_each_door(shipped, client_of, a_screen):
     client = client_of(shipped)
     notes = [chat(client, [user(image)])["notes"] for image in (a_screen, Image.open(FOX))]
     assert [SAID in " ".join(of_image) for of_image in notes] == [True, False]
-    if shipped.abilities.reads_codes:  # codes of an earlier request, as the page sends them
+    if shipped.abilities.reads_codes:  # a new image beside its codes, as the page sends it
         images = {"images": [f"data:;base64,{image_to_base64(a_screen)}"]}
         (row,) = client.post("/v1/images/tokens", json=images).json["data"]
-        part = {"type": "image_url", "codes": row["codes"]}
+        part = {"type": "image_url", "codes": row["codes"], "image_url": images["images"][0]}
         assert SAID in " ".join(chat(client, [{"role": "user", "content": [part]}])["notes"])
     form = {"prompt": "Add a star.", "image": (BytesIO(image_to_bytes(a_screen)), "screen.png")}
     body = client.post("/v1/images/edits", data=form).json
