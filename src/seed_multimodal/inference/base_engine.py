@@ -187,7 +187,13 @@ class GeneratedSequence:
         self.rows: list[Row] = []
         n_initial = len(self.initial_ids)
         self.reader = AnswerReader(
-            tokenizer, settings.stop, request.previews, settings.stop_after, n_initial, vocabulary
+            tokenizer,
+            settings.stop,
+            request.previews,
+            settings.stop_after,
+            n_initial,
+            vocabulary,
+            settings.answer_after,
         )
         self._tokenizer = tokenizer
         self._stream: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()

@@ -54,7 +54,8 @@ class GenerationSettings:
     constrain: images are well-formed, and no image token stands outside of an image.
     stop: texts that end an answer, as the opening of the prompt template's next turn.
     stop_token_ids: tokens that end an answer; None: `</s>`.
-    stop_after: `stop` counts only behind this text, the end of a verdict (see `TaskPrompts`).
+    answer_after: the end of a verdict (see `TaskPrompts`).
+    stop_after: `stop` counts only behind this text, the end of a verdict.
     should_stop: called before each token, also while the request waits, and before each drawing;
     true ends the answer.
     """
@@ -77,6 +78,7 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] | None = None
     stop_after: str = ""
+    answer_after: str = ""
     should_stop: Callable[[], bool] | None = field(default=None, compare=False)
 
     @property

@@ -229,5 +229,10 @@ def read_answer(
     tokenizer: TextTokenizer, ids: Sequence[int], settings: GenerationSettings
 ) -> AnswerReader:
     """The reader of a complete answer, which ends at the stops of `settings`."""
-    reader = AnswerReader(tokenizer, settings.stop, stop_after=settings.stop_after)
+    reader = AnswerReader(
+        tokenizer,
+        settings.stop,
+        stop_after=settings.stop_after,
+        answer_after=settings.answer_after,
+    )
     return reader.read_all(ids)

@@ -19,7 +19,7 @@ from typing import Literal, Required, TypedDict
 
 from PIL import Image
 
-from seed_multimodal.language.prompts import split_verdict
+from seed_multimodal.language.prompts import merge_text, split_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageGrammar, ImageVocabulary
 
@@ -64,7 +64,23 @@ class BrokenImagePart:
     reason: str
 
 
-AnswerPart = str | ImagePart | BrokenImagePart  # a text is decoded without special tokens
+@dataclass(frozen=True)
+class ReasoningPart:
+    """What the model wrote before its answer (see `TaskPrompts`), and what ended it."""
+
+    text: str
+    end: str
+
+
+@dataclass(frozen=True)
+class PrefacePart:
+    """What the system puts before the model's answer."""
+
+    text: str
+
+
+# A text is decoded without special tokens.
+AnswerPart = str | ImagePart | BrokenImagePart | ReasoningPart | PrefacePart
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,6 @@ class Answer:
     ids: Sequence[int] = ()  # the generated tokens
     # Sentences about the request and the answer, see `pipelines.tasks`.
     notes: Sequence[str] = field(default=(), compare=False)
-    answer_after: str = ""  # of `TaskPrompts`; a verdict is in `parts`, not in `text`
     prompt_tokens: int = field(default=0, compare=False)  # of `chat`
     # "stop"; "length": no end within the tokens; "cancelled"
     finish_reason: str = field(default="stop", compare=False)
@@ -88,9 +103,18 @@ class Answer:
     @property
     def reasoning(self) -> str:
         """What the model wrote before the answer: a verdict (see `TaskPrompts`), or nothing."""
-        texts = [part for part in self.parts if isinstance(part, str)]
-        verdicts = [split_verdict(text.strip(), self.answer_after)[0] for text in texts]
-        return " ".join(filter(None, verdicts))
+        return " ".join(part.text for part in self.parts if isinstance(part, ReasoningPart))
+
+    @property
+    def written(self) -> list[str | ImagePart | BrokenImagePart]:
+        """What the model wrote, verdicts too, but no preface."""
+        written: list[str | ImagePart | BrokenImagePart] = []
+        for part in self.parts:
+            if isinstance(part, ReasoningPart):
+                written.append(part.text + part.end)
+            elif not isinstance(part, PrefacePart):
+                written.append(part)
+        return merge_text(written)
 
     @property
     def text(self) -> str:
@@ -99,12 +123,13 @@ class Answer:
 
     @property
     def shown(self) -> list[str | ImagePart | BrokenImagePart]:
-        """The parts, with texts without verdicts and white space around them."""
+        """Texts, without white space around them, and images."""
         shown: list[str | ImagePart | BrokenImagePart] = []
         for part in self.parts:
-            if isinstance(part, str):
-                part = split_verdict(part.strip(), self.answer_after)[1]
-            shown.append(part)
+            if isinstance(part, str | PrefacePart):
+                shown.append((part if isinstance(part, str) else part.text).strip())
+            elif not isinstance(part, ReasoningPart):
+                shown.append(part)
         return shown
 
     @property
@@ -188,7 +213,7 @@ class AnswerReader:
     stops: texts that end the answer, as `</s>` does. A stop of white space only counts after the
     first word. The end of a text is held back while it may be half a character or half a stop.
     previews: numbers of codes after which there is an event with the image so far.
-    stop_after: see `GenerationSettings`; no text is sent before it is there.
+    stop_after, answer_after: see `GenerationSettings`; no text is sent before they are there.
     n_opening: so many tokens at the beginning are not the model's: stops begin behind them.
     vocabulary: with another number of codes of an image than the tokenizer's.
 
@@ -204,11 +229,13 @@ class AnswerReader:
         stop_after: str = "",
         n_opening: int = 0,
         vocabulary: ImageVocabulary | None = None,
+        answer_after: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary or tokenizer.vocabulary
         self.previews = previews
         self.stop_after = stop_after
+        self.answer_after = answer_after
         self.ids: list[int] = []
         self.parts: list[AnswerPart] = []
         self.finished = False
@@ -220,6 +247,7 @@ class AnswerReader:
         self._stops_from = 0  # characters of the run's text that are the opening's
         self._text = _RunningText(tokenizer)  # of the run
         self._sent = 0  # characters of the run's text that were events already
+        self._n_verdict = 0  # those of them before the answer
 
         stops = [stop for stop in stops if stop]
         self._prefixes = [""]
@@ -327,12 +355,17 @@ class AnswerReader:
     def _flush_text(self) -> list[Event]:
         """End a text; its part is what the events told."""
         events = [] if self.finished else self._new_text(final=True)
-        text = self._text.text[: self._sent]
+        verdict = self._text.text[: self._n_verdict]
+        if verdict:
+            reasoning = verdict.removesuffix(self.answer_after)
+            self.parts.append(ReasoningPart(reasoning, verdict.removeprefix(reasoning)))
+        text = self._text.text[self._n_verdict : self._sent]
         if text.strip():
             self.parts.append(text)
         self._run = []
         self._text = _RunningText(self.tokenizer)
         self._sent = 0
+        self._n_verdict = 0
         self._stops_from = 0
         return events
 
@@ -363,9 +396,20 @@ class AnswerReader:
             prefix = max(filter(certain.endswith, self._prefixes), key=len)
             end = stops_from + len(certain.removesuffix(prefix).rstrip(" "))
 
-        # 3. What of it was no event yet.
+        # 3. What of it was no event yet; the first text waits for what may be behind a verdict.
+        events: list[Event] = []
+        if self.answer_after and not unsent:
+            is_over = final or stop is not None
+            if not is_over and not text[:end].partition(self.answer_after)[2]:
+                return []
+            reasoning, answer = split_verdict(text[:end], self.answer_after)
+            unsent = self._n_verdict = end - len(answer)
+            if reasoning:
+                events.append({"type": "reasoning", "text": reasoning})
         self._sent = max(unsent, end)
-        return [{"type": "text", "text": text[unsent:end]}] if unsent < end else []
+        if unsent < end:
+            events.append({"type": "text", "text": text[unsent:end]})
+        return events
 
     def _drop_run_after(self, end: int) -> None:
         """Drop the run's tokens that reach behind this length of its text."""

@@ -231,7 +231,7 @@ def _read_message(message: object, index: int) -> Message:
 
     # An earlier answer, or what the caller wrote.
     if isinstance(content, Answer):
-        content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
+        content = [part for part in content.written if not isinstance(part, BrokenImagePart)]
     return _new_message(role, content, index)
 
 

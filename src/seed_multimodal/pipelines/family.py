@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Edges = tuple[float, ...]  # of a box: left, top, right, bottom
 
 SAMPLING = {"temperature", "top_p", "top_k"}
-OF_FAMILIES = ("stop_after",)  # settings that only families set
+OF_FAMILIES = ("stop_after", "answer_after")  # settings that only families set
 OF_BEAMS = ("length_penalty", "early_stopping")
 
 
@@ -168,6 +168,7 @@ class Family:
         values = {
             "max_new_tokens": 256,
             "do_sample": False,
+            "answer_after": self.tasks.answer_after,
             **self.defaults.get(kind, {}),
             **family_values,
             **given,

@@ -23,7 +23,7 @@ from seed_multimodal.errors import GenerationError, RequestError
 from seed_multimodal.inference.base_engine import BaseEngine, GeneratedSequence, Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped
 from seed_multimodal.inference.sampling import read_answer
-from seed_multimodal.language.answer import Answer, Event, ImagePart, left_out_note
+from seed_multimodal.language.answer import Answer, Event, ImagePart, PrefacePart, left_out_note
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Message,
@@ -33,7 +33,7 @@ from seed_multimodal.language.messages import (
     without_oldest_rounds,
 )
 from seed_multimodal.language.phrases import Phrases
-from seed_multimodal.language.prompts import TaskPrompts, split_verdict
+from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import ImageCodec, ImageInput, Log
@@ -204,7 +204,6 @@ class TaskRunner:
         answer = Answer(
             tuple(reader.parts),
             tuple(reader.ids),
-            answer_after=self.tasks.answer_after,
             # The others are in the answer's ids.
             prompt_tokens=len(request.prompt) - len(request.prompt.answered),
             finish_reason=request.finish_reason,
@@ -215,8 +214,9 @@ class TaskRunner:
 
     def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
         """The answer of ids that were generated elsewhere (by transformers), cut at its end."""
+        settings = replace(settings, answer_after=self.tasks.answer_after)
         reader = read_answer(self.tokenizer, ids, settings)
-        return Answer(tuple(reader.parts), tuple(reader.ids), answer_after=self.tasks.answer_after)
+        return Answer(tuple(reader.parts), tuple(reader.ids))
 
     # ---- prompts
 
@@ -293,7 +293,7 @@ class TaskRunner:
         request = self.engine.submit(prompt, task.generation, previews)
 
         # 2. Its texts and images.
-        events = _with_reasoning(_until_stopped(request), self.tasks.answer_after)
+        events = _until_stopped(request)
         preface = task.notes.preface
         try:
             for event in events:
@@ -416,7 +416,7 @@ class TaskRunner:
             is_only = len(rows) == 1 and first_index == 0
             which = "The image" if is_only else f"Image {first_index + index}"
             request = conversations[index][-1].text
-            _, claim = split_verdict(text_before(row.parts, row.part), self.tasks.answer_after)
+            claim = text_before(row.parts, row.part)
             old = before.get(id(changed[index]))
             note = note_of(phrases, which, request, claim, old, descriptions[index])
             picture.info |= {DESCRIPTION: descriptions[index], NOTE: note}
@@ -470,11 +470,9 @@ def _done(task: Task, answer: Answer) -> Event:
     """The last event of a task."""
     notes = [*task.notes]
     parts = [*answer.parts]
-    texts = [index for index, part in enumerate(parts) if isinstance(part, str) and part.strip()]
+    texts = [index for index, part in enumerate(parts) if isinstance(part, str)]
     if task.notes.preface and texts:
-        # Behind what the model wrote before its answer.
-        before, separator, text = str(parts[texts[0]]).rpartition(answer.answer_after or "\0")
-        parts[texts[0]] = f"{before}{separator}{task.notes.preface}{text.lstrip()}"
+        parts.insert(texts[0], PrefacePart(task.notes.preface))
     answer = replace(answer, parts=tuple(parts), notes=tuple(notes))
     return {"type": "done", "answer": answer, "notes": notes}
 
@@ -494,37 +492,6 @@ def _until_stopped(request: GeneratedSequence) -> Iterator[Event]:
     try:
         yield from request.events()
     except Stopped:
-        yield from (event for event in request.reader.close() if event["type"] == "text")
+        texts = ("text", "reasoning")
+        yield from (event for event in request.reader.close() if event["type"] in texts)
 
-
-def _with_reasoning(events: Iterable[Event], separator: str) -> Iterator[Event]:
-    """Events in which what a text says before the separator is of the type `reasoning`.
-
-    A text is held back until the separator comes, or its end.
-    """
-    held = ""
-    awaited = separator
-    for event in events:
-        if event["type"] == "text" and awaited:
-            held += event["text"]
-            reasoning, _, text = held.partition(awaited)
-            if not text:
-                continue
-            yield {"type": "reasoning", "text": reasoning}
-            event = {"type": "text", "text": text}
-            held = awaited = ""
-        elif event["type"] != "text":
-            yield from _parted(held, awaited)
-            held = ""
-            awaited = separator
-        yield event
-    yield from _parted(held, awaited)
-
-
-def _parted(text: str, separator: str) -> Iterator[Event]:
-    """The events of a complete text."""
-    reasoning, answer = split_verdict(text, separator)
-    if reasoning:
-        yield {"type": "reasoning", "text": reasoning}
-    if answer:
-        yield {"type": "text", "text": answer}

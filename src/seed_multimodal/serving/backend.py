@@ -394,7 +394,7 @@ class Backend:
                 codes = self.system.images.encode([image])[0].tolist()  # known: it was read
             response.images_ids.append(codes)
         texts: list[str] = []
-        for part in done["answer"].parts:
+        for part in done["answer"].written:
             if isinstance(part, str):  # the model may spell the placeholder in ordinary letters
                 texts.append(part.replace(PLACEHOLDER, "<image >").strip())
                 continue

@@ -84,7 +84,7 @@ def test_conversation_with_images_in_both_directions(client_of, request, name, q
     message = chat(client, [opening], **fields)
     for part, drawing in zip(message["images"], expected.images, strict=True):
         assert np.array_equal(read(part["image_url"]["url"]), drawing)
-        assert str(expected.parts[0]).endswith(message["content"][: part["offset"]])
+        assert str(expected.shown[0]).endswith(message["content"][: part["offset"]])
     assert message.pop("finish_reason") == expected.finish_reason
     assert message.pop("usage")["total_tokens"] == expected.prompt_tokens + len(expected.ids)
     message["reasoning"] = message.get("reasoning_content", "")
