@@ -102,7 +102,7 @@ def test_the_wheel_loads_the_layout_decoders_of_nano(installed, tmp_path, name):
         env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.startswith(str(installed.parent)), done.stderr
-    assert done.stdout.endswith("seed_multimodal/diffusion/layout.py\n")
+    assert done.stdout.endswith("seed_nano/layout.py\n")
 
 
 def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):

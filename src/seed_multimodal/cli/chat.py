@@ -26,7 +26,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image, save_image
 from seed_multimodal.models.registry import NEEDS
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.read_back import DESCRIPTION
+from seed_multimodal.pipelines.world import DESCRIPTION
 
 if TYPE_CHECKING:
     from seed_multimodal.language.answer import Answer, Event

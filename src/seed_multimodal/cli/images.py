@@ -35,7 +35,7 @@ from seed_multimodal.errors import ConfigError, DataError, printable
 from seed_multimodal.images.io import ImageSource, StoredImage
 from seed_multimodal.models.registry import NEEDS
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.read_back import DESCRIPTION
+from seed_multimodal.pipelines.world import DESCRIPTION
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,6 @@
 
 `base`         loading, settings and the denoising loop of a `Detokenizer`
 `conditioner`  networks that start sampling and condition the U-Net, also of other packages
-`layout`       a conditioner for scenes of a few things; `labels`: its classifiers
 `offload`      parts that are on the device only while they compute
 `networks`     denoisers and autoencoders of diffusers
 `objectives`   epsilon, velocity and flow: noised latents of training and their targets

@@ -7,5 +7,4 @@ prompts          templates, and the request sentences of the tasks
 messages         conversations and answers as callers see them
 answer           ids → texts and images, also while they are generated
 llm, lora        loading of the language model, and merging of adapters
-known_words      the words of a system's training data, and how others are read; spelling
 """

@@ -58,7 +58,6 @@ from seed_multimodal.pipelines.images import (
     Seed,
     seed_per_image,
 )
-from seed_multimodal.pipelines.read_back import asks_about_picture
 from seed_multimodal.pipelines.run import BATCH, TaskRunner
 from seed_multimodal.pipelines.tasks import Drawing, Notes, Task, TaskKind
 from seed_multimodal.progress import LOADING
@@ -485,9 +484,8 @@ class MultimodalSystem(TaskRunner, HubUpload):
         conversation = [*earlier, *self.family.read_words([last])]
         drawing_options, reads_back = self._pop_drawing_options(options)
         # A model of a small world may draw where it is asked a question; unconstrained it may.
-        is_small = self.config.known_words is not None
         may_draw = images == "auto" and options.get("constrain", True)
-        if is_small and may_draw and asks_about_picture(conversation):
+        if may_draw and self.family.world.asks_about_picture(conversation):
             images = "never"
         if stream:
             options.setdefault("num_beams", 1)

@@ -118,7 +118,7 @@ class SystemConfig:
     preview_inference_steps: int | None = positive(None)
     notice: str = ""  # what people should know of the weights; logged with the device
     known_words: Path | None = None  # JSON file of the words that it learned
-    read_back: bool = False  # whether it describes its drawings, see `pipelines.read_back`
+    read_back: bool = False  # whether it describes its drawings, see `pipelines.world`
 
     @property
     def name(self) -> str:

@@ -19,7 +19,6 @@ from seed_multimodal.inference.backends.torch import embed_prompt, joined
 from seed_multimodal.inference.base_engine import GeneratedSequence
 from seed_multimodal.inference.prompt import GenerationSettings, ImageFeatures, Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
-from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.llm import check_vocab_size
 from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.messages import Message
@@ -36,6 +35,7 @@ from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import Encoded, ImageInput, Options, Placement
 from seed_multimodal.pipelines.known_images import PREFACE, unknown_images_note
 from seed_multimodal.pipelines.tasks import DRAWING_KINDS, Notes, TaskKind
+from seed_multimodal.pipelines.world import open_world
 from seed_multimodal.settings import check_value, nearest
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Family:
         self.images = images
         self.use_template(template)
         self.tasks: TaskPrompts = config.tasks
+        self.world = open_world(config.known_words)
 
     def use_template(self, template: PromptTemplate | None) -> None:
         """Write conversations in a template, whose texts then end answers."""
@@ -270,14 +271,12 @@ class Family:
     def read_words(
         self, conversation: Sequence[Message], notes: Notes | None = None, drawing: bool = False
     ) -> Sequence[Message]:
-        """A conversation whose user writes the words that the system learned, and whose answers
-        are the model's. What was read stays.
+        """A conversation in the words that the system learned. What was read stays.
 
         notes: which get words of the last message that are read otherwise, or were not learned.
         drawing: words count that the system can say, but not draw.
         Raises RequestError: it cannot fit the context. Nothing else reads a text before.
         """
-        # 1. The length.
         content = [part for message in conversation for part in message.content]
         n_characters = sum(len(part) for part in content if type(part) is str)  # as written
         if n_characters > self.max_characters:
@@ -285,34 +284,9 @@ class Family:
                 f"The prompt has {n_characters} characters, but at most {self.max_characters} fit "
                 "into the model's context; make it shorter."
             )
-        if self.config.known_words is None:
-            return conversation
-
-        # 2. The words, the newest first: of many only so many are corrected.
-        known = read_known_words(self.config.known_words)
-        tried: set[str] = set()
-        turns: list[Message] = []
-        for message in reversed(conversation):
-            parts: Sequence[Any] = message.content
-            if message.role == "user":
-                parts = [known.read(part, tried) if type(part) is str else part for part in parts]
-            elif message.role == "assistant":
-                parts = [
-                    part.removeprefix(PREFACE) if type(part) is str else part for part in parts
-                ]
-            turns.append(replace(message, content=tuple(parts)))
-        turns.reverse()
-
-        # 3. The notes.
-        last = turns[-1]
-        if notes is not None and last.text != self.tasks.describe:
-            text = last.text.lower()
-            for word in self.template_words:  # which a user may write himself
-                text = text.replace(word, " ")
-            changed: dict[str, str] = {}
-            for part in last.content:
-                changed |= getattr(part, "changed", {})
-            notes.add(*known.notes(text, changed, drawing))
+        turns = self.world.read(conversation)
+        if notes is not None and turns[-1].text != self.tasks.describe:
+            notes.add(*self.world.notes(turns[-1], self.template_words, drawing))
         return turns
 
     def prompts(

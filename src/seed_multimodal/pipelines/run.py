@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -24,7 +24,6 @@ from seed_multimodal.inference.base_engine import BaseEngine, GeneratedSequence,
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped
 from seed_multimodal.inference.sampling import read_answer
 from seed_multimodal.language.answer import Answer, Event, ImagePart, PrefacePart, left_out_note
-from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Message,
     newest_turns,
@@ -32,13 +31,12 @@ from seed_multimodal.language.messages import (
     user_message,
     without_oldest_rounds,
 )
-from seed_multimodal.language.phrases import Phrases
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import ImageCodec, ImageInput, Log
-from seed_multimodal.pipelines.read_back import DESCRIPTION, NOTE, note_of, picture_to_change
 from seed_multimodal.pipelines.tasks import DRAWING_KINDS, Notes, Task, TaskKind
+from seed_multimodal.pipelines.world import DESCRIPTION, NOTE
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 
@@ -394,7 +392,8 @@ class TaskRunner:
         # 1. What is described: each picture once.
         reads_codes = self.config.abilities.reads_codes
         conversations: list[Any] = [row.task.request for row in rows]  # the last message was read
-        changed = [picture_to_change(turns, reads_codes) for turns in conversations]
+        world = self.family.world
+        changed = [world.picture_to_change(turns, reads_codes) for turns in conversations]
         distinct = {id(picture): picture for picture in changed if picture is not None}
         drawn: list[Any] = [row.input for row in rows] if reads_codes else [*pictures]
 
@@ -410,15 +409,12 @@ class TaskRunner:
         before = dict(zip(distinct, descriptions[len(rows) :], strict=True))
 
         # 3. The comparisons.
-        words = self.config.known_words
-        phrases = read_known_words(words).compared if words else Phrases({})
         for index, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
             is_only = len(rows) == 1 and first_index == 0
             which = "The image" if is_only else f"Image {first_index + index}"
-            request = conversations[index][-1].text
             claim = text_before(row.parts, row.part)
             old = before.get(id(changed[index]))
-            note = note_of(phrases, which, request, claim, old, descriptions[index])
+            note = world.note(which, conversations[index], claim, old, descriptions[index])
             picture.info |= {DESCRIPTION: descriptions[index], NOTE: note}
             row.task.notes.add(note)
 
@@ -494,4 +490,3 @@ def _until_stopped(request: GeneratedSequence) -> Iterator[Event]:
     except Stopped:
         texts = ("text", "reasoning")
         yield from (event for event in request.reader.close() if event["type"] in texts)
-

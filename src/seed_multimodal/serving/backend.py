@@ -32,12 +32,11 @@ from seed_multimodal.errors import RequestError, short_name
 from seed_multimodal.images.io import ImageLimits, StoredImage, decode_text, image_to_base64
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart, left_out_note
-from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import Message, images_before_question, newest_turns
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
-from seed_multimodal.pipelines.read_back import DESCRIPTION
+from seed_multimodal.pipelines.world import DESCRIPTION
 from seed_multimodal.serving.responses import completion, response_events
 from seed_multimodal.serving.schema import (
     MAX_IMAGES,
@@ -188,8 +187,7 @@ class Backend:
             raise NotFound(
                 f"There is no model {short_name(name)!r}; this server has {self.name!r}."
             )
-        known_words = self.system.config.known_words
-        known = read_known_words(known_words).listed if known_words else None
+        known = self.system.family.world.listed or None
         return {
             "id": self.name,
             "object": "model",

@@ -11,9 +11,9 @@ from seed_lavis.models import Blip2CodebookAllImage
 from seed_lavis.options import Stage2Options
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.labels import label_divergence, load_label_heads
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import load_state_dict
+from seed_nano.labels import label_divergence, load_label_heads
 
 
 @dataclass(kw_only=True)

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.state_dicts import load_state_dict
+from seed_nano.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_nano.train.lavit import load_reader, rebuilt_features
 from seed_nano.train.task import Loss, NanoTask
 from seed_nano.train.tokenizer import encode_scenes, load_tokenizer

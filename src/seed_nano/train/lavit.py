@@ -15,8 +15,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.labels import LabelHeads, label_divergence
-from seed_multimodal.diffusion.layout import reading_layers
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -25,6 +23,8 @@ from seed_multimodal.recipes.lavit.losses import FLIP_EVERY, LavitLossWeights, L
 from seed_multimodal.recipes.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.codebook import CodebookHealth
+from seed_nano.labels import LabelHeads, label_divergence
+from seed_nano.layout import reading_layers
 from seed_nano.train.task import Loss, NanoTask, map_scenes
 from seed_nano.train.vision import LABELS, label_loss, labels_right
 from seed_nano.train.workspace import LavitWorkspace

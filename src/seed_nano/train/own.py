@@ -34,7 +34,6 @@ from seed_multimodal.data.formats.pairs import Pairs, no_caption
 from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.diffusion.networks import encode_moments
 from seed_multimodal.disk import JsonObject, replace_json, replace_text
 from seed_multimodal.errors import ConfigError, DataError, ImageError
@@ -44,6 +43,7 @@ from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.pipelines.assemble import write_hub_files
 from seed_multimodal.pipelines.config import SYSTEM, SystemConfig
+from seed_nano.layout import LAYOUT, LayoutDecoder
 from seed_nano.train.assemble import copy_llm, system_settings, trained_folder
 from seed_nano.train.task import Loss, NanoTask, to_signed
 from seed_nano.train.workspace import ROOT, Settings, Workspace, resolve_path

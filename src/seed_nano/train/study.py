@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.diffusion.labels import LabelHeads
 from seed_multimodal.disk import JsonObject, read_json_object, replace_text
 from seed_multimodal.evaluation.metrics import bootstrap, plain
 from seed_multimodal.evaluation.prefix import evaluate_prefixes
@@ -42,6 +41,7 @@ from seed_multimodal.state_dicts import (
     save_state_dict,
     save_torch,
 )
+from seed_nano.labels import LabelHeads
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import Samples, Sizes, make_samples
 from seed_nano.report.scoring import Section

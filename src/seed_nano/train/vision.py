@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.labels import LabelHeads, load_label_heads
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.state_dicts import save_state_dict
+from seed_nano.labels import LabelHeads, load_label_heads
 from seed_nano.train.task import Loss, NanoTask, SceneStream, map_scenes, to_signed
 from seed_nano.train.vae import THINGS_WEIGHT
 from seed_nano.train.workspace import SuccessorWorkspace, Workspace

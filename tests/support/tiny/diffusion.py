@@ -232,7 +232,7 @@ def write_unclip(folder):
         StableUnCLIPImageNormalizer,
     )
 
-    from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
+    from seed_nano.layout import LayoutConfig, LayoutDecoder
 
     denoiser = UNet2DConditionModel(
         **{

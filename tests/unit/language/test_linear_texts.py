@@ -30,10 +30,10 @@ import seed_multimodal
 import seed_nano.world
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.answer import AnswerReader
-from seed_multimodal.language.known_words import KnownWords, read_known_words
 from seed_multimodal.language.messages import Message, user_message
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TEMPLATES
 from seed_multimodal.language.vocabulary import SeedXVocabulary
+from seed_nano.words.known_words import KnownWords, read_known_words
 
 NEW = itertools.count()
 SECONDS = 0.2  # of a processor, at most

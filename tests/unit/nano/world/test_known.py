@@ -7,10 +7,10 @@ from repository import ROOT
 from yaml_tables import read_tables
 
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.known_words import KnownWords, read_known_words
 from seed_multimodal.language.messages import Message, user_message
 from seed_multimodal.language.prompts import SEED_X_TASKS
-from seed_multimodal.pipelines.read_back import asks_about_picture, note_of, picture_to_change
+from seed_nano.words.known_words import KnownWords, read_known_words
+from seed_nano.words.read_back import asks_about_picture, note_of, picture_to_change
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import NAMES, write_known_words
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.conditioner import Generators, pooled_tokens, seeded_noise
-from seed_multimodal.diffusion.labels import LabelHeads
 from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_nano.labels import LabelHeads
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

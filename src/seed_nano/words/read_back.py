@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line imports this module before torch
     from seed_multimodal.language.messages import ContentPart, Message
-    from seed_multimodal.language.phrases import Phrases
+    from seed_nano.words.phrases import Phrases
 
-DESCRIPTION = "description"  # in `Image.info`
-NOTE = "note"
 NO_CHANGE = "Nothing has changed."
 
 # Requests that change the picture of an earlier message, those that ask for a new one, what shows

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.phrases import ByValue, Phrases, any_of
-from seed_multimodal.language.spelling import corrected
 from seed_multimodal.settings import read_settings
+from seed_nano.words.phrases import ByValue, Phrases, any_of
+from seed_nano.words.spelling import corrected
 
 # Anybody's texts: each repetition begins at a boundary, keeps what it matched (`+` behind it), and
 # ends at the next beginning, so that the time grows with the length, not with its square.

@@ -1,0 +1,1 @@
+"""Words of a system's training data: how users' are read, and what contradicts a request."""
