@@ -33,9 +33,8 @@ from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.models.registry import NEEDS
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import Encoded, ImageInput, Options, Placement
-from seed_multimodal.pipelines.known_images import PREFACE, unknown_images_note
 from seed_multimodal.pipelines.tasks import DRAWING_KINDS, Notes, TaskKind
-from seed_multimodal.pipelines.world import open_world
+from seed_multimodal.pipelines.world import PREFACE, open_world, unknown_images_note
 from seed_multimodal.settings import check_value, nearest
 
 if TYPE_CHECKING:
@@ -326,10 +325,9 @@ class Family:
             for message in conversation:
                 inputs = [item for item in message.content if not isinstance(item, str)]
                 latest = [next(distances) if is_image(item) else None for item in inputs]
-            if any(distance is not None for distance in latest):
-                note = unknown_images_note(latest, self.config.notice)
-                own_notes.add(note)
-                own_notes.preface = PREFACE if note else ""
+            note = unknown_images_note(latest, self.config.notice)
+            own_notes.add(note)
+            own_notes.preface = PREFACE if note else ""
         return prompts
 
     def encode(

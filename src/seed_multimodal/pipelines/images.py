@@ -26,7 +26,7 @@ from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.known_images import ImageFamiliarity
+from seed_multimodal.pipelines.world import Familiarity
 from seed_multimodal.progress import LOADING, quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
 
@@ -84,7 +84,7 @@ class Encoded(NamedTuple):
     """An encoded image.
 
     value: codes or features, as prompts read them.
-    distance: of `ImageFamiliarity`; None: not measured.
+    distance: of `Familiarity`; None: not measured.
     """
 
     value: Any
@@ -112,7 +112,7 @@ class ImageCodec(ThreadState):
     advice = ""  # the end of that message
     compiled = False
     load_decoder: Callable[[], Detokenizer[Any]] | None = None
-    familiarity: ImageFamiliarity | None = None  # None: images are not compared with known ones
+    familiarity = Familiarity()  # compares images with known ones
     codes_per_image: int = 0  # at most; 0: images are features
     encode: Callable[..., Sequence[Tensor]]
     read: Callable[..., list[Encoded]]
@@ -165,13 +165,11 @@ class ImageCodec(ThreadState):
     def measured(
         self, values: Sequence[Any], pixels: Tensor, embed: Callable[[], Tensor]
     ) -> list[Encoded]:
-        """Encoded images with their distances, if the system measures them.
+        """Encoded images with their distances.
 
         pixels: normalised, [B, 3, S, S]. embed: what the conditioner reads of the images.
         """
-        if self.familiarity is None:
-            return [Encoded(value) for value in values]
-        return [*map(Encoded, values, self.familiarity.distances(embed(), pixels))]
+        return [*map(Encoded, values, self.familiarity.distances(embed, pixels))]
 
     def prepare_drawing(self) -> None:
         """Load the de-tokenizer now, unless images are drawn without one.

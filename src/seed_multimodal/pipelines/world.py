@@ -6,19 +6,22 @@ known_words = "my_package:open_world"    # the file of the key in `system.json` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import find_entry
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from seed_multimodal.language.messages import ContentPart, Message
 
 # In `Image.info` of a drawing that was read back.
 DESCRIPTION = "description"
 NOTE = "note"
+PREFACE = "I do not know this kind of picture. Nearest: "  # of an answer about an unlike image
 
 
 class World:
@@ -71,9 +74,57 @@ class World:
         return ""
 
 
+class Familiarity:
+    """Base, and that of all systems that do not measure how far images are from those they learned.
+
+    measures: whether distances are numbers.
+    """
+
+    measures = False
+
+    def distances(self, embed: Callable[[], Tensor], pixels: Tensor) -> Sequence[float | None]:
+        """Of each image; above 0 it is unlike what was learned, None: not measured.
+
+        embed: what the conditioner of the de-tokenizer reads of the images, `[B, E]` or
+            `[B, N, W]`.
+        pixels: normalised, `[B, 3, S, S]`.
+        """
+        return [None] * len(pixels)
+
+
 def open_world(file: Path | None) -> World:
     """The world of a system's `known_words`. Raises ConfigError: no package reads them."""
-    if file is None:
-        return World()
-    entry = find_entry(registered("worlds"), "known_words", "world")
-    return import_entry(entry)(file)  # type: ignore[no-any-return]
+    return World() if file is None else _reader("known_words")(file)
+
+
+def open_familiarity(
+    folder: Path | None, decoder: Path | None, pictures: Path | None
+) -> Familiarity:
+    """Of a system's `known_images`; without a de-tokenizer nothing is measured.
+
+    decoder, pictures: folders with the de-tokenizer's conditioner and VAE.
+    Raises ConfigError: no package reads them.
+    """
+    if folder is None or decoder is None or pictures is None or not decoder.is_dir():
+        return Familiarity()
+    familiarity: Familiarity = _reader("known_images")(folder, decoder, pictures)
+    return familiarity
+
+
+def _reader(key: str) -> Any:
+    return import_entry(find_entry(registered("worlds"), key, "world"))
+
+
+def unknown_images_note(distances: Sequence[float | None], notice: str) -> str:
+    """A note about images unlike those that the system learned, or empty; `notice`: its own."""
+    unknown = [index for index, value in enumerate(distances) if value is not None and value > 0]
+    if not unknown:
+        return ""
+    if len(distances) == 1:
+        which = "The image is"
+    elif len(unknown) == 1:
+        which = f"Image {unknown[0]} is"
+    else:
+        which = f"Images {', '.join(map(str, unknown))} are"
+    note = f"{which} unlike those that this system learned, so the answer may be wrong."
+    return f"{note} {notice}".strip()

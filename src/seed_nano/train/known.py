@@ -1,5 +1,5 @@
 """Stage `known`: the network that tells images unlike the training's from known ones, see
-`seed_multimodal.pipelines.known_images`.
+`seed_nano.known_images`.
 
 It learns from images of programs (`seed_nano.known`), the known ones among them also as the system
 itself draws them, as the finished system's codes or features lead to expect them.
@@ -8,7 +8,7 @@ itself draws them, as the finished system's codes or features lead to expect the
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, replace_json
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SYSTEM, SystemConfig
-from seed_multimodal.pipelines.known_images import Comparison, ComparisonConfig, ImageFamiliarity
 from seed_nano.known import BATCH, OTHERS, Maker, known, measure
+from seed_nano.known_images import Comparison, ComparisonConfig, ImageFamiliarity
 from seed_nano.train.task import Loss, NanoTask
 from seed_nano.train.workspace import Workspace
 
@@ -104,6 +104,6 @@ class _Recorder(ImageFamiliarity):
         super().__init__(familiarity.comparison, familiarity.conditioner, familiarity.vae)
         self.pairs: list[Tensor] = []
 
-    def distances(self, embeds: Tensor, pixels: Tensor) -> list[float]:
-        self.pairs.append(torch.cat(self.pictures(embeds, pixels), 1).half())
+    def distances(self, embed: Callable[[], Tensor], pixels: Tensor) -> list[float]:
+        self.pairs.append(torch.cat(self.pictures(embed(), pixels), 1).half())
         return [0.0] * len(pixels)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.language.messages import ContentPart, Message
-from seed_multimodal.pipelines.known_images import PREFACE
-from seed_multimodal.pipelines.world import World
+from seed_multimodal.pipelines.world import PREFACE, World
 from seed_nano.words.known_words import read_known_words
 from seed_nano.words.read_back import asks_about_picture, note_of, picture_to_change
 

@@ -12,7 +12,7 @@ from systems import load
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
 from seed_multimodal.language.messages import Message, user_message
-from seed_multimodal.pipelines.known_images import PREFACE, unknown_images_note
+from seed_multimodal.pipelines.world import PREFACE, Familiarity, unknown_images_note
 from seed_nano.known import OTHERS, images_of, known, measure, screen
 
 SAID = "unlike those that this system learned"
@@ -122,6 +122,7 @@ def test_command_notes_unknown_images(run_seed, tmp_path, a_screen):
 def test_system_without_the_key_has_no_notes(shipped, a_screen):
     config = shipped.config
     plain = load(config.name)
-    plain.config.known_images = plain.images.familiarity = None
+    plain.config.known_images = None
+    plain.images.familiarity = Familiarity()
     assert plain.chat([{"role": "user", "content": [a_screen]}]).note == ""
     assert shipped.describe(a_screen) == PREFACE + plain.describe(a_screen)

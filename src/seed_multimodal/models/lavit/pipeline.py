@@ -40,8 +40,8 @@ from seed_multimodal.models.lavit.processing import (
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.family import Family, load_language_model
 from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement, Seed, seed_per_image
-from seed_multimodal.pipelines.known_images import ImageFamiliarity
 from seed_multimodal.pipelines.tasks import TaskKind
+from seed_multimodal.pipelines.world import open_familiarity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -207,8 +207,8 @@ class LavitFamily(Family):
         tokenizer = load_lavit_tokenizer(config.words or config.path("llm"))
         images = load_images(config, placement)  # before the language model, which takes longest
         decoder = config.pixels
-        images.familiarity = ImageFamiliarity.load(config.known_images, decoder, decoder)
-        if images.familiarity is not None:
+        images.familiarity = open_familiarity(config.known_images, decoder, decoder)
+        if images.familiarity.measures:
             folder = config.path("decoder")
             images.familiarity_decoder = CodeDecoder.from_pretrained(folder, head=config.head)
         llm = load_language_model(config, tokenizer, placement)

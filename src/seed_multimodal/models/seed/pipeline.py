@@ -33,7 +33,7 @@ from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer,
 from seed_multimodal.models.seed.spec import BICUBIC, BILINEAR, DETOKENIZER_FOLDER, SeedLlamaConfig
 from seed_multimodal.pipelines.family import Family
 from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement
-from seed_multimodal.pipelines.known_images import ImageFamiliarity
+from seed_multimodal.pipelines.world import open_familiarity
 from seed_multimodal.settings import check_value
 
 CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
@@ -184,7 +184,7 @@ class SeedLlamaFamily(Family):
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)
         decoder = config.detokenizer
-        images.familiarity = ImageFamiliarity.load(config.known_images, decoder, decoder)
+        images.familiarity = open_familiarity(config.known_images, decoder, decoder)
         return cls.of_parts(config, tokenizer, images, placement)
 
 

@@ -63,8 +63,8 @@ from seed_multimodal.nn.vision.qwen import (
 )
 from seed_multimodal.pipelines.family import Edges, Family
 from seed_multimodal.pipelines.images import Encoded, ImageCodec, Options, Placement, Seed
-from seed_multimodal.pipelines.known_images import ImageFamiliarity
 from seed_multimodal.pipelines.tasks import TaskKind
+from seed_multimodal.pipelines.world import open_familiarity
 from seed_multimodal.settings import check_value, read_settings
 
 BOX_SIDE = 10**6  # pixels of a square on which boxes are computed and then divided by
@@ -162,12 +162,9 @@ class SeedXImageCodec(ImageCodec):
 
         views: normalised pixels [V, 3, S, S].
         """
-        familiarity = self.familiarity
-        if familiarity is None or image.distance is None or len(views) < 3:
+        if image.distance is None or image.distance <= 0 or len(views) < 3:
             return image
-        if image.distance <= 0:
-            return image
-        distances = familiarity.distances(image.value[:-1], views[:-1])
+        distances: Any = self.familiarity.distances(lambda: image.value[:-1], views[:-1])
         return image._replace(distance=min(image.distance, sorted(distances)[1]))
 
     def encode(
@@ -317,7 +314,7 @@ class SeedXFamily(Family):
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)  # before the language model, which takes longest
         decoder = config.detokenizer
-        images.familiarity = ImageFamiliarity.load(config.known_images, decoder, config.sdxl)
+        images.familiarity = open_familiarity(config.known_images, decoder, config.sdxl)
         agent = load_agent_model(config, tokenizer, placement)
         resampler = agent.input_resampler.config
         input_width = resampler.kv_dim or resampler.embed_dim

@@ -10,7 +10,7 @@ denoised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,11 +23,11 @@ from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.pretrained import PretrainedNetwork, without_memory
+from seed_multimodal.pipelines.world import Familiarity
 from seed_multimodal.state_dicts import assign_strictly, load_checkpoint, tensors_below
 
 # What `TinyDecoder` reads of the configuration of an autoencoder.
 TINY_AUTOENCODER = {"_class_name": "AutoencoderTiny", "act_fn": "relu", "upsample_fn": "nearest"}
-PREFACE = "I do not know this kind of picture. Nearest: "  # of an answer about an unlike image
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,13 @@ def _residual_layers(width: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class ImageFamiliarity:
+class ImageFamiliarity(Familiarity):
     """Distances of images, on the CPU.
 
     conditioner, vae: of the system's de-tokenizer.
     """
+
+    measures = True
 
     def __init__(self, comparison: Comparison, conditioner: Conditioner, vae: TinyDecoder) -> None:
         self.comparison = comparison
@@ -133,18 +135,12 @@ class ImageFamiliarity:
         self.vae = vae
 
     @classmethod
-    def load(
-        cls, comparison: Path | None, decoder: Path | None, pictures: Path | None
-    ) -> Self | None:
-        """None: the system does not measure it, or has no de-tokenizer.
-
-        comparison: folder of the network. decoder, pictures: folders with the conditioner and the
-            VAE.
+    def load(cls, comparison: Path, decoder: Path, pictures: Path) -> Self:
+        """comparison: folder of the network. decoder, pictures: folders with the conditioner and
+        the VAE.
 
         Raises ConfigError: there is no conditioner, or another autoencoder.
         """
-        if comparison is None or decoder is None or pictures is None or not decoder.is_dir():
-            return None
         conditioner = load_conditioner(decoder)
         if conditioner is None:
             raise ConfigError(f"{decoder}: known_images needs a conditioner, and it has none.")
@@ -152,13 +148,8 @@ class ImageFamiliarity:
         return cls(Comparison.from_pretrained(comparison), conditioner, vae)
 
     @torch.inference_mode()
-    def distances(self, embeds: Tensor, pixels: Tensor) -> list[float]:
-        """Of each image; above 0 it is unlike what was learned.
-
-        embeds: what the conditioner reads, `[B, E]` or `[B, N, W]`.
-        pixels: normalised, `[B, 3, S, S]`.
-        """
-        return self.comparison(*self.pictures(embeds, pixels)).tolist()  # type: ignore[no-any-return]
+    def distances(self, embed: Callable[[], Tensor], pixels: Tensor) -> list[float]:
+        return self.comparison(*self.pictures(embed(), pixels)).tolist()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def pictures(self, embeds: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,18 +162,3 @@ class ImageFamiliarity:
             if image.shape[-1] != side:
                 images[index] = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
         return images[0], images[1]
-
-
-def unknown_images_note(distances: Sequence[float | None], notice: str) -> str:
-    """A note about images unlike those that the system learned, or empty; `notice`: its own."""
-    unknown = [index for index, value in enumerate(distances) if value is not None and value > 0]
-    if not unknown:
-        return ""
-    if len(distances) == 1:
-        which = "The image is"
-    elif len(unknown) == 1:
-        which = f"Image {unknown[0]} is"
-    else:
-        which = f"Images {', '.join(map(str, unknown))} are"
-    note = f"{which} unlike those that this system learned, so the answer may be wrong."
-    return f"{note} {notice}".strip()
