@@ -27,6 +27,7 @@ from systems import load
 
 import seed_glm_image
 import seed_multimodal
+import seed_nano.words
 import seed_nano.world
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.answer import AnswerReader
@@ -112,7 +113,7 @@ SHAPES = {
 def modules() -> list[object]:
     """The modules between a request and its answer."""
     found: list[object] = []
-    for package in (seed_multimodal, seed_glm_image, seed_nano.world):
+    for package in (seed_multimodal, seed_glm_image, seed_nano.words, seed_nano.world):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if package is seed_multimodal and module.name.split(".")[1] in OF_OWNERS:
                 continue
@@ -135,8 +136,9 @@ def objects() -> list[object]:
     found: dict[int, object] = {}
     while waiting:
         item = waiting.pop()
-        room = type(item).__module__.split(".")[:2]
-        is_read = room == ["seed_multimodal", "language"] or hasattr(item, "read_words")
+        package = type(item).__module__.rpartition(".")[0]
+        is_read = package in ("seed_multimodal.language", "seed_nano.words")
+        is_read |= hasattr(item, "read_words")
         if is_read and id(item) not in found:
             found[id(item)] = item
             waiting += [value for _, value in held(item)]
