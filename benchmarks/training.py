@@ -3,6 +3,7 @@
     python benchmarks/training.py                                   nano's sizes, random weights
     python benchmarks/training.py --device cuda --model 8b          SEED-LLaMA's sizes
     python benchmarks/training.py --parts llm --variants plain packed
+    python benchmarks/training.py --against trainer,trl             a table, see `peer_trainers`
 
 Language model, on captions of an image's 32 codes and 18 other tokens; rates count useful tokens
 (no padding). `plain` is the original's step: one caption a row, padded to 200 tokens,
@@ -20,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peer_trainers import compare_trainers
 from shared import Timed, benchmark_parser, compare, rounded, start
 from torch import Tensor, nn
 
@@ -151,7 +153,10 @@ def tokenizer_step(
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time both trainings."""
+    """Time both trainings, or the language model's against other trainers."""
+    if options.against:
+        compare_trainers(options.against.split(","), max(5, options.repeats), steps=8)
+        return
     runtime = choose_device(options.device, options.dtype, log=None)
     steps = {"llm": llm_step, "tokenizer": tokenizer_step}
     units = {"llm": "useful_tokens", "tokenizer": "images"}
@@ -163,4 +168,5 @@ def run(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = benchmark_parser(__doc__, [8])
     parser.add_argument("--parts", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--against", help="trainer, trl, or both with a comma (on a CPU)")
     start(run, parser)
