@@ -38,8 +38,9 @@ _DEFAULT_THREADS = torch.get_num_threads()  # if it differs later, the user has 
 FP16_AS_ORIGINAL = "as in the original programs"
 FP16_WITH_8BIT = "with 8-bit weights"
 
-# mallopt: M_MMAP_THRESHOLD and M_ARENA_MAX.
-_MALLOC_OPTIONS = ((-3, 1 << 20), (-8, 2))
+# mallopt: M_MMAP_MAX and M_TRIM_THRESHOLD (first glibc's defaults), M_MMAP_THRESHOLD, M_ARENA_MAX.
+_RETURN_FREED = ((-4, 1 << 16), (-1, 1 << 17), (-3, 1 << 20), (-8, 2))
+_KEEP_FREED = ((-4, 0), (-1, -1))
 
 # Messages of the CPU's allocator and matrix library, of GPUs, of Apple's GPUs.
 _OUT_OF_MEMORY = (
@@ -59,13 +60,15 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def return_freed_memory() -> None:
-    """From now on, return blocks of 1 MB and more to the system when they are freed (glibc only).
+def return_freed_memory(at_once: bool = True) -> None:
+    """From now on, return blocks of 1 MB and more to the system when they are freed, or no block at
+    all (glibc only).
 
-    glibc otherwise keeps freed blocks of up to 32 MB, and those of each thread apart.
+    glibc otherwise keeps freed blocks of up to 32 MB, and those of each thread apart. A training
+    keeps all: at each step the system would clear the pages of logits and of gradients again.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        for option, value in _MALLOC_OPTIONS:
+        for option, value in _RETURN_FREED if at_once else _KEEP_FREED:
             ctypes.CDLL(None).mallopt(option, value)
 
 

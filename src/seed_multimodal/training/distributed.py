@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from seed_multimodal.device import choose_device, is_out_of_memory
+from seed_multimodal.device import choose_device, is_out_of_memory, return_freed_memory
 from seed_multimodal.disk import JsonObject, raise_file_limit
 from seed_multimodal.entry import node_count, rank_and_world_size
 from seed_multimodal.errors import ConfigError, SeedError, first_line
@@ -142,6 +142,7 @@ def join_processes(
         torch.cuda.set_device(process_device)
     elif process_device.type == "cpu":  # avoids DeepSpeed's warning about a missing GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return_freed_memory(at_once=False)
 
     # 2. A single process needs no launcher and no network.
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # of torch's DDP
