@@ -57,9 +57,7 @@ class Engine:
         self.module = task.module
         self.optimizer = task.optimizer
         # Parameters of the optimizer, in the module's order.
-        optimized: set[nn.Parameter] = set()
-        for parameter_group in self.optimizer.param_groups:
-            optimized.update(parameter_group["params"])
+        optimized = {p for group in self.optimizer.param_groups for p in group["params"]}
         self.trained = [p for p in task.module.parameters() if p in optimized]
         self.model = self._prepare()
         # DeepSpeed scales the loss itself.

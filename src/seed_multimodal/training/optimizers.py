@@ -23,18 +23,10 @@ OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[ParameterGroup]:
     """AdamW groups of trained parameters: weight decay on matrices, not on vectors."""
-    matrices: list[Tensor] = []
-    vectors: list[Tensor] = []
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim >= 2:
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
@@ -181,9 +173,7 @@ class MuonWithAdamW(torch.optim.AdamW):
         """betas, eps: of AdamW."""
         hidden: list[Tensor] = []
         others: list[Tensor] = []
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
+        for name, parameter in trained_parameters(module).items():
             is_outer = any(part in name for part in OUTER_PARTS)
             if parameter.ndim == 2 and not is_outer:
                 hidden.append(parameter)
@@ -256,8 +246,7 @@ class Ema:
 
     def parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """The parameters that are averaged."""
-        parameters = dict(module.named_parameters())
-        return {name: parameters[name] for name in self.shadow}
+        return {name: module.get_parameter(name) for name in self.shadow}
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:

@@ -60,10 +60,14 @@ class LlmBatch:
     position_ids: Tensor  # from 0 in each packed sequence, and in the padding
     attention_mask: Tensor | None  # None when packed: position ids mark the boundaries
     tokens: int  # non-padding positions
-    learned: int  # targets after the shift
     squares: int  # sum of squared sequence lengths (cost of attention)
     views: BatchViews | None = None  # images that are input or target features (SEED-X)
     axis_ids: Tensor | None = None  # positions on the axes [A, B, L]; None: they are `position_ids`
+
+    @property
+    def learned(self) -> int:
+        """Number of targets."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> Self:
         """The batch without its views, on a device."""
@@ -202,7 +206,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             position_ids,
             mask,
             tokens=sum(lengths),
-            learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
             squares=sum(n_tokens**2 for n_tokens in lengths),
             views=views,
             axis_ids=join_position_ids(rows, length),

@@ -107,15 +107,13 @@ def fill_rows(
     def in_rows(values: Tensor, padding: Tensor) -> Tensor:
         return padding.flatten().scatter(0, target, values).view(n_rows, length)
 
-    labels = in_rows(labels, torch.full_like(columns, IGNORE_INDEX))
     filled = replace(
         batch,
         input_ids=in_rows(ids, torch.full_like(columns, pad_id)),
-        labels=labels,
+        labels=in_rows(labels, torch.full_like(columns, IGNORE_INDEX)),
         position_ids=in_rows(positions, padding_positions),
         attention_mask=None if is_packed else (columns < n_tokens[:, None]).long(),
         tokens=len(source),
-        learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
         squares=int((lengths * lengths).sum()),
         views=None,
     )

@@ -405,6 +405,5 @@ def blank_batch() -> LlmBatch:
         position_ids=torch.arange(2)[None],
         attention_mask=torch.ones_like(ids),
         tokens=0,
-        learned=0,
         squares=0,
     )
