@@ -75,7 +75,7 @@ def build_optimizer(
         lr=settings.learning_rate,
         betas=betas,
         eps=settings.adam_epsilon,
-        fused=True if devices == {"cuda"} else None,
+        fused=True if devices <= {"cpu", "cuda"} else None,
     )
 
 
