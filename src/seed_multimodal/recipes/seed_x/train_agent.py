@@ -47,7 +47,12 @@ from seed_multimodal.training.llm.lora import (
     check_same_scale,
     is_lora,
 )
-from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
+from seed_multimodal.training.llm.loss import (
+    LossParts,
+    find_llama,
+    joins_rows,
+    use_attention,
+)
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.training.optimizers import trained_parameters
 from seed_multimodal.training.task import WEIGHTS, Identity
@@ -256,7 +261,7 @@ class TuningTask(LlmTask):
             }
             marks = copy_to(self.device, views.marks)
 
-        # 2. The rows. Flash attention needs packing in a single row.
+        # 2. The rows.
         is_packed = batch.attention_mask is None
         rows = {
             "input_ids": batch.input_ids,
@@ -267,7 +272,7 @@ class TuningTask(LlmTask):
         }
         llama = find_llama(self.llm)
         use_attention(llama, is_packed)
-        if is_packed and "flash" in str(llama.config._attn_implementation):
+        if is_packed and joins_rows(llama.config):
             rows = {name: value.reshape(1, -1) for name, value in rows.items()}
         return {**rows, **images, "attention_mask": None}
 

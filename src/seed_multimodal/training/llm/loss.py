@@ -2,9 +2,9 @@
 only.
 
 Packed rows (`attention_mask` None) have several sequences whose `position_ids` restart at 0; the
-last token of one does not predict the first of the next. transformers separates their attention,
-with flash attention only in a single row, so rows are concatenated there. Right padding needs no
-mask under causal attention.
+last token of one does not predict the first of the next. transformers separates their attention;
+flash attention and `segment_attention` need a single row, so rows are concatenated there. Right
+padding needs no mask under causal attention.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_LOGITS = 2**26  # 256 MiB in fp32
 ROWS_MULTIPLE = 64  # of the head's states, see `head_losses`
+SEGMENTS = "sdpa_of_segments"  # transformers' name of `segment_attention`
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,39 @@ def use_attention(llama: LlamaForCausalLM, packed: bool) -> None:
         llama.set_attn_implementation(attention)
 
 
+def joins_rows(config: Any) -> bool:
+    """Whether a model's attention separates the sequences of a single row only."""
+    name = str(config._attn_implementation)
+    return "flash" in name or name == SEGMENTS
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """SDPA, with boundaries of each sequence of a packed row `[1, heads, L, D]` alone, so that no
+    scores between them are computed."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    lengths = cu_seq_lens_q.diff().tolist()
+    segments = zip(*(states.split(lengths, 2) for states in (query, key, value)), strict=True)
+    outputs = [
+        sdpa_attention_forward(module, *segment, None, **arguments)[0] for segment in segments
+    ]
+    return torch.cat(outputs, 1), None
+
+
 def add_packed_lengths(
     decoder: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of the decoder: the sequence lengths that flash attention needs for a packed
+    """Forward pre-hook of the decoder: the sequence lengths that its attention needs for a packed
     row.
 
     Otherwise transformers derives them from the position ids in every layer, which waits for the
@@ -182,11 +212,8 @@ def add_packed_lengths(
     positions = arguments.get("position_ids")
     if positions is not None and positions.ndim == 3:  # with axes: the first one is of time
         positions = positions[0]
-    if positions is None or positions.shape[0] != 1:  # several rows
-        return inputs, arguments
-    if arguments.get("attention_mask") is not None:  # a padded row
-        return inputs, arguments
-    if "flash" not in str(decoder.config._attn_implementation):
+    is_padded = arguments.get("attention_mask") is not None
+    if positions is None or len(positions) != 1 or is_padded or not joins_rows(decoder.config):
         return inputs, arguments
     starts = (positions.flatten() == 0).nonzero().flatten().int()
     boundaries = torch.cat([starts, starts.new_tensor([positions.numel()])])
@@ -197,6 +224,8 @@ def add_packed_lengths(
         "max_length_q": max_length,
         "max_length_k": max_length,
     }
+    if decoder.config._attn_implementation == SEGMENTS:
+        arguments["attention_mask"] = positions.new_zeros(1, 1, 1, 1)  # else a mask is built
     return inputs, {**arguments, **lengths}
 
 
@@ -220,8 +249,8 @@ def _learned_states(
             attention_mask = None
     use_attention(llama, packed=position_ids is not None)
 
-    # 2. Packed rows: flash attention separates the sequences of a single row only.
-    if position_ids is not None and "flash" in str(llama.config._attn_implementation):
+    # 2. Packed rows.
+    if position_ids is not None and joins_rows(llama.config):
         input_ids = input_ids.reshape(1, -1)
         position_ids = position_ids.expand(shape).reshape(1, -1)
         if embeds is not None:

@@ -40,7 +40,12 @@ from seed_multimodal.training.llm.lora import (
     recorded_lora,
     save_adapter,
 )
-from seed_multimodal.training.llm.loss import add_packed_lengths, find_llama
+from seed_multimodal.training.llm.loss import (
+    SEGMENTS,
+    add_packed_lengths,
+    find_llama,
+    segment_attention,
+)
 from seed_multimodal.weights.find import portable_path
 
 if TYPE_CHECKING:
@@ -75,7 +80,7 @@ def build_llm(
     _check_head(llama)
     fit_vocabulary(llama, tokenizer, settings.seed, settings.embedding_init)
     is_half = (precision or settings.dtype) != "fp32"
-    _set_attention(llama, settings.attention, device, is_half)
+    _set_attention(llama, settings, device, is_half)
     llama.get_decoder().register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
 
     # 2. The trained weights: all, or LoRA and whole modules.
@@ -182,14 +187,27 @@ def _check_head(llama: LlamaForCausalLM) -> None:
         )
 
 
-def _set_attention(llama: LlamaForCausalLM, name: str, device: torch.device, is_half: bool) -> None:
+def _set_attention(
+    llama: LlamaForCausalLM, settings: LlmModelSettings, device: torch.device, is_half: bool
+) -> None:
     """Set the attention of packed rows; `loss.use_attention` changes it per batch.
 
     Raises ConfigError: flash attention without its package or on unsupported hardware.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = settings.attention
     llama.attentions = {
         packed: attention_kind(name, device, packed, is_half) for packed in (True, False)
     }
+    # Compiled layers would be compiled for each number of sequences; other models than LLaMA may
+    # have other masks.
+    is_causal = llama.config.model_type == LLAMA and not settings.compile
+    if is_causal and device.type == "cpu" and llama.attentions[True] == "sdpa":
+        AttentionInterface.register(SEGMENTS, segment_attention)
+        AttentionMaskInterface.register(SEGMENTS, sdpa_mask)
+        llama.attentions[True] = SEGMENTS
     try:
         llama.set_attn_implementation(llama.attentions[True])
     except (ImportError, ValueError) as error:

@@ -24,7 +24,7 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.lora import load_adapter
-from seed_multimodal.training.llm.loss import find_llama
+from seed_multimodal.training.llm.loss import SEGMENTS, find_llama
 from seed_multimodal.training.llm.model import (
     attention_kind,
     build_llm,
@@ -92,14 +92,49 @@ def test_flash_attention_gets_the_sequence_lengths_of_packed_rows():
     # Computed once; otherwise transformers derives them from the position ids in every layer.
     AttentionInterface.register("flash_by_lengths", attention_by_lengths)
     model = build(None, sizes=SIZES, lora=LORA, gradient_checkpointing=True)
-    packed_rows = batch(2, 20)
-    packed_rows.position_ids = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1)
+    packed_rows = two_sequences()
     expected = packed_loss(model, packed_rows).sum
     llama = find_llama(model)
     llama.config._attn_implementation = llama.attentions[True] = "flash_by_lengths"
     loss = packed_loss(model, packed_rows).sum
     assert_close(loss, expected, atol=1e-4, rtol=1e-5)
     loss.backward()
+
+
+def two_sequences() -> SimpleNamespace:
+    """Two rows of a sequence of 7 tokens and one of 13."""
+    packed_rows = batch(2, 20)
+    packed_rows.position_ids = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1)
+    return packed_rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_segment_attention_computes_what_a_mask_does(checkpointing):
+    # On a CPU packed rows are attended sequence by sequence, which is faster than with a mask.
+    model = build(None, sizes=SIZES, lora=LORA, gradient_checkpointing=checkpointing)
+    llama = find_llama(model)
+    ids = torch.arange(3, 13)[None]
+    mask = (torch.arange(10) > 2).long()[None]
+    results = {}
+    for attention in ("sdpa", SEGMENTS):
+        llama.attentions[True] = attention
+        model.zero_grad()
+        loss = packed_loss(model, two_sequences()).sum
+        assert llama.config._attn_implementation == attention
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        # The attention stays set: other calls of the model are masked as ever.
+        with torch.no_grad():
+            padded_logits = model(input_ids=ids, attention_mask=mask).logits[:, 3:]
+            causal_logits = model(input_ids=ids).logits
+        results[attention] = [loss, *gradients, padded_logits, causal_logits]
+    assert_close(results[SEGMENTS], results["sdpa"], atol=1e-5, rtol=1e-4)
+
+
+def test_segment_attention_is_for_llama_on_a_cpu_without_compiler():
+    assert find_llama(build(None, sizes=SIZES)).attentions == {True: SEGMENTS, False: "sdpa"}
+    compiled = build(None, sizes=SIZES, compile=True)
+    assert find_llama(compiled).attentions == {True: "sdpa", False: "sdpa"}
 
 
 def batch(count=2, length=20) -> SimpleNamespace:
