@@ -7,8 +7,8 @@ Groups: `families` (`models.registry`), `formats` (`data.formats.contents`), `co
 (`diffusion.conditioner`), `benchmarks` (`evaluation.benchmark`), `detectors`
 (`evaluation.detection`), `rewards` (`rl.rewards`), `tokenizers`
 (`recipes.seed.train_detokenizer`), `language_models` (`language.llm`), `worlds` (`pipelines.world`)
-and `lavis` (models of the LAVIS application, `seed_lavis.register`). A checkout of this repository needs no installation: the
-table in its own `pyproject.toml` counts as well.
+and `lavis` (models of the LAVIS application, `seed_lavis.register`). A checkout of this repository
+needs no installation: the table in its own `pyproject.toml` counts as well.
 """
 
 from __future__ import annotations

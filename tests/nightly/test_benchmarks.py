@@ -52,6 +52,17 @@ def test_loading_and_quantization_print_figures():
     assert len(rows) == 5 and all(float(row.split("|")[2]) > 0 for row in rows)
 
 
+def test_peer_trainers_make_the_same_step():
+    # Otherwise the table compares the seconds of different computations.
+    program = (sys.executable, "benchmarks/peer_trainers.py")
+    ours, peer = (
+        json.loads(run(*program, way, "third", "--steps", "2").splitlines()[-1])
+        for way in ("ours", "trainer")
+    )
+    assert ours["loss"] == pytest.approx(peer["loss"], rel=1e-5)
+    assert ours["norm"] == pytest.approx(peer["norm"], rel=1e-5)
+
+
 def test_original_layouts_load(tmp_path):
     # The recorded names and shapes of the originals' files are those that the system reads.
     run(sys.executable, "benchmarks/original_layouts.py", "8b", str(tmp_path / "pretrained"))
