@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from seed_multimodal import MultimodalSystem
+from seed_multimodal.pipelines.world import Familiarity
 from seed_nano.world.scene import scene_image
 from seed_nano.world.splits import scene_at
 
@@ -33,7 +34,7 @@ def main() -> None:
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for index in range(1, 2 * args.pairs + 1):
             is_measured = index % 2 == 0
-            system.images.familiarity = measure if is_measured else None
+            system.images.familiarity = measure if is_measured else Familiarity()
             image = scene_image(scene_at(5, index))
             start = time.process_time()
             system.describe(image)

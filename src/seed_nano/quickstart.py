@@ -24,6 +24,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.images.sheet import PAPER, Cell, Row, contact_sheet
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.world import Familiarity
 from seed_multimodal.weights.find import locate_system
 from seed_nano.world.scene import scene_image
 from seed_nano.world.words import scene_of
@@ -147,7 +148,7 @@ def run_quickstart(system: MultimodalSystem, seed: int = 0) -> tuple[list[Row], 
     growing = [scene_image(scene_of(caption), size) for caption in GROW_CAPTIONS]
     growing_codes = [row.tolist() for row in system.tokenize(growing)]
     grown: list[Cell] = []
-    codec.familiarity = None  # images of few codes are meant to be strange
+    codec.familiarity = Familiarity()  # images of few codes are meant to be strange
     for original, row in zip(growing, growing_codes, strict=True):
         grown.append(Cell(original, "the image"))
         steps = system.reconstruct([row] * len(COUNTS), seed, codes=COUNTS)

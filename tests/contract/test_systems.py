@@ -188,6 +188,7 @@ def test_results_in_threads_equal_those_alone(system, family):
         assert answer == expected if isinstance(answer, str) else same(answer, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "request_", "options", "functions", "files"),
     [

@@ -47,6 +47,7 @@ def collect() -> Interfaces:
     }
 
 
+@pytest.mark.slow
 def test_interfaces_are_as_recorded():
     recorded, now = json.loads(RECORD.read_text(encoding="utf-8")), collect()
     changes = []

@@ -192,8 +192,10 @@ def drawing(code: int) -> str:
 
 
 def code_of(image: bytes | str | Path) -> int:
-    file = image if isinstance(image, str | Path) else io.BytesIO(image)
-    with Image.open(file) as opened:
+    """Of an image, a file or a data URL."""
+    if isinstance(image, str) and image.startswith("data:"):
+        image = decode_text(image.split(",")[1])
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
         return int(opened.convert("RGB").getpixel((0, 0))[0])
 
 
@@ -221,7 +223,7 @@ class ScriptedModel(ModelClient):
         if route == "/v1/images/edits":
             yield {"data": [{"b64_json": drawing(250)}]}
         elif "images" in body:
-            codes = [code_of(decode_text(url.split(",")[1])) for url in body["images"]]
+            codes = [code_of(url) for url in body["images"]]
             yield {"data": [{"codes": [code]} for code in codes]}
         elif "codes" in body:
             yield {"data": [{"b64_json": drawing(codes[0])} for codes in body["codes"]]}
@@ -230,7 +232,11 @@ class ScriptedModel(ModelClient):
 
     def changes(self, content: list[Any]) -> Iterator[Any]:
         text = "".join(part.get("text", "") for part in content)
-        codes = [part["codes"][0] for part in content if "codes" in part]
+        codes = [
+            part["codes"][0] if "codes" in part else code_of(part["image_url"]["url"])
+            for part in content
+            if part["type"] == "image_url"
+        ]
         answer = answer_to(text, codes)
         middle = len(answer) // 2
         changes: list[Any] = [{"content": answer[:middle]}, {"content": answer[middle:]}]

@@ -93,6 +93,7 @@ def test_program_without_the_environment_says_how_to_get_one(program):
     assert last.startswith("ModuleNotFoundError") and "install.sh" in last, done
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_programs_work_without_standard_streams(tmp_path, streams):

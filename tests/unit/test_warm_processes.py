@@ -29,6 +29,7 @@ CODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODES)
 def test_a_command_ends_as_in_a_fresh_process(name):
     code = CODES[name]

@@ -385,12 +385,13 @@ class Backend:
     def _generate_response(self, done: Event, images: Sequence[ReadImage]) -> GenerateResponse:
         """The answer with the original's fields; `images`: of the request."""
         # The answer's images follow those of the request; a broken one has empty entries.
-        response = GenerateResponse(error_msg=done["notes"])
-        for image in images:
-            codes = image if isinstance(image, list) else None
-            if codes is None and self.system.abilities.reads_codes:
-                codes = self.system.images.encode([image])[0].tolist()  # known: it was read
-            response.images_ids.append(codes)
+        codes: list[Any] = [image if isinstance(image, list) else None for image in images]
+        sent = [index for index, row in enumerate(codes) if row is None]
+        if sent and self.system.abilities.reads_codes:  # the encoder knows images of the request
+            rows = self.system.images.encode([images[index] for index in sent])
+            for index, row in zip(sent, rows, strict=True):
+                codes[index] = row.tolist()
+        response = GenerateResponse(images_ids=codes, error_msg=done["notes"])
         texts: list[str] = []
         for part in done["answer"].written:
             if isinstance(part, str):  # the model may spell the placeholder in ordinary letters

@@ -126,7 +126,9 @@ class Turn:
     def message(self, is_new: bool = False) -> JsonObject:
         """As OpenAI's message."""
         content = [
-            {"type": "text", "text": part} if isinstance(part, str) else part.sent(is_new)
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else part.sent(is_new and self.role == "user")
             for part in self.sent_parts
         ]
         return {"role": self.role, "content": content, "reasoning_content": self.reasoning}

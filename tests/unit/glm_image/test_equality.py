@@ -175,6 +175,7 @@ def engine_codes(system: MultimodalSystem, engine: Any, requests: list[Request])
     return [ids[1:] for ids in engine.generate(prompts, settings)]
 
 
+@pytest.mark.slow
 def test_greedy_codes(pipe, system):
     """They equal `generate`'s: alone, in one batch, and in rows that are reused."""
     expected = [[*greedy_codes(pipe, request), tiny.END] for request in REQUESTS]

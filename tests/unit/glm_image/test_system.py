@@ -147,6 +147,7 @@ def test_a_saved_system_draws_the_same(system, tmp_path):
     assert sorted(files) == ["llm", "text_encoder", "transformer", "vae"]
 
 
+@pytest.mark.slow
 def test_transformers_draws_by_any_to_any(system, tmp_path):
     from transformers import pipeline
 

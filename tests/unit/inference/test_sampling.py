@@ -67,6 +67,7 @@ def allowed(vocabulary: ImageVocabulary, ids: list[int], budget: int | None) -> 
     return tokens
 
 
+@pytest.mark.slow
 def test_all_short_answers_follow_the_grammar(tokenizer_of_family):
     # The reader and the constraints must agree on what an image is: else one draws what the other
     # calls broken. SEED-X's images get zeros: they are certain, and untrained scores must not cost

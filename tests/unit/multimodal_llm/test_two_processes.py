@@ -47,6 +47,7 @@ def start(
     return process
 
 
+@pytest.mark.slow
 def test_script_on_two_nodes(tmp_path):
     # By the variables of the original's cluster.
     nodes = {"HOST_NUM": "2", "CHIEF_IP": "127.0.0.1", "HOST_GPU_NUM": "1"}
@@ -60,6 +61,7 @@ def test_script_on_two_nodes(tmp_path):
     assert not printed[1][0].strip()  # only the first one logs
 
 
+@pytest.mark.slow
 def test_script_with_a_killed_process_ends_without_traceback(tmp_path):
     process = start(tmp_path, 100_000, NPROC="2", MASTER_PORT=str(free_port()))
     out = tmp_path / "out"

@@ -24,6 +24,7 @@ def run_code(code: str, *flags: str) -> CompletedProcess[str]:
     return run_process(command, 120, cwd=APPLICATION, env=environment())
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_register_in_a_fresh_process():
     # Without LAVIS's heavy imports; all names of the YAML files: test_options.py, test_runs.py.
@@ -31,6 +32,7 @@ def test_register_in_a_fresh_process():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_train_without_lavis():
     # One line with the command that installs it.

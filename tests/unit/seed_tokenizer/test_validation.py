@@ -22,6 +22,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path):
     # Its random numbers and its k-means are not those of the training.

@@ -116,6 +116,7 @@ def test_clients_that_trickle_leave_the_server_to_others(tiny, monkeypatch):
                 assert sock.recv(1) == b""
 
 
+@pytest.mark.slow
 def test_large_requests_and_answers_need_no_temporary_folder(running, monkeypatch):
     # Of a container whose /tmp is full or read-only.
     monkeypatch.setattr(tempfile, "tempdir", "/dev/null")

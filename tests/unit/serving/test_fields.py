@@ -659,6 +659,7 @@ def test_long_conversations_lose_as_few_rounds_as_possible():
         assert [*newest_turns(turns, 30, 4, 30)] == next(filter(fits, shorter), shorter[-1])
 
 
+@pytest.mark.slow
 def test_40_000_messages_are_cut_at_once(client):
     # Cut by trying, they kept a processor busy for a minute, whatever the time limit.
     messages = [user("a"), {"role": "assistant", "content": "b"}] * 20_000

@@ -249,6 +249,7 @@ def test_freed_memory_between_blocks_in_use_returns_to_the_system(tiny, monkeypa
 # ---- OpenAI's client, and the token
 
 
+@pytest.mark.slow
 @pytest.mark.process  # the client asks the system what it runs on
 def test_the_client_of_openai_reads_every_route(nano):
     from openai import OpenAI

@@ -63,6 +63,7 @@ def test_generate_answers_or_refuses_any_text(family_client, text):
 # ---- families that hold conversations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, question, force", TABLES["conversations"])
 def test_conversation_with_images_in_both_directions(client_of, request, name, question, force):
     # A drawn image is sent back (its codes, or for SEED-X the image itself), and what nano compares

@@ -87,6 +87,7 @@ def after_runs(*parameters) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("shards", rows, indirect=True)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.timeout(600)
 @after_runs((1, ALL_RUNS), (2, ALL_RUNS), (3, ALL_RUNS))

@@ -18,6 +18,7 @@ TABLES = read_tables(__file__)
 EQUAL, ENDLESS = TABLES["equal"], TABLES["endless"]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.timeout(900)
 def test_two_processes_equal_one_with_the_double_batch_and_stop_together(tmp_path):

@@ -25,6 +25,7 @@ LAUNCHER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.timeout(600)
 def test_resume_after_sigkill_is_bitwise_equal(tmp_path):
@@ -151,6 +152,7 @@ def test_sigterm_under_torchrun_waits_for_a_long_step(tmp_path):
     assert toy.steps(tmp_path) == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.timeout(400)
 def test_exit_code_after_sigterm_without_a_checkpoint(tmp_path):

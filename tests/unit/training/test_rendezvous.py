@@ -60,6 +60,7 @@ def test_nodes_meet_or_name_who_is_missing(case):
                 assert socket.gethostname() in last and ("MASTER" in last or "node 0" in last)
 
 
+@pytest.mark.slow
 def test_failed_node_ends_the_others(tmp_path):
     # It fails before it joins; alone the other would wait half an hour for it.
     programs = {"0": "import time; time.sleep(300)", "1": "import sys; sys.exit(3)"}
@@ -102,6 +103,7 @@ for config, folder, torch_version in json.loads(sys.argv[1 + min(rank, 1)]):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_agree_are_refused(tmp_path):
     for number in "01":
         (tmp_path / number / "shards").mkdir(parents=True)

@@ -107,6 +107,7 @@ def s3(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_read_of_s3_until_the_connection_is_lost(s3, monkeypatch):
     for name in ("tars", "a.parquet"):

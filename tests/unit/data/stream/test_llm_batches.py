@@ -194,6 +194,7 @@ def test_restore_in_any_number_of_processes(
     assert not any(skipped.values())
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("packing, workers, stop", [(True, 3, 31), (False, 1, 7)])
 def test_restore_with_workers(read_settings, tokenizer, packing, workers, stop, no_workers_left):

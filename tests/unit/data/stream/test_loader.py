@@ -64,6 +64,7 @@ raise SystemExit(run_guarded("program", False, lambda: len(list(load(read, range
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.timeout(200)
 def test_load_without_room_in_shared_memory():
@@ -103,6 +104,7 @@ raise KeyError("a training that fails")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("end, code", [("killed", -9), ("failed", 1)])
 def test_workers_end_with_their_program(end, code):

@@ -36,6 +36,7 @@ def same(left: dict, right: dict) -> bool:
     return images and all(str(left[key]) == str(right[key]) for key in left)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("weights", [(), (2.0, 1.0)])
 def test_at_any_step_with_workers(shards, weights, no_workers_left):
