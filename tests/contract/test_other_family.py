@@ -218,6 +218,7 @@ def test_a_name_that_two_families_have(other_site, monkeypatch, spec, named):
         templates()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_package_that_is_imported_before_the_library(installed):
     from real_processes import run_checked

@@ -204,6 +204,7 @@ open_pairs({"format": "squares", "numbr": 3})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_open_records_of_a_registered_format(tmp_path):
     (tmp_path / "squares.py").write_text(MODULE)
