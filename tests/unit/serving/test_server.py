@@ -29,6 +29,7 @@ from served import (
 )
 from systems import load
 from waiting import wait_until
+from warm_processes import PYTHON
 from yaml_tables import read_tables
 
 from seed_multimodal.images.io import image_to_bytes
@@ -383,9 +384,9 @@ def test_listen_on_a_taken_port_and_for_other_machines():
     listen("0.0.0.0", 0, "secret").close()
 
 
-def program(folder) -> list[str]:
+def program(folder, python: str = PYTHON) -> list[str]:
     flags = f"--system {folder} --llm_device cpu --tokenizer_device cpu --port 0"
-    return [sys.executable, PROGRAM, *flags.split()]
+    return [python, PROGRAM, *flags.split()]
 
 
 @pytest.mark.process
@@ -396,7 +397,7 @@ def test_requests_for_which_memory_is_short_get_a_sentence(tiny_folder):
     body = json.dumps({"text": HI, "images": [], "max_new_tokens": 4})
     before = resource.getrlimit(resource.RLIMIT_AS)
     answers = []
-    with serving(program(tiny_folder)) as (address, process):
+    with serving(program(tiny_folder, sys.executable)) as (address, process):
         pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
         short = (pages * resource.getpagesize() + (40 << 20), before[1])
         for limits, size in ((short, 60 << 20), (before, 0)):
